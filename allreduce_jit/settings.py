@@ -1,0 +1,109 @@
+"""Every environment variable, parsed strictly into one frozen value.
+
+Read once per communicator (never per call), so that an engine may still set variables after import.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from .errors import SettingsError
+
+V2_SWITCH = "SGLANG_OPT_USE_CUSTOM_ALL_REDUCE_V2"
+PREFIX = "ALLREDUCE_JIT_"
+
+_TRUE = ("1", "true", "yes", "on")
+_FALSE = ("0", "false", "no", "off")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the user chose.
+
+    Attributes:
+        use_v2: the switch ``SGLANG_OPT_USE_CUSTOM_ALL_REDUCE_V2`` (default on).
+        path: highest rung of the ladder to try: ``auto``, ``legacy`` or ``torch``.
+        cache_dir: where cubins are kept.
+        timeout_s: seconds that a kernel waits for a peer before it gives up; 0 = for ever.
+        staging_mb: upper bound of staging memory per rank, in MiB.
+        pdl: launch kernels with programmatic dependent launch where the GPU has it.
+    """
+
+    use_v2: bool = True
+    path: str = "auto"
+    cache_dir: Path = Path("~/.cache/allreduce_jit")
+    timeout_s: float = 600.0
+    staging_mb: int = 32
+    pdl: bool = True
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str] | None = None) -> Settings:
+        """Parse ``environ`` (default ``os.environ``).
+
+        Raises:
+            SettingsError: an unknown ``ALLREDUCE_JIT_*`` name or a bad value; the message lists the valid ones.
+        """
+        env = os.environ if environ is None else environ
+        unknown = sorted(k for k in env if k.startswith(PREFIX) and k not in VARIABLES)
+        if unknown:
+            raise SettingsError(f"unknown environment variable {unknown[0]}; valid: {', '.join(VARIABLES)}")
+        values = {VARIABLES[k][0]: VARIABLES[k][1](k, env[k]) for k in VARIABLES if k in env}
+        values.setdefault("cache_dir", default_cache_dir(env))
+        return cls(**values)
+
+
+def default_cache_dir(env: Mapping[str, str]) -> Path:
+    base = env.get("XDG_CACHE_HOME") or os.path.join(env.get("HOME") or os.path.expanduser("~"), ".cache")
+    return Path(base) / "allreduce_jit"
+
+
+def parse_bool(name: str, text: str) -> bool:
+    low = text.strip().lower()
+    if low in _TRUE:
+        return True
+    if low in _FALSE:
+        return False
+    raise SettingsError(f"{name}={text!r}: expected one of {', '.join(_TRUE + _FALSE)} (any case)")
+
+
+def _path(name: str, text: str) -> str:
+    choices = ("auto", "legacy", "torch")
+    if text.strip().lower() in choices:
+        return text.strip().lower()
+    raise SettingsError(f"{name}={text!r}: expected one of {', '.join(choices)}")
+
+
+def _directory(name: str, text: str) -> Path:
+    if not text.strip():
+        raise SettingsError(f"{name} is empty: expected a directory")
+    return Path(text).expanduser()
+
+
+def _seconds(name: str, text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 86400:
+        raise SettingsError(f"{name}={text!r}: expected seconds between 0 (wait for ever) and 86400")
+    return value
+
+
+def _megabytes(name: str, text: str) -> int:
+    if text.strip().isdigit() and 4 <= int(text) <= 1024:
+        return int(text)
+    raise SettingsError(f"{name}={text!r}: expected whole MiB between 4 and 1024")
+
+
+# name -> (field, parser); docs/environment.md lists the same names (a test compares them).
+VARIABLES = {
+    V2_SWITCH: ("use_v2", parse_bool),
+    "ALLREDUCE_JIT_PATH": ("path", _path),
+    "ALLREDUCE_JIT_CACHE_DIR": ("cache_dir", _directory),
+    "ALLREDUCE_JIT_TIMEOUT": ("timeout_s", _seconds),
+    "ALLREDUCE_JIT_STAGING_MB": ("staging_mb", _megabytes),
+    "ALLREDUCE_JIT_PDL": ("pdl", parse_bool),
+}

@@ -1,0 +1,1 @@
+"""CUDA C++ sources, compiled by NVRTC at run time. Data files only."""

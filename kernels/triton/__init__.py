@@ -1,0 +1,1 @@
+"""Triton kernels of the legacy path, compiled at run time."""
