@@ -1,0 +1,126 @@
+"""KernelSpec + architecture -> cubin. Nothing else in the package knows a compiler."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.resources
+import logging
+import os
+import re
+import tempfile
+from functools import cache as memoise
+
+from .cache import Artifact, KernelCache
+from .errors import CompileError
+from .kernel import ITEMSIZE, KernelSpec
+
+log = logging.getLogger("allreduce_jit")
+
+_INCLUDE = re.compile(r'^#include "([^"]+)"\n', re.M)
+
+
+def build(spec: KernelSpec, arch: str, cache: KernelCache) -> tuple[Artifact, bool]:
+    """The compiled module for ``arch`` (``sm_90``, ...), and whether it came from the cache.
+
+    Needs no GPU and no driver.
+
+    Raises:
+        CompileError: the compiler is missing or refuses the source; the message holds its log.
+    """
+    front = {"cuda": _nvrtc, "triton": _triton}[spec.language]
+    key = _key(spec, arch)
+    artifact = cache.get(key)
+    if artifact is not None:
+        return artifact, True
+    try:
+        artifact = front(spec, arch)
+    except CompileError:
+        raise
+    except Exception as e:  # noqa: BLE001 - compilers raise what they like
+        raise CompileError(f"{spec.name} for {arch}: {type(e).__name__}: {e}") from e
+    cache.put(key, artifact)
+    return artifact, False
+
+
+def _key(spec: KernelSpec, arch: str) -> str:
+    text = _cuda_source(spec.source) if spec.language == "cuda" else _triton_source()
+    parts = (repr(spec), arch, _version(spec.language), text)
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+@memoise
+def _version(language: str) -> str:
+    try:
+        if language == "cuda":
+            from cuda.bindings import nvrtc
+
+            _, major, minor = nvrtc.nvrtcVersion()
+            return f"nvrtc {major}.{minor}"
+        from importlib.metadata import version
+
+        return f"triton {version('triton')}"
+    except Exception as e:  # noqa: BLE001
+        raise CompileError(f"no {'NVRTC' if language == 'cuda' else 'Triton'} on this machine: {e}") from e
+
+
+@memoise
+def _cuda_source(filename: str) -> str:
+    """The file with its includes put in place, each once: NVRTC then needs no include path."""
+    seen: set[str] = set()
+
+    def expand(name: str) -> str:
+        if name in seen:
+            return ""
+        seen.add(name)
+        text = importlib.resources.files("allreduce_jit.cuda_kernels").joinpath(name).read_text()
+        text = text.replace("#pragma once\n", "")
+        return _INCLUDE.sub(lambda m: expand(m[1]), text)
+
+    return expand(filename)
+
+
+def _nvrtc(spec: KernelSpec, arch: str) -> Artifact:
+    from cuda.core import Program, ProgramOptions
+
+    options = ProgramOptions(
+        name=spec.source, arch=arch, std="c++17", define_macro=[(k, str(v)) for k, v in spec.constants]
+    )
+    cubin = Program(_cuda_source(spec.source), "c++", options).compile("cubin").code
+    return Artifact(spec.name, arch, 0, 0, bytes(cubin))
+
+
+@memoise
+def _triton_source() -> str:
+    return importlib.resources.files("allreduce_jit.triton_kernels").joinpath("legacy.py").read_text()
+
+
+def _triton(spec: KernelSpec, arch: str) -> Artifact:
+    # Triton's own disk cache races on shared homes; ours replaces it.
+    with tempfile.TemporaryDirectory(prefix="allreduce_jit_triton_") as private:
+        saved = os.environ.get("TRITON_CACHE_DIR")
+        os.environ["TRITON_CACHE_DIR"] = private
+        try:
+            return _triton_compile(spec, arch)
+        finally:
+            os.environ.pop("TRITON_CACHE_DIR")
+            if saved is not None:
+                os.environ["TRITON_CACHE_DIR"] = saved
+
+
+def _triton_compile(spec: KernelSpec, arch: str) -> Artifact:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from .triton_kernels import legacy
+
+    constants = dict(spec.constants)
+    constants["BLOCK"] = legacy.BLOCK_BYTES // ITEMSIZE[constants["DTYPE"]]
+    constants["INTERPRET"] = False
+    source = ASTSource(
+        getattr(legacy, spec.source), signature=legacy.signature(spec.source), constexprs=constants
+    )
+    target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
+    compiled = triton.compile(source, target=target, options={"num_warps": legacy.NUM_WARPS})
+    meta = compiled.metadata
+    return Artifact(spec.name, arch, 32 * meta.num_warps, meta.shared, compiled.asm["cubin"])

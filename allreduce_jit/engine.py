@@ -1,0 +1,160 @@
+"""What V2 and legacy share: build in agreed steps, verify with real traffic, launch, report, close.
+
+The steps are separate so that all ranks can agree after each one (``ladder``); no step talks to the group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from .cache import Artifact, KernelCache
+from .compiler import build
+from .driver import Module
+from .errors import PeerTimeout, SetupError
+from .kernel import DTYPES, KernelSpec, catalogue
+from .memory import LocalState, StagingMemory
+from .plan import Layout, Plan
+from .reference import all_reduce_reference, count_wrong
+from .settings import Settings
+
+TORCH_DTYPES = {name: getattr(torch, name) for name in DTYPES}
+DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+VERIFY_BYTES = 64 << 10
+VERIFY_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an engine runs; the same on all ranks but for ``rank`` and ``device``."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    arch: str
+    sm_count: int
+    nvlink: bool
+    deterministic: bool
+    settings: Settings
+
+
+class KernelEngine:
+    """A path with kernels of our own. Subclasses say which kernels, which layout, and how to launch."""
+
+    path: str
+    algorithms: dict[int, str]  # Report.algorithm -> name
+
+    def __init__(self, place: Place, layout: Layout, channels: tuple[int, int]):
+        self.place = place
+        self.layout = layout
+        self._channels = channels
+        self._raw_device = place.device.index
+        self.compiled = self.cached = 0
+        self.memory: StagingMemory | None = None
+        self.state: LocalState | None = None
+
+    # -- construction, in the order in which the ladder calls it
+
+    def load(self, cache: KernelCache) -> None:
+        """Compile (or fetch) and load every kernel that a plan can pick."""
+        for spec in catalogue(self.path, self.place.world_size):
+            artifact, was_cached = build(spec, self.place.arch, cache)
+            self.cached += was_cached
+            self.compiled += not was_cached
+            module = Module(artifact.cubin)
+            for entry in spec.entries:
+                self._register(spec, entry, artifact, module.kernel(entry))
+
+    def allocate(self) -> str:
+        """Allocate and poison the staging memory; returns the handle for the peers."""
+        self.state = LocalState(*self._channels)
+        self.memory = StagingMemory(self.layout.nbytes, self.place.rank)
+        return self.memory.handle()
+
+    def connect(self, handles: Sequence[str]) -> None:
+        """Map the peers' memory and read it once through the copy engine: it must hold the poison."""
+        self.memory.connect(handles)
+        for rank in range(self.place.world_size):
+            if self.memory.read(rank, VERIFY_BYTES).count(0xFF) != VERIFY_BYTES:
+                raise SetupError(f"rank {self.place.rank} reads wrong bytes from the memory of rank {rank}")
+        self._bind()
+
+    def verify(self) -> None:
+        """All-reduce random data through every kernel, twice (both parities), against the exact result.
+
+        ``can_access_peer`` is no proof: on some machines peer writes are dropped or damaged.
+        """
+        self.state.set_deadline(VERIFY_SECONDS)
+        generator = torch.Generator().manual_seed(20260)
+        for dtype in TORCH_DTYPES.values():
+            numel = VERIFY_BYTES // dtype.itemsize - 1
+            for plan in self._verification_plans(numel, dtype) * 2:
+                inputs = torch.randn(self.place.world_size, numel, generator=generator).to(dtype)
+                inputs[:, 0] = -0.0
+                inputs[:, 1].view(torch.int32 if dtype.itemsize == 4 else torch.int16).fill_(-1)  # NaN, all ones
+                inputs = inputs.to(self.place.device)
+                out = torch.full_like(inputs[0], float("nan"))
+                self.run(plan, inputs[self.place.rank], out)
+                torch.cuda.synchronize(self.place.device)
+                self.check()
+                wrong = count_wrong(out, all_reduce_reference(inputs))
+                if wrong:
+                    raise SetupError(f"rank {self.place.rank}: {wrong} of {numel} elements wrong after {plan.algorithm}")
+        self.state.set_deadline(self.place.settings.timeout_s)
+
+    # -- service
+
+    def all_reduce(self, x: torch.Tensor, out: torch.Tensor) -> None:
+        """Sum ``x`` over the ranks into ``out`` (may be ``x``): contiguous, same shape, supported dtype, numel > 0.
+
+        Raises:
+            Poisoned: an earlier call failed; nothing was launched.
+        """
+        if self.state.words[0]:
+            self.check()
+        if torch._C._cuda_getDevice() == self._raw_device:
+            self._launch(x, out, torch._C._cuda_getCurrentRawStream(self._raw_device))
+        else:
+            with torch.cuda.device(self._raw_device):
+                self._launch(x, out, torch._C._cuda_getCurrentRawStream(self._raw_device))
+
+    def check(self) -> None:
+        """Raise ``PeerTimeout`` if a kernel gave up waiting for a peer."""
+        expired, source, algorithm, phase, channel = self.state.words[:5]
+        if expired:
+            raise PeerTimeout(
+                f"rank {self.place.rank} waited in vain for rank {source} "
+                f"({self.algorithms.get(algorithm, algorithm)}, phase {phase}, channel {channel}); "
+                "results since then are not valid. Close this communicator and build a new one."
+            )
+
+    def close(self) -> None:
+        """Free everything. No kernel of this engine may be in flight, no graph with one replayed again."""
+        for part in (self.memory, self.state):
+            if part is not None:
+                part.close()
+        self.memory = self.state = None
+
+    # -- for subclasses
+
+    def plan(self, numel: int, dtype: str) -> Plan:
+        raise NotImplementedError
+
+    def run(self, plan: Plan, x: torch.Tensor, out: torch.Tensor) -> None:
+        """Launch ``plan`` on the current stream, whatever the tables would have picked."""
+        raise NotImplementedError
+
+    def _register(self, spec: KernelSpec, entry: str, artifact: Artifact, kernel) -> None:
+        raise NotImplementedError
+
+    def _bind(self) -> None:
+        """Addresses are known: fill in argument blocks."""
+        raise NotImplementedError
+
+    def _verification_plans(self, numel: int, dtype: torch.dtype) -> list[Plan]:
+        raise NotImplementedError
+
+    def _launch(self, x: torch.Tensor, out: torch.Tensor, stream: int) -> None:
+        raise NotImplementedError

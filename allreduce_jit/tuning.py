@@ -1,0 +1,64 @@
+"""The tables that ``plan`` reads. Tuning changes speed only, never a bit of a result.
+
+Measured on H200 where docs/performance.md says so, otherwise estimated from bytes on the wire.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+KIB = 1 << 10
+MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class V2Table:
+    """When V2 switches algorithms, for one world size.
+
+    Attributes:
+        two_shot_from: bytes from which two-shot beats one-shot; None = never (one-shot sends no more).
+        one_shot_share: share of the staging memory that one-shot gets; the rest is two-shot's.
+    """
+
+    two_shot_from: int | None
+    one_shot_share: float
+
+
+V2_TABLES = {
+    2: V2Table(None, 0.5),
+    3: V2Table(768 * KIB, 0.25),
+    4: V2Table(256 * KIB, 0.25),
+    5: V2Table(192 * KIB, 0.25),
+    6: V2Table(144 * KIB, 0.25),
+    7: V2Table(128 * KIB, 0.25),
+    8: V2Table(96 * KIB, 0.25),
+}
+
+
+@dataclass(frozen=True)
+class LegacyTable:
+    """The same for the legacy path.
+
+    Attributes:
+        two_shot_from: bytes from which two-shot runs.
+        nvlink_limit: bytes above which NCCL is expected to win on NVLink.
+        pcie_limit: the same where some pair has no NVLink.
+    """
+
+    two_shot_from: int
+    nvlink_limit: int
+    pcie_limit: int
+
+
+LEGACY_TABLES = {
+    2: LegacyTable(1 * MIB, 8 * MIB, 512 * KIB),
+    3: LegacyTable(512 * KIB, 8 * MIB, 512 * KIB),
+    4: LegacyTable(256 * KIB, 8 * MIB, 512 * KIB),
+    5: LegacyTable(192 * KIB, 8 * MIB, 256 * KIB),
+    6: LegacyTable(128 * KIB, 8 * MIB, 256 * KIB),
+    7: LegacyTable(128 * KIB, 8 * MIB, 256 * KIB),
+    8: LegacyTable(128 * KIB, 8 * MIB, 256 * KIB),
+}
+
+# Threads of a looping kernel that a multiprocessor holds at once (__launch_bounds__ in entry.cuh).
+RESIDENT_THREADS = {n: 1024 if n <= 4 else 512 for n in range(2, 9)}

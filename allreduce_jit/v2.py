@@ -1,0 +1,98 @@
+"""V2: NVRTC kernels that push over NVLink (kernels/cuda)."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+
+from .driver import Launch
+from .engine import DTYPE_NAMES, KernelEngine, Place
+from .kernel import DTYPES
+from .plan import MAX_BLOCK, PACKET, WARP, Plan, v2_layout, v2_plan
+
+KERNELS = ("one_shot", "one_shot_loop", "two_shot", "two_shot_loop")
+MAX_PLANS = 4096
+
+
+class Args(ctypes.Structure):
+    """``Args`` of kernels/cuda/staging.cuh, field by field."""
+
+    _fields_ = [
+        ("staging", ctypes.c_uint64 * 8),
+        ("input", ctypes.c_uint64),
+        ("output", ctypes.c_uint64),
+        ("numel", ctypes.c_uint64),
+        ("epochs", ctypes.c_uint64),
+        ("control", ctypes.c_uint64),
+        ("report", ctypes.c_uint64),
+        ("rank", ctypes.c_uint32),
+        ("capacity", ctypes.c_uint32),
+    ]
+
+
+class V2Engine(KernelEngine):
+    """One-shot and two-shot push all-reduce for GPUs that are all connected by NVLink."""
+
+    path = "v2"
+    algorithms = {1: "one_shot", 2: "two_shot"}
+
+    def __init__(self, place: Place):
+        layout = v2_layout(place.world_size, place.settings.staging_mb << 20)
+        super().__init__(place, layout, (layout.one_shot_capacity // WARP, layout.two_shot_capacity // WARP))
+        self._pdl = place.settings.pdl and int(place.arch.removeprefix("sm_")) >= 90
+        self._kernels: dict[str, object] = {}
+        self._args: dict[str, Args] = {}
+        self._launches: dict[tuple[str, int, int], Launch] = {}
+        self._steps: dict[tuple[int, torch.dtype], tuple[Args, Launch]] = {}
+
+    def plan(self, numel: int, dtype: str) -> Plan:
+        return v2_plan(self.place.world_size, dtype, numel, self.place.sm_count, self.layout)
+
+    def run(self, plan: Plan, x: torch.Tensor, out: torch.Tensor) -> None:
+        with torch.cuda.device(self._raw_device):
+            stream = torch._C._cuda_getCurrentRawStream(self._raw_device)
+            _fire(*self._step(plan, x.dtype), x, out, stream)
+
+    def _register(self, spec, entry, artifact, kernel) -> None:
+        self._kernels[entry] = kernel
+
+    def _bind(self) -> None:
+        layout, state = self.layout, self.state
+        for algorithm, offset, capacity, epochs in (
+            ("one_shot", 0, layout.one_shot_capacity, state.one_shot_epochs),
+            ("two_shot", layout.two_shot_offset, layout.two_shot_capacity, state.two_shot_epochs),
+        ):
+            args = Args(epochs=epochs, control=state.control, report=state.report, rank=self.place.rank, capacity=capacity)
+            args.staging[: self.place.world_size] = [a + offset for a in self.memory.addresses]
+            self._args[algorithm] = self._args[f"{algorithm}_loop"] = args
+
+    def _verification_plans(self, numel: int, dtype: torch.dtype) -> list[Plan]:
+        packets = -(-numel * dtype.itemsize // PACKET)
+        return [
+            Plan("v2", name, 1 if name.endswith("_loop") else -(-packets // MAX_BLOCK), MAX_BLOCK, numel) for name in KERNELS
+        ]
+
+    def _launch(self, x: torch.Tensor, out: torch.Tensor, stream: int) -> None:
+        key = (x.numel(), x.dtype)
+        step = self._steps.get(key)
+        if step is None:
+            if len(self._steps) >= MAX_PLANS:
+                self._steps.clear()
+            step = self._steps[key] = self._step(self.plan(key[0], DTYPE_NAMES[x.dtype]), x.dtype)
+        _fire(*step, x, out, stream)
+
+    def _step(self, plan: Plan, dtype: torch.dtype) -> tuple[Args, Launch]:
+        args = self._args[plan.algorithm]
+        name = f"{plan.algorithm}_{DTYPES[DTYPE_NAMES[dtype]]}_ws{self.place.world_size}"
+        key = (name, plan.grid, plan.block)
+        if key not in self._launches:
+            self._launches[key] = Launch(self._kernels[name], [args], plan.grid, plan.block, pdl=self._pdl)
+        return args, self._launches[key]
+
+
+def _fire(args: Args, launch: Launch, x: torch.Tensor, out: torch.Tensor, stream: int) -> None:
+    args.input = x.data_ptr()
+    args.output = out.data_ptr()
+    args.numel = x.numel()
+    launch(stream)

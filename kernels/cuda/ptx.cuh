@@ -1,0 +1,95 @@
+// PTX instructions as functions, named after their mnemonics. No headers: NVRTC compiles this unaided.
+#pragma once
+
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+// 16 bytes, the unit that travels. Only each 4-byte word is relied upon to arrive whole.
+struct alignas(16) Packet {
+    u32 w[4];
+};
+#define ZEROS Packet{{0, 0, 0, 0}}
+
+// Strong system-scope accesses: the only ones used on memory that a peer writes or reads.
+__device__ inline Packet ld_relaxed_sys_v4(u64 address) {
+    Packet p;
+    asm volatile("ld.relaxed.sys.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(p.w[0]), "=r"(p.w[1]), "=r"(p.w[2]), "=r"(p.w[3])
+                 : "l"(address)
+                 : "memory");
+    return p;
+}
+
+__device__ inline void st_relaxed_sys_v4(u64 address, Packet p) {
+    asm volatile("st.relaxed.sys.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(p.w[0]),
+                 "r"(p.w[1]), "r"(p.w[2]), "r"(p.w[3])
+                 : "memory");
+}
+
+__device__ inline u32 ld_relaxed_gpu_u32(u64 address) {
+    u32 v;
+    asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(address) : "memory");
+    return v;
+}
+
+__device__ inline u64 ld_relaxed_gpu_u64(u64 address) {
+    u64 v;
+    asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(v) : "l"(address) : "memory");
+    return v;
+}
+
+__device__ inline void st_relaxed_gpu_u32(u64 address, u32 v) {
+    asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(address), "r"(v) : "memory");
+}
+
+__device__ inline void st_relaxed_sys_u32(u64 address, u32 v) {
+    asm volatile("st.relaxed.sys.global.u32 [%0], %1;" ::"l"(address), "r"(v) : "memory");
+}
+
+__device__ inline u32 atom_exch_relaxed_gpu_u32(u64 address, u32 v) {
+    u32 old;
+    asm volatile("atom.exch.relaxed.gpu.global.b32 %0, [%1], %2;" : "=r"(old) : "l"(address), "r"(v) : "memory");
+    return old;
+}
+
+__device__ inline void fence_acq_rel_sys() {
+    asm volatile("fence.acq_rel.sys;" ::: "memory");
+}
+
+__device__ inline u64 globaltimer() {
+    u64 t;
+    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(t)::"memory");
+    return t;
+}
+
+// Programmatic dependent launch (sm_90 and later; before it, kernels of a stream do not overlap).
+__device__ inline void griddepcontrol_launch_dependents() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// Returns when every earlier kernel of the stream has completed and its writes are visible.
+__device__ inline void griddepcontrol_wait() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+__device__ inline float cvt_f32_f16(u32 low16) {
+    float f;
+    asm("{ .reg .b16 h; cvt.u16.u32 h, %1; cvt.f32.f16 %0, h; }" : "=f"(f) : "r"(low16));
+    return f;
+}
+
+__device__ inline u32 cvt_rn_f16x2_f32(float high, float low) {
+    u32 r;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+    return r;
+}
+
+__device__ inline u32 cvt_rn_bf16x2_f32(float high, float low) {
+    u32 r;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+    return r;
+}
