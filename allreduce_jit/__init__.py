@@ -1,1 +1,79 @@
-"""The all-reduce for the GPUs of one host. See README.md; `init` is the front door."""
+"""The all-reduce for the GPUs of one host. See README.md; ``init`` is the front door.
+
+Importing this needs no driver and costs next to nothing: names are loaded when first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "communicator": ("Communicator", "init"),
+    "dropin": (
+        "CustomAllReduceV2",
+        "CustomAllreduce",
+        "THRESHOLD_2_SHOT_MAP",
+        "_maybe_init_config",
+        "can_use_custom_all_reduce_v2",
+        "can_use_custom_all_reduce_with_nvlink",
+        "dispatch_custom_allreduce",
+    ),
+    "dispatch": ("apply_multi_node_policy", "decide"),
+    "errors": (
+        "AllReduceError",
+        "ClosedError",
+        "CompileError",
+        "InputError",
+        "InputTypeError",
+        "NotDeterministicError",
+        "PeerTimeout",
+        "SettingsError",
+        "SetupError",
+    ),
+    "probe": ("Capabilities", "probe"),
+    "verdict": ("Path", "Reason", "Verdict"),
+}
+_HOME = {name: module for module, names in _HOMES.items() for name in names}
+
+__all__ = sorted(name for name in _HOME if not name.startswith("_"))
+
+logging.getLogger("allreduce_jit").addHandler(logging.NullHandler())
+
+if TYPE_CHECKING:
+    from .communicator import Communicator, init
+    from .dispatch import apply_multi_node_policy, decide
+    from .dropin import (
+        THRESHOLD_2_SHOT_MAP,
+        CustomAllReduceV2,
+        CustomAllreduce,
+        can_use_custom_all_reduce_v2,
+        can_use_custom_all_reduce_with_nvlink,
+        dispatch_custom_allreduce,
+    )
+    from .errors import (
+        AllReduceError,
+        ClosedError,
+        CompileError,
+        InputError,
+        InputTypeError,
+        NotDeterministicError,
+        PeerTimeout,
+        SettingsError,
+        SetupError,
+    )
+    from .probe import Capabilities, probe
+    from .verdict import Path, Reason, Verdict
+
+
+def __getattr__(name: str):
+    if name not in _HOME:
+        raise AttributeError(f"module 'allreduce_jit' has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

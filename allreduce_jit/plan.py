@@ -113,11 +113,21 @@ def legacy_plan(world_size: int, dtype: str, numel: int, layout: Layout, block_b
     nbytes = numel * ITEMSIZE[dtype]
     if not deterministic and nbytes > (table.nvlink_limit if nvlink else table.pcie_limit):
         return Plan("torch.distributed", "nccl", 0, 0, numel)
-    if nbytes < min(table.two_shot_from, layout.one_shot_capacity + 1):
-        return Plan("legacy", "legacy_one_shot", ceil_div(nbytes, block_bytes), threads, numel)
-    chunk = min(numel, world_size * layout.two_shot_capacity // ITEMSIZE[dtype])
-    part = legacy_part(world_size, chunk, block_bytes // ITEMSIZE[dtype])
-    return Plan("legacy", "legacy_two_shot", part * ITEMSIZE[dtype] // block_bytes, threads, chunk)
+    small = nbytes < table.two_shot_from and nbytes <= layout.one_shot_capacity
+    algorithm = "legacy_one_shot" if small else "legacy_two_shot"
+    return legacy_shape(algorithm, world_size, dtype, numel, layout, block_bytes, threads)
+
+
+def legacy_shape(algorithm: str, world_size: int, dtype: str, numel: int, layout: Layout, block_bytes: int,
+                 threads: int) -> Plan:
+    """``algorithm`` for ``numel`` elements: one program per block of the tensor, or of a rank's part."""
+    itemsize = ITEMSIZE[dtype]
+    if algorithm == "legacy_one_shot":
+        chunk = min(numel, layout.one_shot_capacity // itemsize)
+        return Plan("legacy", algorithm, ceil_div(chunk * itemsize, block_bytes), threads, chunk)
+    chunk = min(numel, world_size * layout.two_shot_capacity // itemsize)
+    part = legacy_part(world_size, chunk, block_bytes // itemsize)
+    return Plan("legacy", algorithm, part * itemsize // block_bytes, threads, chunk)
 
 
 def legacy_part(world_size: int, numel: int, block: int) -> int:

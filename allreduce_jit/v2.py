@@ -49,6 +49,9 @@ class V2Engine(KernelEngine):
     def plan(self, numel: int, dtype: str) -> Plan:
         return v2_plan(self.place.world_size, dtype, numel, self.place.sm_count, self.layout)
 
+    def takes(self, numel: int, dtype: str) -> bool:
+        return True
+
     def run(self, plan: Plan, x: torch.Tensor, out: torch.Tensor) -> None:
         with torch.cuda.device(self._raw_device):
             stream = torch._C._cuda_getCurrentRawStream(self._raw_device)

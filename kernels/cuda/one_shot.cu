@@ -22,15 +22,17 @@ __device__ inline void one_shot(const Args &a) {
     griddepcontrol_wait();
     const u64 epoch = a.epochs + index / 32 * 4;
     u32 parity = ld_relaxed_gpu_u32(epoch) & 1;
+    bool ok = alive(a);
     for (u64 packet = index;;) {
         Packet v[WORLD_SIZE];
         Packet own = in.load(packet);
 #pragma unroll
-        for (u32 k = 1; k < WORLD_SIZE; k++) push(a, (a.rank + k) % WORLD_SIZE, 0, parity, index, own);
+        for (u32 k = 1; k < WORLD_SIZE; k++)
+            if (ok) push(a, (a.rank + k) % WORLD_SIZE, 0, parity, index, own);
 #pragma unroll
         for (u32 s = 0; s < WORLD_SIZE; s++)
             if (s == a.rank) v[s] = own;
-        receive(a, ONE_SHOT, 0, parity, index, v);
+        ok = receive(a, ONE_SHOT, 0, parity, index, ok, v);
         out.store(packet, sum_in_rank_order<T>(v));
         poison(a, 0, parity, index);
         parity ^= 1;

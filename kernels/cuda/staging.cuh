@@ -15,6 +15,7 @@
 #include "ptx.cuh"
 
 constexpr u32 EMPTY = 0xFFFFFFFFu;
+#define NOTHING Packet{{EMPTY, EMPTY, EMPTY, EMPTY}}
 
 // Passed by value. Everything but in, out and numel is fixed for the life of the communicator.
 struct Args {
@@ -58,7 +59,11 @@ __device__ inline void push(const Args &a, u32 to, u32 phase, u32 parity, u32 in
 }
 
 // True when waiting is over without the packet: the communicator is poisoned, or the deadline passed and
-// this thread poisons it. Outputs are then meaningless (NaNs where nothing arrived) and the host raises.
+// this thread poisons it.
+//
+// A rank that stopped waiting must stop pushing as well, now and in later kernels: it could overtake a peer
+// that is merely late and overwrite slots which that peer has not read yet. Peers run into their own
+// deadlines instead; here, what did not arrive reads as EMPTY, so the output is NaN, and the host raises.
 __device__ inline bool give_up(const Args &a, u64 &started, u32 algorithm, u32 phase, u32 missing) {
     if (ld_relaxed_gpu_u32(a.control)) return true;
     u64 now = globaltimer();
@@ -76,15 +81,18 @@ __device__ inline bool give_up(const Args &a, u64 &started, u32 algorithm, u32 p
     return true;
 }
 
-// Wait for the packet of every peer; v[a.rank] is left alone. Each missing packet is asked for again
-// until all are here: first all loads, then all checks, so that the round trips overlap.
-__device__ inline void receive(const Args &a, u32 algorithm, u32 phase, u32 parity, u32 index,
+__device__ inline bool alive(const Args &a) { return ld_relaxed_gpu_u32(a.control) == 0; }
+
+// Wait for the packet of every peer; v[a.rank] is left alone. All loads first, then all checks, so that
+// the round trips overlap. Returns whether all arrived; if not, the missing ones are EMPTY.
+__device__ inline bool receive(const Args &a, u32 algorithm, u32 phase, u32 parity, u32 index, bool alive,
                                Packet (&v)[WORLD_SIZE]) {
     u64 mine = slot(a, a.rank, phase, parity, 0, index);
     u64 stride = u64(a.capacity) * 16;
 #pragma unroll
     for (u32 s = 0; s < WORLD_SIZE; s++)
-        if (s != a.rank) v[s] = ld_relaxed_sys_v4(mine + s * stride);
+        if (s != a.rank) v[s] = alive ? ld_relaxed_sys_v4(mine + s * stride) : NOTHING;
+    if (!alive) return false;
     u64 started = 0;
     for (u32 spins = 1;; spins++) {
         u32 missing = 0;
@@ -94,8 +102,8 @@ __device__ inline void receive(const Args &a, u32 algorithm, u32 phase, u32 pari
                 missing |= 1u << s;
                 v[s] = ld_relaxed_sys_v4(mine + s * stride);
             }
-        if (!missing) return;
-        if (spins % 64 == 0 && give_up(a, started, algorithm, phase, missing)) return;
+        if (!missing) return true;
+        if (spins % 64 == 0 && give_up(a, started, algorithm, phase, missing)) return false;
     }
 }
 
@@ -103,5 +111,5 @@ __device__ inline void poison(const Args &a, u32 phase, u32 parity, u32 index) {
     u64 mine = slot(a, a.rank, phase, parity, 0, index);
 #pragma unroll
     for (u32 s = 0; s < WORLD_SIZE; s++)
-        if (s != a.rank) st_relaxed_sys_v4(mine + u64(s) * a.capacity * 16, Packet{{EMPTY, EMPTY, EMPTY, EMPTY}});
+        if (s != a.rank) st_relaxed_sys_v4(mine + u64(s) * a.capacity * 16, NOTHING);
 }

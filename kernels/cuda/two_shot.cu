@@ -24,25 +24,28 @@ __device__ inline void two_shot(const Args &a) {
     griddepcontrol_wait();
     const u64 epoch = a.epochs + index / 32 * 4;
     u32 parity = ld_relaxed_gpu_u32(epoch) & 1;
+    bool ok = alive(a);
     for (u64 packet = index;;) {
         const bool inside = packet < part;  // lanes past the part pad: they exchange zeros and store nothing
         Packet v[WORLD_SIZE];
 #pragma unroll
         for (u32 k = 1; k < WORLD_SIZE; k++) {
             u32 owner = (a.rank + k) % WORLD_SIZE;
-            push(a, owner, SCATTER, parity, index, inside ? in.load(owner * part + packet) : ZEROS);
+            Packet p = inside ? in.load(owner * part + packet) : ZEROS;
+            if (ok) push(a, owner, SCATTER, parity, index, p);
         }
         Packet own = inside ? in.load(a.rank * part + packet) : ZEROS;
 #pragma unroll
         for (u32 s = 0; s < WORLD_SIZE; s++)
             if (s == a.rank) v[s] = own;
-        receive(a, TWO_SHOT, SCATTER, parity, index, v);
+        ok = receive(a, TWO_SHOT, SCATTER, parity, index, ok, v);
         Packet sum = sum_in_rank_order<T>(v);
 #pragma unroll
-        for (u32 k = 1; k < WORLD_SIZE; k++) push(a, (a.rank + k) % WORLD_SIZE, GATHER, parity, index, sum);
+        for (u32 k = 1; k < WORLD_SIZE; k++)
+            if (ok) push(a, (a.rank + k) % WORLD_SIZE, GATHER, parity, index, sum);
         if (inside) out.store(a.rank * part + packet, sum);
         poison(a, SCATTER, parity, index);
-        receive(a, TWO_SHOT, GATHER, parity, index, v);
+        ok = receive(a, TWO_SHOT, GATHER, parity, index, ok, v);
 #pragma unroll
         for (u32 s = 0; s < WORLD_SIZE; s++)
             if (s != a.rank && inside) out.store(s * part + packet, v[s]);

@@ -1,0 +1,320 @@
+"""The front for everyone: ``init`` and ``Communicator``."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+
+from .agree import require_cpu_group
+from .errors import ClosedError, InputError, InputTypeError, NotDeterministicError
+from .fallback import TorchEngine
+from .kernel import DTYPES, ITEMSIZE
+from .ladder import climb
+from .plan import Plan
+from .verdict import Path
+
+log = logging.getLogger("allreduce_jit")
+
+DTYPE_NAMES = {getattr(torch, name): name for name in DTYPES}
+LARGEST_BAND = 1 << 30
+
+
+def init(
+    group: dist.ProcessGroup | None = None,
+    device: torch.device | str | int | None = None,
+    *,
+    deterministic: bool = False,
+) -> Communicator:
+    """A communicator over ``group`` on the best path that all of its ranks can take. Collective.
+
+    Args:
+        group: any torch.distributed group (NCCL, gloo or both); None = the default group. What is missing
+            (a CPU group to agree over, NCCL for calls without a kernel) is created for its ranks.
+        device: this rank's device; None = the current CUDA device, or the CPU where there is none.
+        deterministic: promise the exact bits of the fp32 sum in rank order; a call that only
+            torch.distributed could run is then an error.
+
+    Raises:
+        InputError: torch.distributed is not initialised, or this rank is not in ``group``.
+        SettingsError: a bad environment variable on any rank; raised on all.
+        NotDeterministicError: ``deterministic`` and no kernel path is possible; the message says why.
+    """
+    if not dist.is_available() or not dist.is_initialized():
+        raise InputError("torch.distributed is not initialised: call torch.distributed.init_process_group first")
+    group = dist.group.WORLD if group is None else group
+    if group == dist.GroupMember.NON_GROUP_MEMBER or dist.get_rank(group) < 0:
+        raise InputError("this rank is not a member of the group: call init only on its members")
+    return Communicator(group, as_device(device), deterministic=deterministic)
+
+
+def as_device(device: torch.device | str | int | None) -> torch.device:
+    """A device with an index: None is the current CUDA device, or the CPU; an int is a CUDA index."""
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+    if device.type not in ("cuda", "cpu"):
+        raise InputError(f"device {device} is neither a CUDA device nor the CPU")
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
+class Communicator:
+    """All-reduces over one group on one device. Made by ``init``; also a context manager.
+
+    Calls must come in the same order, with the same shape and dtype, on all ranks.
+
+    Attributes:
+        group: the CPU-capable group that set-up was agreed over.
+        device: this rank's device.
+        rank: this rank in the group.
+        world_size: number of ranks.
+        path: the best path of this communicator (single calls may take another: see ``plan``).
+    """
+
+    def __init__(self, group: dist.ProcessGroup, device: torch.device, *, deterministic: bool = False,
+                 highest: Path = Path.V2, create_groups: bool = True):
+        self.device = device
+        self.deterministic = deterministic
+        self.rank = dist.get_rank(group)
+        self.world_size = dist.get_world_size(group)
+        self._closed = False
+        self._engine = None
+        self.group = group
+        if not _has_backend(group, "cpu:"):
+            if not create_groups:
+                require_cpu_group(group)
+            self.group = _sibling_group(group, "gloo")
+        self._ladder = climb(self.group, device, deterministic, highest)
+        self._engine = self._ladder.engine
+        self.path = self._ladder.verdict.path
+        self._torch = self._fallback(group, create_groups)
+        if deterministic and self._engine is None and self.world_size > 1:
+            raise NotDeterministicError(f"deterministic=True needs a kernel path, but {self.reason}")
+        if self.rank == 0:
+            log.info("%s on %d ranks: %s", self.path.value, self.world_size, self.reason)
+
+    # -- calls
+
+    def all_reduce(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """The sum of ``x`` over all ranks, in ``out`` or a new tensor; ``out=x`` works in place.
+
+        Args:
+            x: any shape, on this communicator's device; fp32, fp16 and bf16 take the kernels, other dtypes
+                torch.distributed. Contiguous tensors at any address are used as they are, others copied.
+            out: same shape, dtype and device; either ``x`` itself or memory that does not overlap it.
+
+        Returns:
+            ``out``, or a new tensor shaped like ``x``. Enqueued on the current stream, like any CUDA op.
+
+        Raises:
+            ClosedError, InputError, InputTypeError, NotDeterministicError: nothing was launched.
+            PeerTimeout: an earlier call did not complete; nothing was launched.
+        """
+        self._check_input(x)
+        if out is None:
+            out = torch.empty_like(x, memory_format=torch.contiguous_format)
+        elif out is not x:
+            _check_output(x, out)
+        if x.numel() == 0:
+            return out
+        engine = self._route(x)
+        if x.is_contiguous() and out.is_contiguous():
+            engine.all_reduce(x, out)
+        else:
+            packed = torch.empty(x.shape, dtype=x.dtype, device=x.device).copy_(x)
+            engine.all_reduce(packed, packed)
+            out.copy_(packed)
+        return out
+
+    @contextlib.contextmanager
+    def capture(self) -> Iterator[None]:
+        """Put it round ``torch.cuda.graph`` for symmetry with other libraries: nothing of the caller's is
+        registered, so there is nothing to do at either end, and a graph can be replayed at once."""
+        self._check_open()
+        yield
+
+    def warmup(self) -> None:
+        """Make the first call as cheap as the others. Collective; call it before the first graph capture.
+
+        Kernels are loaded and run when the communicator is built; this sets up torch.distributed as well,
+        whose first call may not be captured.
+        """
+        self._check_open()
+        if self.world_size > 1 and not self.deterministic:
+            one = torch.ones(1, device=self.device)
+            self._torch.all_reduce(one, one)
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+
+    def check(self) -> None:
+        """Raise ``PeerTimeout`` if a kernel gave up on a peer. Costs one read of host memory."""
+        self._check_open()
+        if self._engine is not None:
+            self._engine.check()
+
+    def close(self) -> None:
+        """Release everything; idempotent, talks to nobody. Drop graphs with calls of this communicator before."""
+        if self._closed:
+            return
+        self._closed = True
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            torch.cuda.synchronize(self.device)
+            engine.close()
+
+    def __enter__(self) -> Communicator:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        # At interpreter exit CUDA may be gone already; the process's memory goes with it.
+        with contextlib.suppress(Exception):
+            self.close()
+
+    # -- introspection
+
+    @property
+    def closed(self) -> bool:
+        return self._closed
+
+    @property
+    def reason(self) -> str:
+        """Why this path: the reasons of all steps down, or why V2 is possible."""
+        return "; ".join(r.text for r in self._ladder.verdict.reasons)
+
+    def plan(self, numel: int, dtype: torch.dtype) -> Plan:
+        """What a call with ``numel`` elements of ``dtype`` would run."""
+        name = DTYPE_NAMES.get(dtype)
+        if self._engine is None or name is None or numel == 0:
+            return Plan(Path.TORCH.value, self._torch.backend, 0, 0, numel)
+        return self._engine.plan(numel, name)
+
+    def describe(self) -> dict:
+        """Path and reasons, what runs per dtype and size, memory and set-up times, ready for JSON."""
+        self._check_open()
+        verdict, engine = self._ladder.verdict, self._engine
+        return {
+            "path": self.path.value,
+            "backend": self._torch.backend,
+            "reasons": [{"code": r.code, "text": r.text, "rank": r.rank} for r in verdict.reasons],
+            "rank": self.rank,
+            "world_size": self.world_size,
+            "device": str(self.device),
+            "deterministic": engine is not None and (self.deterministic or self.path is Path.V2),
+            "bands": [band for dtype in DTYPE_NAMES for band in self._bands(dtype)],
+            "staging_bytes": engine.memory.nbytes if engine else 0,
+            "device_bytes": engine.memory.nbytes + engine.state.nbytes if engine else 0,
+            "timings": {name: round(seconds, 4) for name, seconds in self._ladder.timings.items()},
+            "kernels": {"compiled": engine.compiled, "cached": engine.cached} if engine else {"compiled": 0, "cached": 0},
+        }
+
+    def _bands(self, dtype: torch.dtype) -> list[dict]:
+        """Ranges of sizes that run the same algorithm; the edges are exact."""
+
+        def what(numel: int) -> tuple[str, str]:
+            plan = self.plan(numel, dtype)
+            return plan.path, plan.algorithm
+
+        size, last = ITEMSIZE[DTYPE_NAMES[dtype]], LARGEST_BAND // ITEMSIZE[DTYPE_NAMES[dtype]]
+        bands, first = [], 1
+        while first <= last:
+            high = first  # the last size known to run the same as `first`
+            while high < last and what(min(2 * high, last)) == what(first):
+                high = min(2 * high, last)
+            beyond = min(2 * high, last + 1)
+            while beyond - high > 1:
+                middle = (high + beyond) // 2
+                high, beyond = (middle, beyond) if what(middle) == what(first) else (high, middle)
+            path, algorithm = what(first)
+            to_bytes = None if high >= last else high * size
+            bands.append({"dtype": DTYPE_NAMES[dtype], "from_bytes": first * size, "to_bytes": to_bytes,
+                          "path": path, "algorithm": algorithm})
+            first = high + 1
+        return bands
+
+    # -- internals
+
+    def _fallback(self, original: dist.ProcessGroup, create_groups: bool) -> TorchEngine:
+        backend = self._ladder.verdict.backend
+        group = self.group
+        if backend == "nccl":
+            if _has_backend(original, "cuda:nccl"):
+                group = original
+            elif create_groups:
+                group = _sibling_group(original, "nccl")
+            else:
+                backend = "gloo"
+        return TorchEngine(group, self.device, self.world_size, backend)
+
+    def _route(self, x: torch.Tensor):
+        name = DTYPE_NAMES.get(x.dtype)
+        engine = self._engine
+        if engine is not None and name is not None and engine.takes(x.numel(), name):
+            return engine
+        if self.deterministic and self.world_size > 1:
+            raise NotDeterministicError(
+                f"rank {self.rank}: {x.dtype} is all-reduced by torch.distributed, whose bits differ from the exact "
+                "sum; use fp32, fp16 or bf16, or build the communicator without deterministic=True"
+            )
+        return self._torch
+
+    def _check_input(self, x: torch.Tensor) -> None:
+        self._check_open()
+        if not isinstance(x, torch.Tensor):
+            raise InputTypeError(f"rank {self.rank}: all_reduce takes a torch.Tensor, not {type(x).__name__}")
+        if x.device != self.device:
+            raise InputError(
+                f"rank {self.rank}: the tensor is on {x.device}, this communicator on {self.device}: move the tensor"
+            )
+        if x.layout is not torch.strided:
+            raise InputError(f"rank {self.rank}: layout {x.layout}: all_reduce takes strided tensors; use to_dense()")
+        if x.requires_grad and torch.is_grad_enabled():
+            raise InputError(
+                f"rank {self.rank}: the tensor requires grad and all_reduce is not differentiable: "
+                "detach it, or call it under torch.no_grad()"
+            )
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClosedError(f"rank {self.rank}: this communicator is closed: build a new one")
+
+
+
+def _check_output(x: torch.Tensor, out: torch.Tensor) -> None:
+    if not isinstance(out, torch.Tensor):
+        raise InputTypeError(f"out must be a torch.Tensor, not {type(out).__name__}")
+    if (out.shape, out.dtype, out.device, out.layout) != (x.shape, x.dtype, x.device, x.layout):
+        raise InputError(
+            f"out is {tuple(out.shape)} {out.dtype} on {out.device}, "
+            f"the input {tuple(x.shape)} {x.dtype} on {x.device}: they must agree"
+        )
+    if out.requires_grad and torch.is_grad_enabled():
+        raise InputError("out requires grad: detach it, or call all_reduce under torch.no_grad()")
+    first, last = x.data_ptr(), out.data_ptr()
+    if first == last and x.stride() == out.stride():
+        return
+    if max(first, last) < min(first + _span(x), last + _span(out)):
+        raise InputError("out overlaps the input without being the same view: pass out=x, or separate memory")
+
+
+def _span(x: torch.Tensor) -> int:
+    """Bytes from the first to the last element, both included."""
+    if x.numel() == 0:
+        return 0
+    return (1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))) * x.element_size()
+
+
+def _has_backend(group: dist.ProcessGroup, what: str) -> bool:
+    return what in dist.get_backend_config(group)
+
+
+def _sibling_group(group: dist.ProcessGroup, backend: str) -> dist.ProcessGroup:
+    """A group of the same ranks with another backend; only its members call this."""
+    return dist.new_group(dist.get_process_group_ranks(group), backend=backend, use_local_synchronization=True)
