@@ -34,7 +34,7 @@ _HOMES = {
         "SettingsError",
         "SetupError",
     ),
-    "probe": ("Capabilities", "probe"),
+    "probe": ("Capabilities",),
     "verdict": ("Path", "Reason", "Verdict"),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
@@ -65,7 +65,7 @@ if TYPE_CHECKING:
         SettingsError,
         SetupError,
     )
-    from .probe import Capabilities, probe
+    from .probe import Capabilities
     from .verdict import Path, Reason, Verdict
 
 

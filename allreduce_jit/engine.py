@@ -27,7 +27,7 @@ VERIFY_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
-class Place:
+class EngineConfig:
     """Where an engine runs; the same on all ranks but for ``rank`` and ``device``."""
 
     rank: int
@@ -46,11 +46,11 @@ class KernelEngine:
     path: str
     algorithms: dict[int, str]  # Report.algorithm -> name
 
-    def __init__(self, place: Place, layout: Layout, channels: tuple[int, int]):
-        self.place = place
+    def __init__(self, config: EngineConfig, layout: Layout, channels: tuple[int, int]):
+        self.config = config
         self.layout = layout
         self._channels = channels
-        self._raw_device = place.device.index
+        self._raw_device = config.device.index
         self.compiled = self.cached = 0
         self.memory: StagingMemory | None = None
         self.state: LocalState | None = None
@@ -59,8 +59,8 @@ class KernelEngine:
 
     def load(self, cache: KernelCache) -> None:
         """Compile (or fetch) and load every kernel that a plan can pick."""
-        for spec in catalogue(self.path, self.place.world_size):
-            artifact, was_cached = build(spec, self.place.arch, cache)
+        for spec in catalogue(self.path, self.config.world_size):
+            artifact, was_cached = build(spec, self.config.arch, cache)
             self.cached += was_cached
             self.compiled += not was_cached
             module = Module(artifact.cubin)
@@ -70,15 +70,15 @@ class KernelEngine:
     def allocate(self) -> str:
         """Allocate and poison the staging memory; returns the handle for the peers."""
         self.state = LocalState(*self._channels)
-        self.memory = StagingMemory(self.layout.nbytes, self.place.rank)
+        self.memory = StagingMemory(self.layout.nbytes, self.config.rank)
         return self.memory.handle()
 
     def connect(self, handles: Sequence[str]) -> None:
         """Map the peers' memory and read it once through the copy engine: it must hold the poison."""
         self.memory.connect(handles)
-        for rank in range(self.place.world_size):
+        for rank in range(self.config.world_size):
             if self.memory.read(rank, VERIFY_BYTES).count(0xFF) != VERIFY_BYTES:
-                raise SetupError(f"rank {self.place.rank} reads wrong bytes from the memory of rank {rank}")
+                raise SetupError(f"rank {self.config.rank} reads wrong bytes from the memory of rank {rank}")
         self._bind()
 
     def verify(self) -> None:
@@ -87,7 +87,7 @@ class KernelEngine:
         ``can_access_peer`` is no proof: on some machines peer writes are dropped or damaged.
         """
         self.state.set_deadline(VERIFY_SECONDS)
-        world_size, rank, device = self.place.world_size, self.place.rank, self.place.device
+        world_size, rank, device = self.config.world_size, self.config.rank, self.config.device
         for dtype in TORCH_DTYPES.values():
             numel = VERIFY_BYTES // dtype.itemsize - 1
             kinds = [reference.RANDOM, reference.SPECIALS]
@@ -106,7 +106,7 @@ class KernelEngine:
                 difference = reference.compare(out.cpu(), want.roll(turn)[: plan.chunk])
                 if difference.wrong:
                     raise SetupError(f"rank {rank}: {plan.algorithm} of {plan.chunk} {dtype} elements: {difference}")
-        self.state.set_deadline(self.place.settings.timeout_s)
+        self.state.set_deadline(self.config.settings.timeout_s)
 
     # -- service
 
@@ -114,7 +114,7 @@ class KernelEngine:
         """Sum ``x`` over the ranks into ``out`` (may be ``x``): contiguous, same shape, supported dtype, numel > 0.
 
         Raises:
-            Poisoned: an earlier call failed; nothing was launched.
+            PeerTimeout: an earlier call gave up on a peer; nothing was launched.
         """
         if self.state.words[0]:
             self.check()
@@ -129,7 +129,7 @@ class KernelEngine:
         expired, source, algorithm, phase, channel = self.state.words[:5]
         if expired:
             raise PeerTimeout(
-                f"rank {self.place.rank} waited in vain for rank {source} "
+                f"rank {self.config.rank} waited in vain for rank {source} "
                 f"({self.algorithms.get(algorithm, algorithm)}, phase {phase}, channel {channel}); "
                 "results since then are not valid. Close this communicator and build a new one."
             )

@@ -39,7 +39,3 @@ class NotDeterministicError(AllReduceError):
 
 class PeerTimeout(AllReduceError):
     """A peer did not take part in a call before the deadline; the communicator is poisoned."""
-
-
-class Poisoned(AllReduceError):
-    """An earlier call failed on this communicator; close it and build a new one."""

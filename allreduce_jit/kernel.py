@@ -35,7 +35,7 @@ def catalogue(path: str, world_size: int, dtypes: Sequence[str] = tuple(DTYPES))
     A CUDA module holds all dtypes at once (one compilation, one cubin); a Triton module holds one.
     """
     if path == "v2":
-        return [cuda_module(name, world_size) for name in ("one_shot", "two_shot")]
+        return [cuda_module(name, world_size) for name in CUDA_ALGORITHMS]
     if path == "legacy":
         return [
             triton_module(name, world_size, dtype, vector)

@@ -105,7 +105,7 @@ def _build(group, device: torch.device, deterministic: bool, ladder: Ladder, pat
         nonlocal engine
         from .cache import KernelCache
 
-        engine = _engine(path, _place(rank, device, deterministic, ladder))
+        engine = _engine(path, _config(rank, device, deterministic, ladder))
         engine.load(KernelCache(ladder.settings.cache_dir))
         return engine.allocate()
 
@@ -137,12 +137,12 @@ def _stage(group, ladder: Ladder, timing: str, code: str, work: Callable[[], obj
     return [answer["result"] for answer in answers]
 
 
-def _place(rank: int, device: torch.device, deterministic: bool, ladder: Ladder):
-    from .engine import Place
+def _config(rank: int, device: torch.device, deterministic: bool, ladder: Ladder):
+    from .engine import EngineConfig
 
     gpus = [c.gpu for c in ladder.capabilities]
     major, minor = gpus[rank].compute_capability
-    return Place(
+    return EngineConfig(
         rank=rank,
         world_size=len(gpus),
         device=device,
@@ -154,11 +154,11 @@ def _place(rank: int, device: torch.device, deterministic: bool, ladder: Ladder)
     )
 
 
-def _engine(path: Path, place):
+def _engine(path: Path, config):
     if path is Path.V2:
         from .v2 import V2Engine
 
-        return V2Engine(place)
+        return V2Engine(config)
     from .legacy import LegacyEngine
 
-    return LegacyEngine(place)
+    return LegacyEngine(config)

@@ -7,7 +7,7 @@ import ctypes
 import torch
 
 from .driver import Launch
-from .engine import DTYPE_NAMES, KernelEngine, Place
+from .engine import DTYPE_NAMES, KernelEngine, EngineConfig
 from .kernel import ITEMSIZE
 from .plan import PACKET, Plan, legacy_layout, legacy_part, legacy_plan, legacy_shape
 from .triton_kernels.legacy import BLOCK_BYTES, NUM_WARPS, signature
@@ -21,18 +21,18 @@ class LegacyEngine(KernelEngine):
     path = "legacy"
     algorithms = {3: "legacy_one_shot", 4: "legacy_two_shot"}
 
-    def __init__(self, place: Place):
-        layout = legacy_layout(place.world_size, place.settings.staging_mb << 20, BLOCK_BYTES)
+    def __init__(self, config: EngineConfig):
+        layout = legacy_layout(config.world_size, config.settings.staging_mb << 20, BLOCK_BYTES)
         channels = layout.one_shot_capacity // BLOCK_BYTES
-        super().__init__(place, layout, (channels, channels))
+        super().__init__(config, layout, (channels, channels))
         self._kernels: dict[tuple[str, str, bool], tuple[object, int]] = {}
         self._tables: dict[str, torch.Tensor] = {}
         self._launches: dict[tuple[str, str, bool, int], tuple[dict[str, ctypes._SimpleCData], Launch]] = {}
 
     def plan(self, numel: int, dtype: str) -> Plan:
-        place = self.place
+        config = self.config
         return legacy_plan(
-            place.world_size, dtype, numel, self.layout, BLOCK_BYTES, THREADS, place.nvlink, place.deterministic
+            config.world_size, dtype, numel, self.layout, BLOCK_BYTES, THREADS, config.nvlink, config.deterministic
         )
 
     def run(self, plan: Plan, x: torch.Tensor, out: torch.Tensor) -> None:
@@ -46,12 +46,12 @@ class LegacyEngine(KernelEngine):
     def _bind(self) -> None:
         for algorithm, offset in (("legacy_one_shot", 0), ("legacy_two_shot", self.layout.two_shot_offset)):
             addresses = [address + offset for address in self.memory.addresses]
-            self._tables[algorithm] = torch.tensor(addresses, dtype=torch.int64, device=self.place.device)
+            self._tables[algorithm] = torch.tensor(addresses, dtype=torch.int64, device=self.config.device)
 
     def _verification_plans(self, numel: int, dtype: torch.dtype) -> list[Plan]:
         # Both kernels in both forms: an odd number of elements takes the scalar one, a whole one the vector one.
         name = DTYPE_NAMES[dtype]
-        layout, world_size = self.layout, self.place.world_size
+        layout, world_size = self.layout, self.config.world_size
         return [
             legacy_shape(algorithm, world_size, name, n, layout, BLOCK_BYTES, THREADS)
             for algorithm in self.algorithms.values()
@@ -68,7 +68,7 @@ class LegacyEngine(KernelEngine):
             numel = min(left, plan.chunk)
             nbytes = numel * ITEMSIZE[dtype]
             vector = (source | target | nbytes) % PACKET == 0
-            part = legacy_part(self.place.world_size, numel, BLOCK_BYTES // ITEMSIZE[dtype])
+            part = legacy_part(self.config.world_size, numel, BLOCK_BYTES // ITEMSIZE[dtype])
             blocks = part * ITEMSIZE[dtype] if plan.algorithm == "legacy_two_shot" else nbytes
             arguments, launch = self._prepared(plan.algorithm, dtype, vector, -(-blocks // BLOCK_BYTES))
             arguments["x"].value, arguments["out"].value, arguments["numel"].value = source, target, numel
@@ -94,7 +94,7 @@ class LegacyEngine(KernelEngine):
             "epoch": self.state.one_shot_epochs if first else self.state.two_shot_epochs,
             "control": self.state.control,
             "report": self.state.report,
-            "rank": self.place.rank,
+            "rank": self.config.rank,
             "capacity": self.layout.one_shot_capacity if first else self.layout.two_shot_capacity,
         }
         ctype = {"i32": ctypes.c_int32, "i64": ctypes.c_int64}

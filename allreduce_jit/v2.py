@@ -7,7 +7,7 @@ import ctypes
 import torch
 
 from .driver import Launch
-from .engine import DTYPE_NAMES, KernelEngine, Place
+from .engine import DTYPE_NAMES, KernelEngine, EngineConfig
 from .kernel import DTYPES
 from .plan import MAX_BLOCK, PACKET, WARP, Plan, v2_layout, v2_plan
 
@@ -37,17 +37,17 @@ class V2Engine(KernelEngine):
     path = "v2"
     algorithms = {1: "one_shot", 2: "two_shot"}
 
-    def __init__(self, place: Place):
-        layout = v2_layout(place.world_size, place.settings.staging_mb << 20)
-        super().__init__(place, layout, (layout.one_shot_capacity // WARP, layout.two_shot_capacity // WARP))
-        self._pdl = place.settings.pdl and int(place.arch.removeprefix("sm_")) >= 90
+    def __init__(self, config: EngineConfig):
+        layout = v2_layout(config.world_size, config.settings.staging_mb << 20)
+        super().__init__(config, layout, (layout.one_shot_capacity // WARP, layout.two_shot_capacity // WARP))
+        self._pdl = config.settings.pdl and int(config.arch.removeprefix("sm_")) >= 90
         self._kernels: dict[str, object] = {}
         self._args: dict[str, Args] = {}
         self._launches: dict[tuple[str, int, int], Launch] = {}
         self._steps: dict[tuple[int, torch.dtype], tuple[Args, Launch]] = {}
 
     def plan(self, numel: int, dtype: str) -> Plan:
-        return v2_plan(self.place.world_size, dtype, numel, self.place.sm_count, self.layout)
+        return v2_plan(self.config.world_size, dtype, numel, self.config.sm_count, self.layout)
 
     def takes(self, numel: int, dtype: str) -> bool:
         return True
@@ -66,8 +66,8 @@ class V2Engine(KernelEngine):
             ("one_shot", 0, layout.one_shot_capacity, state.one_shot_epochs),
             ("two_shot", layout.two_shot_offset, layout.two_shot_capacity, state.two_shot_epochs),
         ):
-            args = Args(epochs=epochs, control=state.control, report=state.report, rank=self.place.rank, capacity=capacity)
-            args.staging[: self.place.world_size] = [a + offset for a in self.memory.addresses]
+            args = Args(epochs=epochs, control=state.control, report=state.report, rank=self.config.rank, capacity=capacity)
+            args.staging[: self.config.world_size] = [a + offset for a in self.memory.addresses]
             self._args[algorithm] = self._args[f"{algorithm}_loop"] = args
 
     def _verification_plans(self, numel: int, dtype: torch.dtype) -> list[Plan]:
@@ -87,7 +87,7 @@ class V2Engine(KernelEngine):
 
     def _step(self, plan: Plan, dtype: torch.dtype) -> tuple[Args, Launch]:
         args = self._args[plan.algorithm]
-        name = f"{plan.algorithm}_{DTYPES[DTYPE_NAMES[dtype]]}_ws{self.place.world_size}"
+        name = f"{plan.algorithm}_{DTYPES[DTYPE_NAMES[dtype]]}_ws{self.config.world_size}"
         key = (name, plan.grid, plan.block)
         if key not in self._launches:
             self._launches[key] = Launch(self._kernels[name], [args], plan.grid, plan.block, pdl=self._pdl)

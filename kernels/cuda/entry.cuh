@@ -8,7 +8,6 @@
 
 #define JOIN_(a, b, c, d) a##_##b##_##c##d
 #define JOIN(a, b, c, d) JOIN_(a, b, c, d)
-#define BODY(...) __VA_ARGS__
 
 #ifdef VIRTUAL_RANKS
 #define PARAMETER const Args *ranks
@@ -20,8 +19,7 @@
 
 #define ENTRY(name, dtype, Dtype, body)                                                                  \
     extern "C" __global__ void __launch_bounds__(512, WORLD_SIZE > 4 ? 1 : 2) JOIN(name, dtype, ws, WORLD_SIZE)(PARAMETER) { \
-        typedef Dtype T;                                                                                 \
-        BODY body(ARGS);                                                                                 \
+        body<Dtype>(ARGS);                                                                               \
     }
 
 #define ENTRY_ALL_DTYPES(name, body) \

@@ -1,49 +1,39 @@
 // One-shot push all-reduce: every rank sends its whole tensor to every peer and sums all of them.
 //
 // (WORLD_SIZE - 1) * S bytes out, one hop. WORLD_SIZE is defined by the compiler front.
-// Contract: grid.x * block.x <= capacity, block.x % 32 == 0; every rank passes the same numel and grid.
-// one_shot_*: numel packets <= threads, one packet a thread. one_shot_loop_*: any numel.
+// Contract: one packet a thread; grid.x * block.x <= capacity, block.x % 32 == 0; every rank passes the
+// same numel (block and grid may differ from call to call, and between ranks).
 #include "entry.cuh"
 #include "packet.cuh"
 #include "staging.cuh"
 
 constexpr u32 ONE_SHOT = 1;
 
-template <class T, bool LOOP>
+template <class T>
 __device__ inline void one_shot(const Args &a) {
     griddepcontrol_launch_dependents();
     const u32 index = blockIdx.x * blockDim.x + threadIdx.x, lane = index % 32;
-    const u64 threads = gridDim.x * blockDim.x;
-    const u64 packets = Tensor<T>::packets(a.numel);
     const Tensor<T> in(a.in, a.numel), out(a.out, a.numel);
-    if (index - lane >= packets) return;  // an idle channel, on every rank
+    if (index - lane >= Tensor<T>::packets(a.numel)) return;  // an idle channel, on every rank
 
     // Before this, an earlier kernel of the stream may still be writing the input, the epoch or the slots.
     griddepcontrol_wait();
     const u64 epoch = a.epochs + index / 32 * 4;
-    u32 parity = ld_relaxed_gpu_u32(epoch) & 1;
+    const u32 parity = ld_relaxed_gpu_u32(epoch) & 1;
     bool ok = alive(a);
-    for (u64 packet = index;;) {
-        Packet v[WORLD_SIZE];
-        Packet own = in.load(packet);
+    Packet v[WORLD_SIZE];
+    Packet own = in.load(index);
 #pragma unroll
-        for (u32 k = 1; k < WORLD_SIZE; k++)
-            if (ok) push(a, (a.rank + k) % WORLD_SIZE, 0, parity, index, own);
+    for (u32 k = 1; k < WORLD_SIZE; k++)
+        if (ok) push(a, (a.rank + k) % WORLD_SIZE, 0, parity, index, own);
 #pragma unroll
-        for (u32 s = 0; s < WORLD_SIZE; s++)
-            if (s == a.rank) v[s] = own;
-        ok = receive(a, ONE_SHOT, 0, parity, index, ok, v);
-        out.store(packet, sum_in_rank_order<T>(v));
-        poison(a, 0, parity, index);
-        parity ^= 1;
-        packet += threads;
-        if (!LOOP || packet - lane >= packets) break;
-        fence_acq_rel_sys();  // this epoch's poisoning before the next epoch's push
-    }
-    // The loads of the epoch by the other lanes came before their packets did.
-    __syncwarp();
-    if (lane == 0) st_relaxed_gpu_u32(epoch, parity);
+    for (u32 s = 0; s < WORLD_SIZE; s++)
+        if (s == a.rank) v[s] = own;
+    receive(a, ONE_SHOT, 0, parity, index, ok, v);
+    out.store(index, sum_in_rank_order<T>(v));
+    poison(a, 0, parity, index);
+    __syncwarp();  // every lane has read the epoch
+    if (lane == 0) st_relaxed_gpu_u32(epoch, parity ^ 1);
 }
 
-ENTRY_ALL_DTYPES(one_shot, (one_shot<T, false>))
-ENTRY_ALL_DTYPES(one_shot_loop, (one_shot<T, true>))
+ENTRY_ALL_DTYPES(one_shot, one_shot)

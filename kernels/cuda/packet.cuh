@@ -43,6 +43,9 @@ struct Tensor {
 
     __device__ static u64 packets(u64 numel) { return (numel + ELEMENTS<T> - 1) / ELEMENTS<T>; }
 
+    // Packets of each of WORLD_SIZE equal parts.
+    __device__ static u64 part(u64 numel) { return (packets(numel) + WORLD_SIZE - 1) / WORLD_SIZE; }
+
     // Packet number `packet`, zeros past the end: padding is sent like data, so that every thread of
     // an active warp always exchanges a packet with every peer (the protocol's safety needs it).
     __device__ Packet load(u64 packet) const {

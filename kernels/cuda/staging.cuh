@@ -7,10 +7,11 @@
 // A channel is a warp index of the whole grid. Each channel alternates between two parities, kept in its
 // own epoch word in local memory, so grids and block sizes may differ from call to call. Overwriting is
 // safe because (1) every lane of an active warp exchanges a packet with every peer in every epoch, and
-// (2) a rank pushes epoch e+1 only after its epoch e is complete, poisoning included: hearing from a peer
-// in epoch e+1 allows writing the slots of epoch e there again, in epoch e+2. Between kernels the end of
-// the kernel (griddepcontrol.wait under PDL) orders poisoning before pushing; within a kernel that loops
-// over epochs a fence per iteration does.
+// (2) one kernel is one epoch, and a rank pushes only when its earlier kernels are complete, poisoning
+// included (griddepcontrol.wait): hearing from a peer in epoch e+1 allows writing the slots of epoch e
+// there again, in epoch e+2.
+//
+// (pipelined.cu uses slots without the sentinel, with flags; its own header says how.)
 #pragma once
 #include "ptx.cuh"
 
@@ -83,15 +84,21 @@ __device__ inline bool give_up(const Args &a, u64 &started, u32 algorithm, u32 p
 
 __device__ inline bool alive(const Args &a) { return ld_relaxed_gpu_u32(a.control) == 0; }
 
+// One packet per peer from slots that are known to be filled; NOTHING where the wait was given up.
+__device__ inline void fetch(const Args &a, u32 phase, u32 parity, u32 index, bool ok, Packet (&v)[WORLD_SIZE]) {
+    u64 mine = slot(a, a.rank, phase, parity, 0, index);
+#pragma unroll
+    for (u32 s = 0; s < WORLD_SIZE; s++)
+        if (s != a.rank) v[s] = ok ? ld_relaxed_sys_v4(mine + u64(s) * a.capacity * 16) : NOTHING;
+}
+
 // Wait for the packet of every peer; v[a.rank] is left alone. All loads first, then all checks, so that
 // the round trips overlap. Returns whether all arrived; if not, the missing ones are EMPTY.
 __device__ inline bool receive(const Args &a, u32 algorithm, u32 phase, u32 parity, u32 index, bool alive,
                                Packet (&v)[WORLD_SIZE]) {
     u64 mine = slot(a, a.rank, phase, parity, 0, index);
     u64 stride = u64(a.capacity) * 16;
-#pragma unroll
-    for (u32 s = 0; s < WORLD_SIZE; s++)
-        if (s != a.rank) v[s] = alive ? ld_relaxed_sys_v4(mine + s * stride) : NOTHING;
+    fetch(a, phase, parity, index, alive, v);
     if (!alive) return false;
     u64 started = 0;
     for (u32 spins = 1;; spins++) {

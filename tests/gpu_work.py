@@ -1,0 +1,297 @@
+"""What each rank does in ``test_gpus.py``: functions of a ``ranks.Place`` that raise when something is wrong."""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from dataclasses import replace
+
+import torch
+import torch.distributed as dist
+
+import allreduce_jit
+from allreduce_jit import reference
+from allreduce_jit.communicator import Communicator
+from allreduce_jit.engine import DTYPE_NAMES, TORCH_DTYPES
+from allreduce_jit.plan import PACKET, ceil_div, v2_shape
+from allreduce_jit.verdict import Path
+
+DTYPES = list(TORCH_DTYPES.values())
+SIZES = [0, 1, 2, 3, 7, 8, 9, 63, 64, 65, 511, 512, 4095, 4097, 32_768, 99_991, 262_144, 1_000_003, (1 << 22) + 1, 1 << 24]
+
+
+def check(place, comm, numel, dtype, seed, *, kind=reference.RANDOM, offset=0, in_place=False, call=None, ranks=None):
+    """One all-reduce of fresh data, every bit. ``ranks``: world size of the data, default the communicator's."""
+    n = comm.world_size if ranks is None else ranks
+    storage = torch.empty(numel + offset, dtype=dtype, device=place.device)
+    reference.poison(storage)
+    x = storage[offset:]
+    x.copy_(reference.values(seed, comm.rank, numel, dtype, place.device, kind=kind))
+    out = x if in_place else torch.empty_like(x)
+    if not in_place:
+        reference.poison(out)
+    call(x, out) if call else comm.all_reduce(x, out=out)
+    difference = reference.compare(out, reference.expected(seed, n, numel, dtype, place.device, kind=kind))
+    assert not difference.wrong, f"rank {comm.rank}: {numel} {dtype} offset {offset} in place {in_place}: {difference}"
+
+
+def expect_path(comm, path):
+    assert comm.path is path, f"{comm.path.value}, wanted {path.value}: {comm.reason}"
+
+
+def sizes(place, path, max_numel=1 << 28):
+    """Sizes from 0 to 1 GB, all dtypes, odd, misaligned, in place; what torch.distributed takes is exact data."""
+    with allreduce_jit.init(device=place.device) as comm:
+        expect_path(comm, path)
+        for dtype in DTYPES:
+            for seed, numel in enumerate([*SIZES, min(max_numel, (1 << 30) // dtype.itemsize)]):
+                ours = comm.plan(numel, dtype).path == path.value
+                kind = reference.RANDOM if ours else reference.INTEGERS
+                check(place, comm, numel, dtype, seed, kind=kind)
+                check(place, comm, numel, dtype, seed + 100, kind=kind, offset=1, in_place=True)
+                if ours:
+                    check(place, comm, numel, dtype, seed + 200, kind=reference.SPECIALS, offset=3)
+        comm.check()
+
+
+def algorithms(place):
+    """Every algorithm at every size, whatever the plan would pick: the same bits."""
+    with allreduce_jit.init(device=place.device, deterministic=True) as comm:
+        expect_path(comm, Path.V2)
+        engine = comm._engine
+        dice = random.Random(7)
+        for seed in range(200):
+            dtype, name = dice.choice(DTYPES), dice.choice(["one_shot", "two_shot"])
+            numel = int(2 ** dice.uniform(0, 22))
+            packets = ceil_div(numel * dtype.itemsize, PACKET)
+            layout = engine.layout
+            capacity = layout.one_shot_capacity
+            if name == "two_shot":
+                packets, capacity = ceil_div(packets, comm.world_size), layout.two_shot_capacity
+            plan = v2_shape(name, packets, numel, comm.world_size, dice.choice([1, 7, 132]), capacity)
+            check(place, comm, numel, dtype, seed, offset=dice.randint(0, 2), call=lambda x, o, p=plan: engine.run(p, x, o))
+        if comm.rank == 0:
+            time.sleep(0.2)  # a late rank
+        check(place, comm, 5000, torch.bfloat16, 1)
+
+
+def legacy_chunks(place):
+    """deterministic=True never leaves the legacy kernels: large tensors take several launches."""
+    with Communicator(dist.group.WORLD, place.device, deterministic=True, highest=Path.LEGACY) as comm:
+        expect_path(comm, Path.LEGACY)
+        for numel in (10, 30_000_001):
+            for dtype in DTYPES:
+                check(place, comm, numel, dtype, numel)
+                check(place, comm, numel, dtype, numel, offset=1)
+
+
+def graphs(place, path):
+    """Several graphs on one communicator, replayed at once and in turn, inputs freed or overwritten in between."""
+    with allreduce_jit.init(device=place.device) as comm:
+        expect_path(comm, path)
+        captured = []
+        stream = torch.cuda.Stream(place.device)
+        for numel, dtype in [(100, torch.bfloat16), (50_000, torch.float16), (700_001, torch.float32)]:
+            static = reference.values(0, comm.rank, numel, dtype, place.device)
+            graph = torch.cuda.CUDAGraph()
+            with comm.capture(), torch.cuda.graph(graph, stream=stream):
+                temporary = static * 1  # lives in the graph's pool and is reused by later captures
+                first = comm.all_reduce(temporary)
+                second = comm.all_reduce(static)
+                comm.all_reduce(first, out=first)
+            captured.append((graph, static, first, second, numel, dtype))
+        for turn in range(6):
+            for graph, static, first, second, numel, dtype in captured[:: 1 if turn % 2 else -1]:
+                seed = turn + 10
+                torch.empty(1 << 20, device=place.device).normal_()  # the allocator hands freed memory out again
+                static.copy_(reference.values(seed, comm.rank, numel, dtype, place.device))
+                graph.replay()
+                check(place, comm, 777, dtype, seed)  # an eager call in between
+                want = reference.expected(seed, comm.world_size, numel, dtype, place.device)
+                twice = reference.ordered_sum([want] * comm.world_size)
+                for result, right in ((second, want), (first, twice)):
+                    difference = reference.compare(result, right)
+                    assert not difference.wrong, f"rank {comm.rank} turn {turn} {numel} {dtype}: {difference}"
+        torch.cuda.synchronize()
+        captured.clear()
+
+
+def groups(place):
+    """Subgroups at once, and several communicators on one group."""
+    halves = [list(range(0, place.world_size // 2)), list(range(place.world_size // 2, place.world_size))]
+    halves = [h for h in halves if len(h) > 1]
+    made = [dist.new_group(h) for h in halves]
+    comms = [allreduce_jit.init(device=place.device) for _ in range(2)]
+    for members, group in zip(halves, made, strict=True):
+        if place.rank in members:
+            comms.append(allreduce_jit.init(group, place.device))
+    for seed in range(40):
+        for index, comm in enumerate(comms):
+            expect_path(comm, Path.V2)
+            check(place, comm, 1 + 997 * seed * (index + 1), DTYPES[seed % 3], seed)
+    for comm in comms:
+        comm.close()
+        comm.close()
+
+
+def bad_input(place):
+    """An error on the calling rank, nothing launched, and the communicator stays usable."""
+    with allreduce_jit.init(device=place.device, deterministic=True) as comm:
+        x = torch.ones(8, device=place.device, dtype=torch.bfloat16)
+        other = torch.device("cuda", (place.device.index + 1) % place.world_size)
+        wrong = [
+            lambda: comm.all_reduce([1.0]),
+            lambda: comm.all_reduce(torch.ones(8)),
+            lambda: comm.all_reduce(x.to(other)),
+            lambda: comm.all_reduce(torch.ones(8, device=place.device, requires_grad=True)),
+            lambda: comm.all_reduce(x.to(torch.int32)),
+            lambda: comm.all_reduce(x, out=x[:4]),
+            lambda: comm.all_reduce(x[:4], out=x[1:5]),
+            lambda: comm.all_reduce(x, out=torch.ones(8)),
+        ]
+        for number, call in enumerate(wrong):
+            if number % place.world_size == place.rank:  # on one rank only: the others are not involved
+                try:
+                    call()
+                except allreduce_jit.AllReduceError as e:
+                    assert str(e)
+                else:
+                    raise AssertionError(f"bad input {number} was taken")
+        check(place, comm, 1000, torch.bfloat16, 3)
+    try:
+        comm.all_reduce(x)
+    except allreduce_jit.ClosedError:
+        pass
+    else:
+        raise AssertionError("a closed communicator took a tensor")
+    with allreduce_jit.init(device=place.device) as comm:
+        total = comm.all_reduce(torch.full((5,), place.rank, dtype=torch.int64, device=place.device))
+        assert total.tolist() == [sum(range(place.world_size))] * 5
+        transposed = torch.arange(12.0, device=place.device).view(3, 4).t()
+        assert torch.equal(comm.all_reduce(transposed), transposed * place.world_size)
+
+
+def dropin(place, name, disabled):
+    cls = allreduce_jit.dispatch_custom_allreduce(place.control, place.device)
+    assert cls.__name__ == name, cls
+    ar = cls(place.control, place.device, max_size=1 << 20)
+    assert ar.disabled is disabled, ar.reason
+    x = reference.values(1, place.rank, 5001, torch.bfloat16, place.device, kind=reference.INTEGERS)
+    copy = x.clone()
+    want = reference.expected(1, place.world_size, 5001, torch.bfloat16, place.device, kind=reference.INTEGERS)
+    assert ar.should_custom_ar(x) is not disabled
+    assert not ar.should_custom_ar(torch.empty(1 << 20, device=place.device))
+    assert not ar.should_custom_ar(x.to(torch.int32))
+    if not disabled:
+        with ar.capture(), ar.capture():
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                captured = ar.custom_all_reduce(x)
+        graph.replay()
+        assert torch.equal(captured, want)
+    assert torch.equal(ar.custom_all_reduce(x), want)
+    assert torch.equal(x, copy)
+    torch.cuda.synchronize()
+    ar.close()
+    ar.close()
+    assert not ar.should_custom_ar(x)
+
+
+def without_nvlink(place):
+    """Forced capability: NVLink denied, so legacy takes over, captured and replayed."""
+    from allreduce_jit import ladder
+
+    real = ladder.probe
+
+    def denied(device):
+        caps = real(device)
+        return replace(caps, links=tuple(replace(link, nvlink=False) for link in caps.links))
+
+    ladder.probe = denied
+    try:
+        dropin(place, "CustomAllreduce", False)
+        with allreduce_jit.init(device=place.device) as comm:
+            expect_path(comm, Path.LEGACY)
+            assert comm.describe()["reasons"][0]["code"] == "no-nvlink"
+        graphs(place, Path.LEGACY)
+    finally:
+        ladder.probe = real
+
+
+def failures_step_down(place):
+    """One rank that cannot build, map or verify takes all of them down one step, with the reason."""
+    from allreduce_jit import engine, errors, v2
+
+    for name, code in (("load", "build-failed"), ("connect", "map-failed"), ("verify", "verify-failed")):
+        original = getattr(v2.V2Engine, name)
+
+        def fail(self, *args, original=original):
+            if self.config.rank == 1:
+                raise errors.SetupError("planted")
+            return original(self, *args)
+
+        setattr(v2.V2Engine, name, fail)
+        saved, engine.VERIFY_SECONDS = engine.VERIFY_SECONDS, 1.0
+        try:
+            with allreduce_jit.init(device=place.device) as comm:
+                expect_path(comm, Path.LEGACY)
+                first = comm.describe()["reasons"][0]
+                assert (first["code"], first["rank"]) == (code, 1) or name == "verify", first
+                check(place, comm, 1000, torch.float16, 5)
+        finally:
+            setattr(v2.V2Engine, name, original)
+            engine.VERIFY_SECONDS = saved
+
+
+def late_peer(place):
+    """A rank that skips a call: the others are told who, within the deadline, and a new communicator works."""
+    os.environ["ALLREDUCE_JIT_TIMEOUT"] = "1.5"
+    for highest in (Path.V2, Path.LEGACY):
+        comm = Communicator(dist.group.WORLD, place.device, deterministic=True, highest=highest)
+        expect_path(comm, highest)
+        x = reference.values(0, place.rank, 300_000, torch.bfloat16, place.device)
+        comm.all_reduce(x)
+        torch.cuda.synchronize()
+        place.barrier()
+        if place.rank != 1:
+            started = time.monotonic()
+            comm.all_reduce(x)
+            torch.cuda.synchronize()
+            waited = time.monotonic() - started
+            assert 1.0 < waited < 4.0, waited
+            for attempt in (comm.check, lambda: comm.all_reduce(x)):
+                try:
+                    attempt()
+                except allreduce_jit.PeerTimeout as e:
+                    assert "for rank 1 " in str(e), e
+                else:
+                    raise AssertionError("nobody was told")
+        place.barrier()
+        comm.close()
+    os.environ.pop("ALLREDUCE_JIT_TIMEOUT")
+    with allreduce_jit.init(device=place.device) as comm:
+        check(place, comm, 300_000, torch.bfloat16, 9)
+
+
+def same_gpu(place):
+    """Two ranks on one GPU: gloo through the host."""
+    with allreduce_jit.init(place.control, "cuda:0") as comm:
+        expect_path(comm, Path.TORCH)
+        assert comm.describe()["reasons"][0]["code"] == "same-gpu"
+        assert comm.describe()["backend"] == "gloo"
+        x = torch.full((1000,), place.rank + 1.0, device="cuda:0")
+        assert torch.equal(comm.all_reduce(x), torch.full_like(x, sum(range(1, place.world_size + 1))))
+
+
+def suite(place, names):
+    """Several of the above in one set of processes; they tell which failed."""
+    for name, args in names:
+        try:
+            globals()[name](place, *args)
+        except BaseException as e:
+            e.add_note(f"in {name}{args}") if hasattr(e, "add_note") else None
+            raise
+        torch.cuda.synchronize()
+        place.barrier()
+    return [name for name, _ in names]

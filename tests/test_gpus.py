@@ -1,0 +1,53 @@
+"""Real ranks on 2, 3 and 4 GPUs: every rung of the ladder, eager and captured, every bit."""
+
+import gpu_work
+import pytest
+
+from allreduce_jit import ranks
+from allreduce_jit.verdict import Path
+
+WORLDS = [pytest.param(n, marks=pytest.mark.gpus(n), id=f"{n} GPUs") for n in (2, 3, 4)]
+
+
+def run(n, *names):
+    done = ranks.run(gpu_work.suite, [n if isinstance(n, tuple) else (n, ()) for n in names], gpus=n, deadline=240).value
+    assert len(done) == len(names)
+
+
+@pytest.mark.parametrize("n", WORLDS)
+def test_v2(n):
+    run(n, ("sizes", (Path.V2,)), "algorithms", ("graphs", (Path.V2,)), "bad_input", ("dropin", ("CustomAllReduceV2", False)))
+
+
+@pytest.mark.parametrize("n", WORLDS)
+def test_legacy_by_the_switch(n, monkeypatch):
+    monkeypatch.setenv("SGLANG_OPT_USE_CUSTOM_ALL_REDUCE_V2", "off")
+    run(n, ("sizes", (Path.LEGACY, 1 << 26)), ("graphs", (Path.LEGACY,)), ("dropin", ("CustomAllreduce", False)), "legacy_chunks")
+
+
+@pytest.mark.parametrize("n", WORLDS)
+def test_torch_by_the_switch(n, monkeypatch):
+    monkeypatch.setenv("ALLREDUCE_JIT_PATH", "torch")
+    run(n, ("sizes", (Path.TORCH, 1 << 24)), ("dropin", ("CustomAllreduce", True)))
+
+
+@pytest.mark.parametrize("n", WORLDS)
+def test_ladder(n):
+    run(n, "without_nvlink", "failures_step_down", "late_peer")
+
+
+@pytest.mark.gpus(4)
+def test_groups():
+    run(4, "groups")
+
+
+@pytest.mark.gpus(2)
+def test_expandable_segments(monkeypatch):
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    run(2, ("graphs", (Path.V2,)))
+
+
+@pytest.mark.gpus(1)
+def test_two_ranks_on_one_gpu(monkeypatch):
+    monkeypatch.setattr(ranks, "_devices", lambda gpus, cpu: ["cuda:0", "cuda:0"])
+    run(1, "same_gpu")

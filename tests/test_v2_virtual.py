@@ -1,0 +1,108 @@
+"""The V2 kernels with 2 to 8 virtual ranks on one GPU, every bit."""
+
+import random
+
+import pytest
+import torch
+
+from allreduce_jit import reference
+from allreduce_jit.plan import PACKET, WARP, ceil_div, v2_shape
+
+pytestmark = pytest.mark.gpus(1)
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+@pytest.fixture(scope="module", params=range(2, 9))
+def world(request):
+    from virtual import VirtualWorld
+
+    torch.cuda.init()
+    world = VirtualWorld(request.param)
+    world.set_deadline(20)
+    return world
+
+
+def plan_of(world, algorithm, numel, dtype):
+    """The grid a real plan would take, kept within what one GPU holds for all ranks together."""
+    packets = ceil_div(numel * dtype.itemsize, PACKET)
+    two_shot = algorithm.startswith("two_shot")
+    capacity = world.layout.two_shot_capacity if two_shot else world.layout.one_shot_capacity
+    if two_shot:
+        packets = ceil_div(packets, world.world_size)
+    sm_count = torch.cuda.get_device_properties(0).multi_processor_count // world.world_size
+    return v2_shape(algorithm, packets, numel, world.world_size, sm_count, min(capacity, 512 * sm_count))
+
+
+def check(world, algorithm, numel, dtype, seed, *, kind=reference.RANDOM, offset=0, in_place=False, grid=None):
+    n = world.world_size
+    inputs = []
+    for rank in range(n):
+        storage = torch.empty(numel + offset, dtype=dtype, device="cuda")
+        reference.poison(storage)
+        inputs.append(storage[offset:].copy_(reference.values(seed, rank, numel, dtype, "cuda", kind=kind)))
+    want = reference.ordered_sum(inputs)
+    outs = inputs if in_place else [torch.empty_like(x) for x in inputs]
+    if not in_place:
+        for out in outs:
+            reference.poison(out)
+    plan = plan_of(world, algorithm, numel, dtype)
+    name, shape = plan.algorithm, (plan.grid, plan.block)
+    if grid is not None:
+        name, shape = algorithm + "_loop", grid
+    world.all_reduce(name, inputs, outs, *shape)
+    for rank, out in enumerate(outs):
+        difference = reference.compare(out, want)
+        assert not difference.wrong, f"{name} {numel} {dtype} rank {rank} of {n}: {difference}"
+    assert not world.report.any()
+    return name
+
+
+@pytest.mark.parametrize("algorithm", ["one_shot", "two_shot"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sizes(world, algorithm, dtype):
+    names = set()
+    for seed, numel in enumerate([1, 2, 3, 7, 8, 9, 255, 256, 257, 4095, 65536, 99_991, 1 << 20, (1 << 22) + 5]):
+        names.add(check(world, algorithm, numel, dtype, seed))
+        check(world, algorithm, numel, dtype, seed, in_place=True, offset=1)
+    assert names == {algorithm, algorithm + "_loop"}
+    assert world.fully_poisoned()
+
+
+@pytest.mark.parametrize("algorithm", ["one_shot", "two_shot"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_special_values(world, algorithm, dtype):
+    for numel in (1000, 300_000):
+        check(world, algorithm, numel, dtype, 5, kind=reference.SPECIALS)
+
+
+def test_mixed_calls(world):
+    """Sizes, dtypes, algorithms and grids back to back: the parities of the channels must never mix."""
+    dice = random.Random(world.world_size)
+    for seed in range(150):
+        algorithm, dtype = dice.choice(["one_shot", "two_shot"]), dice.choice(DTYPES)
+        numel = int(2 ** dice.uniform(0, 18))
+        grid = (dice.randint(1, 4), WARP * dice.randint(1, 8)) if dice.random() < 0.5 else None
+        check(world, algorithm, numel, dtype, seed, offset=dice.randint(0, 3), grid=grid)
+    assert world.fully_poisoned()
+
+
+def test_missing_rank_ends_the_wait_and_is_named(world):
+    from virtual import VirtualWorld
+
+    broken = VirtualWorld(world.world_size)
+    broken.set_deadline(0.2)
+    last = world.world_size - 1
+    inputs = [reference.values(0, rank, 5000, torch.bfloat16, "cuda") for rank in range(world.world_size)]
+    outs = [torch.zeros_like(x) for x in inputs]
+    broken.all_reduce("two_shot", inputs, outs, *(lambda p: (p.grid, p.block))(plan_of(broken, "two_shot", 5000, torch.bfloat16)), skip=(last,))
+    assert broken.report[:last, 0].tolist() == [1] * last
+    assert broken.report[:last, 1].tolist() == [last] * last
+    assert not broken.report[last].any()
+    for out in outs[:last]:
+        assert bool(out.isnan().any())
+    # A poisoned rank ends at once and pushes nothing more: the late one must not read two epochs mixed.
+    before = broken.staging[last].clone()
+    broken.all_reduce("one_shot", inputs, outs, 5, 128, skip=(last,))
+    assert torch.equal(before, broken.staging[last])
+    assert bool(outs[0].isnan().all())
