@@ -20,12 +20,13 @@ from .verdict import CODES, Path, Reason, Verdict
 
 logger = logging.getLogger("allreduce_jit")
 Caps = Sequence[Capabilities]
+Wishes = Sequence[Settings]
 T = TypeVar("T")
 
 
 def decide(
-    caps: Sequence[Capabilities],
-    settings: Sequence[Settings],
+    caps: Caps,
+    settings: Wishes,
     supported_world_sizes: Collection[int] = range(2, 9),
     nnodes: int = 1,
 ) -> Verdict:
@@ -52,7 +53,7 @@ def decide(
     if not_v2 is None:
         why = Reason("full-nvlink", f"NVLink and peer access between all {len(caps)} GPUs")
         return Verdict(Path.V2, (why,), True, backend)
-    not_legacy = _no_p2p(caps) or _first(caps, "no-triton", "has no Triton", lambda c: c.software.triton is None)
+    not_legacy = _no_p2p(caps) or _first(caps, "no-triton", "has no Triton", _lacks("triton"))
     if not_legacy is None:
         return Verdict(Path.LEGACY, (not_v2,), _no_full_nvlink(caps) is None, backend)
     reasons = (not_v2,) if not_v2.code == not_legacy.code else (not_v2, not_legacy)
@@ -74,9 +75,7 @@ def apply_multi_node_policy(nnodes: int, environ: MutableMapping[str, str] = os.
     environ[V2_SWITCH] = "0"
 
 
-def _rules_out_kernels(
-    caps: Caps, settings: Sequence[Settings], sizes: Collection[int], nnodes: int
-) -> Reason | None:
+def _rules_out_kernels(caps: Caps, settings: Wishes, sizes: Collection[int], nnodes: int) -> Reason | None:
     """What rules out V2 and legacy alike. The order matters: a later check may rely on the earlier ones."""
     if len(caps) == 1:
         return Reason("world-size-1", CODES["world-size-1"], 0)
@@ -97,14 +96,14 @@ def _rules_out_kernels(
     )
 
 
-def _rules_out_v2(caps: Caps, settings: Sequence[Settings]) -> Reason | None:
+def _rules_out_v2(caps: Caps, settings: Wishes) -> Reason | None:
     return (
         _first(settings, "v2-switched-off", f"has {V2_SWITCH} off", lambda s: not s.use_v2)
         or _first(settings, "path-forced", "has ALLREDUCE_JIT_PATH=legacy", lambda s: s.path == "legacy")
-        or _first(caps, "fabric-not-ready", lambda c: f"has its NVSwitch fabric in state {c.fabric}", _fabric_is_down)
+        or _first(caps, "fabric-not-ready", lambda c: f"has an NVSwitch fabric {c.fabric}", _fabric_is_down)
         or _no_full_nvlink(caps)
         or _no_p2p(caps)
-        or _first(caps, "no-nvrtc", lambda c: f"has no NVRTC{_problem(c, 'software.nvrtc')}", lambda c: c.software.nvrtc is None)
+        or _first(caps, "no-nvrtc", lambda c: f"has no NVRTC{_problem(c, 'software.nvrtc')}", _lacks("nvrtc"))
     )
 
 
@@ -114,6 +113,10 @@ def _is_vgpu(c: Capabilities) -> bool:
 
 def _is_old(c: Capabilities) -> bool:
     return c.gpu.compute_capability < (8, 0)
+
+
+def _lacks(program: str) -> Callable[[Capabilities], bool]:
+    return lambda c: getattr(c.software, program) is None
 
 
 def _fabric_is_down(c: Capabilities) -> bool:
@@ -186,8 +189,8 @@ def _no_full_nvlink(caps: Caps) -> Reason | None:
         return None
     rank, peer = missing[0]
     if len(missing) == len(caps) * (len(caps) - 1):
-        return Reason("no-nvlink", "no two GPUs of the group are joined by NVLink")
-    return Reason("partial-nvlink", f"rank {rank} has no NVLink to rank {peer}; other pairs have it", rank)
+        return Reason("no-nvlink", "no two GPUs of the group are known to be joined by NVLink")
+    return Reason("partial-nvlink", f"rank {rank} has no NVLink to rank {peer}; some pairs have it", rank)
 
 
 def _no_p2p(caps: Caps) -> Reason | None:
@@ -198,7 +201,8 @@ def _no_p2p(caps: Caps) -> Reason | None:
     link = caps[rank].link_to(caps[peer].gpu.uuid)
     if link is not None and link.p2p_access is False:
         return Reason("no-p2p", f"rank {rank} has no peer access to the GPU of rank {peer}", rank)
-    return Reason("no-p2p", f"rank {rank} cannot tell whether it reaches rank {peer}{_problem(caps[rank], 'nvml')}", rank)
+    text = f"rank {rank} cannot tell whether it reaches the GPU of rank {peer}{_problem(caps[rank], 'nvml')}"
+    return Reason("no-p2p", text, rank)
 
 
 def _problem(c: Capabilities, source: str) -> str:

@@ -44,6 +44,9 @@ class Path(str, enum.Enum):
     LEGACY = "legacy"
     TORCH = "torch.distributed"
 
+    def __str__(self) -> str:  # Python 3.12 changed what a mixed-in str prints
+        return self.value
+
 
 @dataclass(frozen=True)
 class Reason:
