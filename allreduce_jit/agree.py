@@ -52,7 +52,8 @@ def all_gather_json(group: Any, payload: Any) -> list[Any]:
         data, problem = json.dumps(payload).encode(), None
     except (TypeError, ValueError) as e:
         data, problem = b"", e  # takes part all the same: the others wait for this rank
-    # all_gather writes in place, which tensors made under inference mode refuse outside of it and vice versa.
+    # gloo writes from a thread of its own, which is not in the caller's inference mode: tensors made in that mode
+    # may refuse the write (pytorch#126032), depending on torch's version.
     with torch.inference_mode(False), torch.no_grad():
         parts = _gather_bytes(group, data)
     bad = [rank for rank, part in enumerate(parts) if not part]

@@ -100,6 +100,20 @@ def test_backends(one_rank_group, monkeypatch):
         require_cpu_group(one_rank_group)
 
 
+def test_no_inference_tensor_reaches_the_backend(one_rank_group, monkeypatch):
+    seen = []
+    real = dist.all_gather
+
+    def all_gather(outputs, mine, group):
+        seen.extend(t.is_inference() for t in (*outputs, mine))
+        return real(outputs, mine, group=group)
+
+    monkeypatch.setattr(dist, "all_gather", all_gather)
+    with torch.inference_mode():
+        assert all_gather_json(None, {"a": 1}) == [{"a": 1}]
+    assert seen and not any(seen)
+
+
 def test_what_is_no_group(one_rank_group):
     for thing in (object(), 3, "WORLD"):
         with pytest.raises(InputTypeError, match="must be a torch.distributed process group"):
