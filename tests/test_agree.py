@@ -1,0 +1,128 @@
+"""The JSON exchange between real processes over gloo."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+torch = pytest.importorskip("torch")
+dist = pytest.importorskip("torch.distributed")
+
+from allreduce_jit.agree import all_gather_json, require_cpu_group  # noqa: E402
+from allreduce_jit.errors import InputError, InputTypeError  # noqa: E402
+
+RANKS = 3
+
+
+def payload(rank: int) -> dict:
+    return {"rank": rank, "text": "ü" * 5000 * rank, "nested": [None, True, 1.5, {"big": 2**70}], "empty": {}}
+
+
+def outcome(call, *args):
+    try:
+        return call(*args)
+    except (InputError, InputTypeError) as e:
+        return f"{type(e).__name__}: {e}"
+
+
+def worker(rank: int, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
+    results = {}
+    results["default"] = all_gather_json(None, payload(rank))
+    results["world"] = all_gather_json(dist.group.WORLD, payload(rank))
+    with torch.inference_mode():
+        results["inference"] = all_gather_json(None, payload(rank))
+    results["after inference"] = all_gather_json(None, payload(rank))
+    with torch.device("meta"):
+        results["default device"] = all_gather_json(None, payload(rank))
+    results["falsy"] = all_gather_json(None, [None, 0, ""][rank])
+    pair = dist.new_group([0, 2], backend="gloo")
+    results["subgroup"] = outcome(all_gather_json, pair, payload(rank))
+    alone = [dist.new_group([r], backend="gloo") for r in range(RANKS)]
+    results["alone"] = all_gather_json(alone[rank], payload(rank))
+    results["unwritable"] = outcome(all_gather_json, None, {1, 2} if rank == 1 else payload(rank))
+    results["all unwritable"] = outcome(all_gather_json, None, {rank})
+    results["still in step"] = all_gather_json(None, rank)
+    with open(f"{folder}/{rank}.json", "w") as f:
+        json.dump(results, f)
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("agree")
+    torch.multiprocessing.spawn(worker, (str(folder),), nprocs=RANKS)
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(RANKS)]
+
+
+@pytest.mark.parametrize("where", ["default", "world", "inference", "after inference", "default device"])
+def test_all_ranks_hold_all_payloads_in_rank_order(results, where):
+    assert [r[where] for r in results] == [[payload(rank) for rank in range(RANKS)]] * RANKS
+
+
+def test_falsy_values_survive(results):
+    assert [r["falsy"] for r in results] == [[None, 0, ""]] * RANKS
+
+
+def test_subgroup(results):
+    assert results[0]["subgroup"] == results[2]["subgroup"] == [payload(0), payload(2)]
+    assert results[1]["subgroup"] == "InputError: this rank is not a member of the group"
+    assert [r["alone"] for r in results] == [[payload(rank)] for rank in range(RANKS)]
+
+
+def test_a_payload_that_is_not_json_fails_on_all_ranks_and_hangs_none(results):
+    assert [r["unwritable"] for r in results] == ["InputError: rank 1 of the group handed in no JSON value"] * RANKS
+    assert [r["all unwritable"] for r in results] == ["InputError: rank 0 of the group handed in no JSON value"] * RANKS
+    assert [r["still in step"] for r in results] == [list(range(RANKS))] * RANKS
+
+
+@pytest.fixture
+def one_rank_group(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+def test_backends(one_rank_group, monkeypatch):
+    require_cpu_group(one_rank_group)
+    require_cpu_group(None)
+    for config in ("cpu:gloo,cuda:nccl", "cpu:mpi"):
+        monkeypatch.setattr(dist, "get_backend_config", lambda group: config)
+        require_cpu_group(one_rank_group)
+    nccl = str(dist.distributed_c10d.BackendConfig(dist.Backend("nccl")))
+    monkeypatch.setattr(dist, "get_backend_config", lambda group: nccl)
+    for call in (require_cpu_group, lambda group: all_gather_json(group, {})):
+        with pytest.raises(InputError, match="group must not be an NCCL group: pass a gloo group"):
+            call(one_rank_group)
+    monkeypatch.setattr(dist, "get_backend_config", lambda group: "cuda:other")
+    with pytest.raises(InputError, match="without a CPU backend"):
+        require_cpu_group(one_rank_group)
+
+
+def test_no_inference_tensor_reaches_the_backend(one_rank_group, monkeypatch):
+    seen = []
+    real = dist.all_gather
+
+    def all_gather(outputs, mine, group):
+        seen.extend(t.is_inference() for t in (*outputs, mine))
+        return real(outputs, mine, group=group)
+
+    monkeypatch.setattr(dist, "all_gather", all_gather)
+    with torch.inference_mode():
+        assert all_gather_json(None, {"a": 1}) == [{"a": 1}]
+    assert seen and not any(seen)
+
+
+def test_what_is_no_group(one_rank_group):
+    for thing in (object(), 3, "WORLD"):
+        with pytest.raises(InputTypeError, match="must be a torch.distributed process group"):
+            require_cpu_group(thing)
+    with pytest.raises(InputError, match="not a member"):
+        require_cpu_group(dist.GroupMember.NON_GROUP_MEMBER)
+
+
+def test_without_torch_distributed():
+    assert not dist.is_initialized()
+    with pytest.raises(InputError, match="init_process_group"):
+        all_gather_json(None, {})

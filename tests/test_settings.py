@@ -1,0 +1,115 @@
+"""Every environment variable: what it takes, what it refuses and with which words."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+
+import pytest
+
+from allreduce_jit.errors import AllReduceError, SettingsError
+from allreduce_jit.settings import PREFIX, V2_SWITCH, VARIABLES, Settings, default_cache_dir
+
+HOME = {"HOME": "/home/someone"}
+TRUE = ["1", "true", "True", "TRUE", "yes", "YES", "on", "On", " 1 "]
+FALSE = ["0", "false", "False", "FALSE", "no", "No", "off", "OFF", " off\n"]
+VALID = {
+    V2_SWITCH: [(t, True) for t in TRUE] + [(t, False) for t in FALSE],
+    "ALLREDUCE_JIT_PDL": [(t, True) for t in TRUE] + [(t, False) for t in FALSE],
+    "ALLREDUCE_JIT_PATH": [("auto", "auto"), ("Legacy", "legacy"), (" TORCH ", "torch")],
+    "ALLREDUCE_JIT_CACHE_DIR": [("/tmp/x", Path("/tmp/x")), ("rel", Path("rel"))],
+    "ALLREDUCE_JIT_TIMEOUT": [("0", 0.0), ("0.5", 0.5), ("30", 30.0), ("1e3", 1000.0), ("86400", 86400.0)],
+    "ALLREDUCE_JIT_STAGING_MB": [("4", 4), (" 64 ", 64), ("1024", 1024)],
+}
+NOT_BOOL = ["", "2", "tru", "enable", "none", "-1"]
+INVALID = {
+    V2_SWITCH: NOT_BOOL,
+    "ALLREDUCE_JIT_PDL": NOT_BOOL,
+    "ALLREDUCE_JIT_PATH": ["", "v2", "nccl", "legacy,torch"],
+    "ALLREDUCE_JIT_CACHE_DIR": ["", "  "],
+    "ALLREDUCE_JIT_TIMEOUT": ["", "-1", "86401", "nan", "inf", "-inf", "30s"],
+    "ALLREDUCE_JIT_STAGING_MB": ["", "3", "1025", "32.0", "-8", "0x20", "32MB"],
+}
+
+
+def each(table):
+    return [(name, value) for name, values in table.items() for value in values]
+
+
+def test_the_tables_here_are_complete():
+    assert set(VALID) == set(INVALID) == set(VARIABLES)
+    fields = {f.name for f in dataclasses.fields(Settings)}
+    assert {field for field, _ in VARIABLES.values()} == fields
+    assert all(name == V2_SWITCH or name.startswith(PREFIX) for name in VARIABLES)
+
+
+def test_defaults():
+    settings = Settings.from_env(HOME)
+    assert settings == dataclasses.replace(Settings(), cache_dir=Path("/home/someone/.cache/allreduce_jit"))
+    assert settings.use_v2 is True and settings.path == "auto" and settings.pdl is True
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        settings.use_v2 = False
+
+
+@pytest.mark.parametrize(("name", "case"), each(VALID))
+def test_valid(name, case):
+    text, value = case
+    default = Settings.from_env(HOME)
+    settings = Settings.from_env({**HOME, name: text})
+    assert type(getattr(settings, VARIABLES[name][0])) in (type(value), type(Path("x")))
+    assert settings == dataclasses.replace(default, **{VARIABLES[name][0]: value})  # and nothing else changed
+
+
+@pytest.mark.parametrize(("name", "text"), each(INVALID))
+def test_invalid(name, text):
+    with pytest.raises(SettingsError, match=name) as caught:
+        Settings.from_env({**HOME, name: text})
+    assert "expected" in str(caught.value)
+    assert isinstance(caught.value, (AllReduceError, ValueError))
+
+
+@pytest.mark.parametrize("name", ["ALLREDUCE_JIT_", "ALLREDUCE_JIT_PTAH", "ALLREDUCE_JIT_path", "ALLREDUCE_JIT_V2"])
+def test_unknown_names_list_the_valid_ones(name):
+    with pytest.raises(SettingsError) as caught:
+        Settings.from_env({**HOME, name: "1"})
+    assert f"unknown environment variable {name};" in str(caught.value)
+    assert all(valid in str(caught.value) for valid in VARIABLES)
+
+
+def test_other_peoples_variables_are_none_of_our_business():
+    env = {**HOME, "SGLANG_OPT_OTHER": "x", "ALLREDUCE": "y", "allreduce_jit_path": "z", "XALLREDUCE_JIT_PATH": "q"}
+    assert Settings.from_env(env) == Settings.from_env(HOME)
+
+
+def test_bools_name_their_choices():
+    with pytest.raises(SettingsError, match=r"1, true, yes, on, 0, false, no, off \(any case\)"):
+        Settings.from_env({**HOME, V2_SWITCH: "maybe"})
+
+
+@pytest.mark.parametrize(
+    ("env", "directory"),
+    [
+        ({"HOME": "/h"}, "/h/.cache/allreduce_jit"),
+        ({"HOME": "/h", "XDG_CACHE_HOME": "/xdg"}, "/xdg/allreduce_jit"),
+        ({"HOME": "/h", "XDG_CACHE_HOME": ""}, "/h/.cache/allreduce_jit"),
+        ({"HOME": "/h", "XDG_CACHE_HOME": "/xdg", "ALLREDUCE_JIT_CACHE_DIR": "/mine"}, "/mine"),
+    ],
+)
+def test_cache_directory(env, directory):
+    assert Settings.from_env(env).cache_dir == Path(directory)
+
+
+def test_cache_directory_without_a_home():
+    assert default_cache_dir({}) == Path(os.path.expanduser("~")) / ".cache" / "allreduce_jit"
+    home = Path(os.path.expanduser("~"))
+    assert Settings.from_env({"ALLREDUCE_JIT_CACHE_DIR": "~/x"}).cache_dir == home / "x"
+
+
+def test_reads_the_environment_at_the_call(monkeypatch):
+    for name in [n for n in os.environ if n.startswith(PREFIX)]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv(V2_SWITCH, "off")
+    assert Settings.from_env().use_v2 is False
+    monkeypatch.setenv(V2_SWITCH, "on")
+    assert Settings.from_env().use_v2 is True
