@@ -44,12 +44,11 @@ class KernelEngine:
     """A path with kernels of our own. Subclasses say which kernels, which layout, and how to launch."""
 
     path: str
-    algorithms: dict[int, str]  # Report.algorithm -> name
+    numbers: dict[int, str]  # Report.algorithm -> name
 
-    def __init__(self, config: EngineConfig, layout: Layout, channels: tuple[int, int]):
+    def __init__(self, config: EngineConfig, layout: Layout):
         self.config = config
         self.layout = layout
-        self._channels = channels
         self._raw_device = config.device.index
         self.compiled = self.cached = 0
         self.memory: StagingMemory | None = None
@@ -69,7 +68,7 @@ class KernelEngine:
 
     def allocate(self) -> str:
         """Allocate and poison the staging memory; returns the handle for the peers."""
-        self.state = LocalState(*self._channels)
+        self.state = LocalState({name: region.channels for name, region in self.layout.regions.items()})
         self.memory = StagingMemory(self.layout.nbytes, self.config.rank)
         return self.memory.handle()
 
@@ -130,7 +129,7 @@ class KernelEngine:
         if expired:
             raise PeerTimeout(
                 f"rank {self.config.rank} waited in vain for rank {source} "
-                f"({self.algorithms.get(algorithm, algorithm)}, phase {phase}, channel {channel}); "
+                f"({self.numbers.get(algorithm, algorithm)}, phase {phase}, channel {channel}); "
                 "results since then are not valid. Close this communicator and build a new one."
             )
 

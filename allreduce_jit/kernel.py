@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 WORLD_SIZES = range(2, 9)
 DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
+CUDA_ALGORITHMS = ("one_shot", "two_shot", "pipelined")
 ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
@@ -25,6 +26,30 @@ class KernelSpec:
     name: str
     language: str
     source: str
+    constants: tuple[tuple[str, object], ...]
+    entries: tuple[str, ...]
+
+
+def catalogue(path: str, world_size: int, dtypes: Sequence[str] = tuple(DTYPES)) -> list[KernelSpec]:
+    """All modules that ``path`` (``v2`` or ``legacy``) uses at ``world_size``.
+
+    A CUDA module holds all dtypes at once (one compilation, one cubin); a Triton module holds one.
+    """
+    if path == "v2":
+        return [cuda_module(name, world_size) for name in CUDA_ALGORITHMS]
+    if path == "legacy":
+        return [
+            triton_module(name, world_size, dtype, vector)
+            for name in ("one_shot", "two_shot")
+            for dtype in dtypes
+            for vector in (True, False)
+        ]
+    raise ValueError(f"no kernels for path {path!r}: expected 'v2' or 'legacy'")
+
+
+def cuda_module(algorithm: str, world_size: int, virtual_ranks: bool = False) -> KernelSpec:
+    """``virtual_ranks`` builds the one-GPU form of ``entry.cuh`` that tests use."""
+    entries = tuple(f"{algorithm}_{short}_ws{world_size}" for short in DTYPES.values())
     constants: tuple[tuple[str, object], ...]
     entries: tuple[str, ...]
 

@@ -19,12 +19,11 @@ class LegacyEngine(KernelEngine):
     """One-shot and two-shot push all-reduce that relies on nothing but peer stores of whole elements."""
 
     path = "legacy"
-    algorithms = {3: "legacy_one_shot", 4: "legacy_two_shot"}
+    numbers = {3: "legacy_one_shot", 4: "legacy_two_shot"}
 
     def __init__(self, config: EngineConfig):
         layout = legacy_layout(config.world_size, config.settings.staging_mb << 20, BLOCK_BYTES)
-        channels = layout.one_shot_capacity // BLOCK_BYTES
-        super().__init__(config, layout, (channels, channels))
+        super().__init__(config, layout)
         self._kernels: dict[tuple[str, str, bool], tuple[object, int]] = {}
         self._tables: dict[str, torch.Tensor] = {}
         self._launches: dict[tuple[str, str, bool, int], tuple[dict[str, ctypes._SimpleCData], Launch]] = {}
@@ -44,8 +43,8 @@ class LegacyEngine(KernelEngine):
         self._kernels[entry, constants["DTYPE"], constants["VECTOR"]] = (kernel, artifact.shared_bytes)
 
     def _bind(self) -> None:
-        for algorithm, offset in (("legacy_one_shot", 0), ("legacy_two_shot", self.layout.two_shot_offset)):
-            addresses = [address + offset for address in self.memory.addresses]
+        for algorithm, region in self.layout.regions.items():
+            addresses = [address + region.offset for address in self.memory.addresses]
             self._tables[algorithm] = torch.tensor(addresses, dtype=torch.int64, device=self.config.device)
 
     def _verification_plans(self, numel: int, dtype: torch.dtype) -> list[Plan]:
@@ -54,7 +53,7 @@ class LegacyEngine(KernelEngine):
         layout, world_size = self.layout, self.config.world_size
         return [
             legacy_shape(algorithm, world_size, name, n, layout, BLOCK_BYTES, THREADS)
-            for algorithm in self.algorithms.values()
+            for algorithm in self.layout.regions
             for n in (numel, numel - numel % (PACKET // ITEMSIZE[name]))
         ]
 
@@ -88,14 +87,13 @@ class LegacyEngine(KernelEngine):
         return self._launches[key]
 
     def _arguments(self, algorithm: str) -> dict[str, ctypes._SimpleCData]:
-        first = algorithm == "legacy_one_shot"
         known = {
             "table": self._tables[algorithm].data_ptr(),
-            "epoch": self.state.one_shot_epochs if first else self.state.two_shot_epochs,
+            "epoch": self.state.epochs[algorithm],
             "control": self.state.control,
             "report": self.state.report,
             "rank": self.config.rank,
-            "capacity": self.layout.one_shot_capacity if first else self.layout.two_shot_capacity,
+            "capacity": self.layout.regions[algorithm].capacity,
         }
         ctype = {"i32": ctypes.c_int32, "i64": ctypes.c_int64}
         return {n: ctype[t](known.get(n, 0)) for n, t in signature(algorithm).items() if t in ctype}

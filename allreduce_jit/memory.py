@@ -7,7 +7,7 @@ caching allocator's settings (expandable segments, pluggable allocators) do not 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from cuda.bindings import driver
 
@@ -69,18 +69,27 @@ class LocalState:
     """What only this rank's kernels touch: the control block, epoch words, and the report on the host.
 
     Device layout: ``Control`` (staging.cuh: poisoned u32, reserved u32, deadline u64 ns) in the first
-    ``CONTROL_BYTES``, then one u32 epoch per channel of one-shot, then of two-shot.
+    ``CONTROL_BYTES``, then one u32 epoch per channel of each algorithm, in the layout's order.
+
+    Attributes:
+        control: address of the control block.
+        epochs: address of the first epoch word, per algorithm.
+        report: address of the report, for kernels.
+        words: the report, for the host.
     """
 
     CONTROL_BYTES = 256
 
-    def __init__(self, one_shot_channels: int, two_shot_channels: int):
-        nbytes = self.CONTROL_BYTES + 4 * (one_shot_channels + two_shot_channels)
+    def __init__(self, channels: Mapping[str, int]):
+        nbytes = self.CONTROL_BYTES + 4 * sum(channels.values())
         self.nbytes = -(-nbytes // GRANULARITY) * GRANULARITY
         self.control = int(call("cuMemAlloc", self.nbytes))
         call("cuMemsetD32", self.control, 0, self.nbytes // 4)
-        self.one_shot_epochs = self.control + self.CONTROL_BYTES
-        self.two_shot_epochs = self.one_shot_epochs + 4 * one_shot_channels
+        self.epochs = {}
+        address = self.control + self.CONTROL_BYTES
+        for algorithm, count in channels.items():
+            self.epochs[algorithm] = address
+            address += 4 * count
         flags = driver.CU_MEMHOSTALLOC_DEVICEMAP | driver.CU_MEMHOSTALLOC_PORTABLE
         self.report = int(call("cuMemHostAlloc", REPORT_BYTES, flags))
         ctypes.memset(self.report, 0, REPORT_BYTES)

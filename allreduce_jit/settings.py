@@ -6,8 +6,9 @@ Read once per communicator (never per call), so that an engine may still set var
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from .errors import SettingsError
@@ -34,7 +35,7 @@ class Settings:
 
     use_v2: bool = True
     path: str = "auto"
-    cache_dir: Path = Path("~/.cache/allreduce_jit")
+    cache_dir: Path = field(default_factory=lambda: default_cache_dir(os.environ))
     timeout_s: float = 600.0
     staging_mb: int = 32
     pdl: bool = True
@@ -51,8 +52,7 @@ class Settings:
         if unknown:
             raise SettingsError(f"unknown environment variable {unknown[0]}; valid: {', '.join(VARIABLES)}")
         values = {VARIABLES[k][0]: VARIABLES[k][1](k, env[k]) for k in VARIABLES if k in env}
-        values.setdefault("cache_dir", default_cache_dir(env))
-        return cls(**values)
+        return cls(**{"cache_dir": default_cache_dir(env), **values})
 
 
 def default_cache_dir(env: Mapping[str, str]) -> Path:
@@ -93,7 +93,7 @@ def _seconds(name: str, text: str) -> float:
 
 
 def _megabytes(name: str, text: str) -> int:
-    if text.strip().isdigit() and 4 <= int(text) <= 1024:
+    if re.fullmatch(r"[0-9]{1,4}", text.strip()) and 4 <= int(text) <= 1024:
         return int(text)
     raise SettingsError(f"{name}={text!r}: expected whole MiB between 4 and 1024")
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import ctypes
+from dataclasses import replace
 
 import torch
 
 from .driver import Launch
 from .engine import DTYPE_NAMES, KernelEngine, EngineConfig
 from .kernel import DTYPES
-from .plan import MAX_BLOCK, PACKET, WARP, Plan, v2_layout, v2_plan
+from .plan import Plan, v2_layout, v2_plan, v2_shape
 
-KERNELS = ("one_shot", "one_shot_loop", "two_shot", "two_shot_loop")
 MAX_PLANS = 4096
 
 
@@ -32,14 +32,13 @@ class Args(ctypes.Structure):
 
 
 class V2Engine(KernelEngine):
-    """One-shot and two-shot push all-reduce for GPUs that are all connected by NVLink."""
+    """One-shot, two-shot and pipelined push all-reduce for GPUs that are all connected by NVLink."""
 
     path = "v2"
-    algorithms = {1: "one_shot", 2: "two_shot"}
+    numbers = {1: "one_shot", 2: "two_shot", 5: "pipelined"}
 
     def __init__(self, config: EngineConfig):
-        layout = v2_layout(config.world_size, config.settings.staging_mb << 20)
-        super().__init__(config, layout, (layout.one_shot_capacity // WARP, layout.two_shot_capacity // WARP))
+        super().__init__(config, v2_layout(config.world_size, config.settings.staging_mb << 20, config.sm_count))
         self._pdl = config.settings.pdl and int(config.arch.removeprefix("sm_")) >= 90
         self._kernels: dict[str, object] = {}
         self._args: dict[str, Args] = {}
@@ -61,20 +60,21 @@ class V2Engine(KernelEngine):
         self._kernels[entry] = kernel
 
     def _bind(self) -> None:
-        layout, state = self.layout, self.state
-        for algorithm, offset, capacity, epochs in (
-            ("one_shot", 0, layout.one_shot_capacity, state.one_shot_epochs),
-            ("two_shot", layout.two_shot_offset, layout.two_shot_capacity, state.two_shot_epochs),
-        ):
-            args = Args(epochs=epochs, control=state.control, report=state.report, rank=self.config.rank, capacity=capacity)
-            args.staging[: self.config.world_size] = [a + offset for a in self.memory.addresses]
-            self._args[algorithm] = self._args[f"{algorithm}_loop"] = args
+        for algorithm, region in self.layout.regions.items():
+            args = Args(
+                epochs=self.state.epochs[algorithm],
+                control=self.state.control,
+                report=self.state.report,
+                rank=self.config.rank,
+                capacity=region.capacity,
+            )
+            args.staging[: self.config.world_size] = [address + region.offset for address in self.memory.addresses]
+            self._args[algorithm] = args
 
     def _verification_plans(self, numel: int, dtype: torch.dtype) -> list[Plan]:
-        packets = -(-numel * dtype.itemsize // PACKET)
-        return [
-            Plan("v2", name, 1 if name.endswith("_loop") else -(-packets // MAX_BLOCK), MAX_BLOCK, numel) for name in KERNELS
-        ]
+        shape = (self.config.world_size, DTYPE_NAMES[dtype], numel, 1, self.layout)
+        plans = [v2_shape(algorithm, *shape) for algorithm in self.layout.regions]
+        return [replace(p, grid=min(p.grid, 2)) if p.algorithm == "pipelined" else p for p in plans]  # several steps
 
     def _launch(self, x: torch.Tensor, out: torch.Tensor, stream: int) -> None:
         key = (x.numel(), x.dtype)

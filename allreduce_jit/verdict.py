@@ -33,6 +33,7 @@ CODES = {
     "no-nvrtc": "NVRTC is missing",
     "no-triton": "Triton is missing",
     "build-failed": "a rank could not build the path",
+    "map-failed": "a rank could not map the staging memory of another",
     "verify-failed": "a transfer between two GPUs lost or changed data",
 }
 

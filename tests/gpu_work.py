@@ -14,7 +14,8 @@ import allreduce_jit
 from allreduce_jit import reference
 from allreduce_jit.communicator import Communicator
 from allreduce_jit.engine import DTYPE_NAMES, TORCH_DTYPES
-from allreduce_jit.plan import PACKET, ceil_div, v2_shape
+from allreduce_jit.kernel import CUDA_ALGORITHMS
+from allreduce_jit.plan import v2_shape
 from allreduce_jit.verdict import Path
 
 DTYPES = list(TORCH_DTYPES.values())
@@ -62,14 +63,11 @@ def algorithms(place):
         engine = comm._engine
         dice = random.Random(7)
         for seed in range(200):
-            dtype, name = dice.choice(DTYPES), dice.choice(["one_shot", "two_shot"])
-            numel = int(2 ** dice.uniform(0, 22))
-            packets = ceil_div(numel * dtype.itemsize, PACKET)
-            layout = engine.layout
-            capacity = layout.one_shot_capacity
-            if name == "two_shot":
-                packets, capacity = ceil_div(packets, comm.world_size), layout.two_shot_capacity
-            plan = v2_shape(name, packets, numel, comm.world_size, dice.choice([1, 7, 132]), capacity)
+            dtype, name = dice.choice(DTYPES), dice.choice(CUDA_ALGORITHMS)
+            numel = int(2 ** dice.uniform(0, 20))
+            plan = v2_shape(name, comm.world_size, DTYPE_NAMES[dtype], numel, dice.choice([4, 40, 132]), engine.layout)
+            if plan.grid * plan.block > engine.layout.regions[name].capacity:
+                continue
             check(place, comm, numel, dtype, seed, offset=dice.randint(0, 2), call=lambda x, o, p=plan: engine.run(p, x, o))
         if comm.rank == 0:
             time.sleep(0.2)  # a late rank

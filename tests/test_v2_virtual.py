@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from allreduce_jit import reference
-from allreduce_jit.plan import PACKET, WARP, ceil_div, v2_shape
+from allreduce_jit.kernel import CUDA_ALGORITHMS
+from allreduce_jit.plan import v2_shape
+from allreduce_jit.tuning import RESIDENT_THREADS
 
 pytestmark = pytest.mark.gpus(1)
 
@@ -24,14 +26,13 @@ def world(request):
 
 
 def plan_of(world, algorithm, numel, dtype):
-    """The grid a real plan would take, kept within what one GPU holds for all ranks together."""
-    packets = ceil_div(numel * dtype.itemsize, PACKET)
-    two_shot = algorithm.startswith("two_shot")
-    capacity = world.layout.two_shot_capacity if two_shot else world.layout.one_shot_capacity
-    if two_shot:
-        packets = ceil_div(packets, world.world_size)
-    sm_count = torch.cuda.get_device_properties(0).multi_processor_count // world.world_size
-    return v2_shape(algorithm, packets, numel, world.world_size, sm_count, min(capacity, 512 * sm_count))
+    """The grid a real plan would take, of ``algorithm`` or of the one that takes over when it is too small."""
+    name = str(dtype).removeprefix("torch.")
+    resident = world.sm_count * RESIDENT_THREADS[world.world_size]
+    plan = v2_shape(algorithm, world.world_size, name, numel, world.sm_count, world.layout)
+    if algorithm != "pipelined" and plan.grid * plan.block > min(world.layout.regions[algorithm].capacity, resident):
+        return plan_of(world, "pipelined", numel, dtype)
+    return plan
 
 
 def check(world, algorithm, numel, dtype, seed, *, kind=reference.RANDOM, offset=0, in_place=False, grid=None):
@@ -47,10 +48,8 @@ def check(world, algorithm, numel, dtype, seed, *, kind=reference.RANDOM, offset
         for out in outs:
             reference.poison(out)
     plan = plan_of(world, algorithm, numel, dtype)
-    name, shape = plan.algorithm, (plan.grid, plan.block)
-    if grid is not None:
-        name, shape = algorithm + "_loop", grid
-    world.all_reduce(name, inputs, outs, *shape)
+    name = plan.algorithm
+    world.all_reduce(name, inputs, outs, grid or plan.grid, plan.block)
     for rank, out in enumerate(outs):
         difference = reference.compare(out, want)
         assert not difference.wrong, f"{name} {numel} {dtype} rank {rank} of {n}: {difference}"
@@ -58,18 +57,18 @@ def check(world, algorithm, numel, dtype, seed, *, kind=reference.RANDOM, offset
     return name
 
 
-@pytest.mark.parametrize("algorithm", ["one_shot", "two_shot"])
+@pytest.mark.parametrize("algorithm", CUDA_ALGORITHMS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_sizes(world, algorithm, dtype):
     names = set()
     for seed, numel in enumerate([1, 2, 3, 7, 8, 9, 255, 256, 257, 4095, 65536, 99_991, 1 << 20, (1 << 22) + 5]):
         names.add(check(world, algorithm, numel, dtype, seed))
         check(world, algorithm, numel, dtype, seed, in_place=True, offset=1)
-    assert names == {algorithm, algorithm + "_loop"}
+    assert names == {algorithm, "pipelined"}
     assert world.fully_poisoned()
 
 
-@pytest.mark.parametrize("algorithm", ["one_shot", "two_shot"])
+@pytest.mark.parametrize("algorithm", CUDA_ALGORITHMS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_special_values(world, algorithm, dtype):
     for numel in (1000, 300_000):
@@ -77,17 +76,18 @@ def test_special_values(world, algorithm, dtype):
 
 
 def test_mixed_calls(world):
-    """Sizes, dtypes, algorithms and grids back to back: the parities of the channels must never mix."""
+    """Sizes, dtypes, algorithms and grids back to back: the epochs of the channels must never mix."""
     dice = random.Random(world.world_size)
     for seed in range(150):
-        algorithm, dtype = dice.choice(["one_shot", "two_shot"]), dice.choice(DTYPES)
+        algorithm, dtype = dice.choice(CUDA_ALGORITHMS), dice.choice(DTYPES)
         numel = int(2 ** dice.uniform(0, 18))
-        grid = (dice.randint(1, 4), WARP * dice.randint(1, 8)) if dice.random() < 0.5 else None
+        grid = dice.randint(1, 4) if algorithm == "pipelined" else None
         check(world, algorithm, numel, dtype, seed, offset=dice.randint(0, 3), grid=grid)
     assert world.fully_poisoned()
 
 
-def test_missing_rank_ends_the_wait_and_is_named(world):
+@pytest.mark.parametrize("algorithm", CUDA_ALGORITHMS)
+def test_missing_rank_ends_the_wait_and_is_named(world, algorithm):
     from virtual import VirtualWorld
 
     broken = VirtualWorld(world.world_size)
@@ -95,7 +95,8 @@ def test_missing_rank_ends_the_wait_and_is_named(world):
     last = world.world_size - 1
     inputs = [reference.values(0, rank, 5000, torch.bfloat16, "cuda") for rank in range(world.world_size)]
     outs = [torch.zeros_like(x) for x in inputs]
-    broken.all_reduce("two_shot", inputs, outs, *(lambda p: (p.grid, p.block))(plan_of(broken, "two_shot", 5000, torch.bfloat16)), skip=(last,))
+    plan = plan_of(broken, algorithm, 5000, torch.bfloat16)
+    broken.all_reduce(algorithm, inputs, outs, plan.grid, plan.block, skip=(last,))
     assert broken.report[:last, 0].tolist() == [1] * last
     assert broken.report[:last, 1].tolist() == [last] * last
     assert not broken.report[last].any()
@@ -103,6 +104,8 @@ def test_missing_rank_ends_the_wait_and_is_named(world):
         assert bool(out.isnan().any())
     # A poisoned rank ends at once and pushes nothing more: the late one must not read two epochs mixed.
     before = broken.staging[last].clone()
-    broken.all_reduce("one_shot", inputs, outs, 5, 128, skip=(last,))
+    for name in CUDA_ALGORITHMS:
+        plan = plan_of(broken, name, 5000, torch.bfloat16)
+        broken.all_reduce(name, inputs, outs, plan.grid, plan.block, skip=(last,))
+        assert bool(outs[0].isnan().all())
     assert torch.equal(before, broken.staging[last])
-    assert bool(outs[0].isnan().all())

@@ -8,8 +8,8 @@ from allreduce_jit.cache import KernelCache
 from allreduce_jit.compiler import build
 from allreduce_jit.driver import Launch, Module
 from allreduce_jit.engine import DTYPE_NAMES
-from allreduce_jit.kernel import DTYPES, cuda_module
-from allreduce_jit.plan import WARP, v2_layout
+from allreduce_jit.kernel import CUDA_ALGORITHMS, DTYPES, cuda_module
+from allreduce_jit.plan import v2_layout
 from allreduce_jit.v2 import Args
 
 
@@ -21,15 +21,17 @@ class VirtualWorld:
 
     def __init__(self, world_size: int, staging_mb: int = 4, cache: KernelCache | None = None):
         self.world_size = world_size
-        self.layout = v2_layout(world_size, staging_mb << 20)
+        # All ranks share the multiprocessors, and a cooperative launch wants them all at once.
+        self.sm_count = torch.cuda.get_device_properties(0).multi_processor_count // world_size
+        self.layout = v2_layout(world_size, staging_mb << 20, self.sm_count)
         major, minor = torch.cuda.get_device_capability()
         self.kernels = {}
-        for algorithm in ("one_shot", "two_shot"):
+        for algorithm in CUDA_ALGORITHMS:
             spec = cuda_module(algorithm, world_size, virtual_ranks=True)
             module = Module(build(spec, f"sm_{major}{minor}", cache or KernelCache(None))[0].cubin)
             self.kernels |= {entry: module.kernel(entry) for entry in spec.entries}
         self.staging = [torch.full((self.layout.nbytes // 4,), -1, dtype=torch.int32, device="cuda") for _ in range(world_size)]
-        channels = self.layout.one_shot_capacity // WARP + self.layout.two_shot_capacity // WARP
+        channels = sum(region.channels for region in self.layout.regions.values())
         self.local = [torch.zeros(64 + channels, dtype=torch.int32, device="cuda") for _ in range(world_size)]
         self.report = torch.zeros(world_size, 16, dtype=torch.int32).pin_memory()
 
@@ -48,19 +50,26 @@ class VirtualWorld:
         torch.cuda.synchronize()
 
     def fully_poisoned(self) -> bool:
-        return all(bool((staging == -1).all()) for staging in self.staging)
+        """Whether every slot that relies on the sentinel is empty again."""
+        end = self.layout.regions["pipelined"].offset // 4
+        return all(bool((staging[:end] == -1).all()) for staging in self.staging)
 
     def _args(self, rank: int, algorithm: str, x, out, skip: bool) -> Args:
-        one_shot, layout, local = algorithm.startswith("one_shot"), self.layout, self.local[rank]
+        region, local = self.layout.regions[algorithm], self.local[rank]
+        before = 0
+        for name in self.layout.regions:
+            if name == algorithm:
+                break
+            before += self.layout.regions[name].channels
         args = Args(
             input=x.data_ptr(),
             output=out.data_ptr(),
             numel=0 if skip else x.numel(),
-            epochs=local.data_ptr() + 256 + (0 if one_shot else layout.one_shot_capacity // WARP * 4),
+            epochs=local.data_ptr() + 256 + 4 * before,
             control=local.data_ptr(),
             report=self.report[rank].data_ptr(),
             rank=rank,
-            capacity=layout.one_shot_capacity if one_shot else layout.two_shot_capacity,
+            capacity=region.capacity,
         )
-        args.staging[: self.world_size] = [s.data_ptr() + (0 if one_shot else layout.two_shot_offset) for s in self.staging]
+        args.staging[: self.world_size] = [s.data_ptr() + region.offset for s in self.staging]
         return args

@@ -26,9 +26,7 @@ __device__ inline void one_shot(const Args &a) {
 #pragma unroll
     for (u32 k = 1; k < WORLD_SIZE; k++)
         if (ok) push(a, (a.rank + k) % WORLD_SIZE, 0, parity, index, own);
-#pragma unroll
-    for (u32 s = 0; s < WORLD_SIZE; s++)
-        if (s == a.rank) v[s] = own;
+    insert(v, a.rank, own);
     receive(a, ONE_SHOT, 0, parity, index, ok, v);
     out.store(index, sum_in_rank_order<T>(v));
     poison(a, 0, parity, index);

@@ -75,6 +75,13 @@ struct Tensor {
     }
 };
 
+// v[rank] = own, by selects: a run-time index would move v to local memory.
+template <u32 N>
+__device__ inline void insert(Packet (&v)[N], u32 rank, Packet own) {
+#pragma unroll
+    for (u32 s = 0; s < N; s++) v[s] = s == rank ? own : v[s];
+}
+
 // fp32 sum in absolute rank order, rounded once to T: the same bits in every algorithm. The sum starts
 // from rank 0's value, not from zero, so that -0 + -0 stays -0.
 template <class T, u32 N>

@@ -71,9 +71,7 @@ __device__ inline void pipelined(const Args &a) {
             Packet v[WORLD_SIZE];
             fetch(a, SCATTER, parity ^ 1, index, ok, v);
             Packet own = in.load(a.rank * part + middle);
-#pragma unroll
-            for (u32 s = 0; s < WORLD_SIZE; s++)
-                if (s == a.rank) v[s] = own;
+            insert(v, a.rank, own);
             Packet sum = sum_in_rank_order<T>(v);
             if (ok) {
 #pragma unroll

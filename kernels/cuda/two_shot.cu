@@ -33,9 +33,7 @@ __device__ inline void two_shot(const Args &a) {
         if (ok) push(a, owner, SCATTER, parity, index, p);
     }
     Packet own = inside ? in.load(a.rank * part + index) : ZEROS;
-#pragma unroll
-    for (u32 s = 0; s < WORLD_SIZE; s++)
-        if (s == a.rank) v[s] = own;
+    insert(v, a.rank, own);
     ok = receive(a, TWO_SHOT, SCATTER, parity, index, ok, v);
     Packet sum = sum_in_rank_order<T>(v);
 #pragma unroll
