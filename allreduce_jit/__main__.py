@@ -1,0 +1,181 @@
+"""The command line: ``allreduce-jit`` or ``python -m allreduce_jit``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from .errors import AllReduceError
+from .report import parse_size
+
+PEERS = ("nccl", "nccl_symm", "torch_one_shot", "torch_two_shot")
+_DTYPES = {name: name for name in ("float", "half", "bfloat16")} | {
+    "float32": "float",
+    "fp32": "float",
+    "float16": "half",
+    "fp16": "half",
+    "bf16": "bfloat16",
+}
+_Init = Callable[..., Any]
+
+
+def main(argv: list[str] | None = None, *, init: _Init | None = None) -> int:
+    """Run one subcommand.
+
+    Args:
+        argv: arguments without the program's name; default: the process's own.
+        init: makes the communicator of every rank instead of ``allreduce_jit.init``; must be importable by name.
+
+    Returns:
+        The exit code: 0 well, 1 wrong results or something broken, 130 interrupted. Bad usage exits with 2.
+    """
+    args = _parser().parse_args(argv)
+    try:
+        return args.run(args, init)
+    except AllReduceError as error:
+        print(f"allreduce-jit {args.command}: {error}", file=sys.stderr)
+        if args.json and os.environ.get("RANK", "0") == "0":
+            print(json.dumps({"ok": False, "error": str(error)}))
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="allreduce-jit",
+        description="Check, explain and measure the all-reduce of this machine's GPUs.",
+        epilog="'allreduce-jit COMMAND --help' tells more. Started by torchrun, selftest and bench use its ranks.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, run: Callable[[argparse.Namespace, _Init | None], int], text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        sub.add_argument("--json", action="store_true", help="print one JSON document instead of text")
+        sub.set_defaults(run=run)
+        return sub
+
+    _selftest_arguments(command("selftest", _selftest, "compare every bit of many all-reduces with the exact sum"))
+    command("doctor", _doctor, "say what this machine is, which path would run and why")
+    _bench_arguments(command("bench", _bench, "time all-reduces of growing size, other libraries' beside them"))
+    _warmup_arguments(command("warmup", _warmup, "compile the kernels into the cache ahead of time"))
+    cache = command("cache", _cache, "show or empty the cache of compiled kernels")
+    cache.add_argument("action", choices=["path", "list", "clear"])
+    return parser
+
+
+def _selftest_arguments(parser: argparse.ArgumentParser) -> None:
+    _rank_arguments(parser)
+    parser.add_argument("--max-bytes", type=_size, metavar="SIZE", help="largest tensor (default 64M, on the CPU 1M)")
+    parser.add_argument("--seed", type=int, default=0, help="of the inputs (default 0)")
+
+
+def _bench_arguments(parser: argparse.ArgumentParser) -> None:
+    _rank_arguments(parser)
+    add = parser.add_argument
+    add("-b", "--min-bytes", type=_size, default=1 << 10, metavar="SIZE", help="first size (default 1K)")
+    add("-e", "--max-bytes", type=_size, metavar="SIZE", help="last size (default 64M, on the CPU 1M)")
+    add("-f", "--factor", type=_from(2), default=2, metavar="N", help="from one size to the next (default 2)")
+    add("-n", "--iters", type=_from(1), default=20, metavar="N", help="timed bursts of 20 calls (default 20)")
+    add("-w", "--warmup", type=_from(0), default=5, metavar="N", help="bursts before them (default 5)")
+    add("-d", "--dtype", type=_dtype, default="bfloat16", help="float, half or bfloat16 (default)")
+    add("-o", "--op", choices=["sum"], default="sum", help="the reduction")
+    add("-c", "--check", type=int, choices=[0, 1], default=1, help="compare every bit with the exact sum (default 1)")
+    add("--seed", type=int, default=0, help="of the inputs (default 0)")
+    add("--peers", type=_peers, default=PEERS, metavar="A,B,…", help=f"of {', '.join(PEERS)} (default all), or none")
+    modes = parser.add_mutually_exclusive_group()
+    for mode, text in (("graph", "replayed CUDA graphs"), ("eager", "calls from the host"), ("both", "both (default)")):
+        modes.add_argument(f"--{mode}", dest="mode", action="store_const", const=mode, help=f"time {text}")
+    parser.set_defaults(mode="both")
+
+
+def _warmup_arguments(parser: argparse.ArgumentParser) -> None:
+    worlds = ["all", *map(str, range(2, 9))]
+    parser.add_argument("--world-size", choices=worlds, default="all", help="number of ranks (default all)")
+    parser.add_argument("--arch", type=_arch, metavar="sm_90", help="to compile for (default: this machine's GPUs)")
+    parser.add_argument("--path", choices=["v2", "legacy", "all"], default="all", help="whose kernels (default all)")
+
+
+def _rank_arguments(parser: argparse.ArgumentParser) -> None:
+    where = parser.add_mutually_exclusive_group()
+    text = "ranks to start, one per GPU (default: every GPU if there are two or more, 8 at most; else 4 CPU ranks)"
+    where.add_argument("--gpus", type=_from(1), metavar="N", help=text)
+    where.add_argument("--cpu", type=_from(1), metavar="N", help="ranks to start on the CPU instead")
+    parser.add_argument(
+        "--deadline", type=float, default=600.0, metavar="S", help="seconds until everything is killed (default 600)"
+    )
+
+
+def _selftest(args: argparse.Namespace, init: _Init | None) -> int:
+    from . import selftest
+
+    return selftest.run(args, init)
+
+
+def _doctor(args: argparse.Namespace, init: _Init | None) -> int:
+    from . import doctor
+
+    return doctor.run(args)
+
+
+def _bench(args: argparse.Namespace, init: _Init | None) -> int:
+    from . import bench
+
+    return bench.run(args, init)
+
+
+def _warmup(args: argparse.Namespace, init: _Init | None) -> int:
+    from . import warmup
+
+    return warmup.run(args)
+
+
+def _cache(args: argparse.Namespace, init: _Init | None) -> int:
+    from . import warmup
+
+    return warmup.run_cache(args)
+
+
+def _size(text: str) -> int:
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _from(least: int) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        if not text.isdigit() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number from {least} on")
+        return int(text)
+
+    return number
+
+
+def _dtype(text: str) -> str:
+    if text not in _DTYPES:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected one of {', '.join(_DTYPES)}")
+    return _DTYPES[text]
+
+
+def _arch(text: str) -> str:
+    if not re.fullmatch(r"sm_\d{2,3}", text):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected an architecture such as sm_90")
+    return text
+
+
+def _peers(text: str) -> tuple[str, ...]:
+    names = tuple(name for name in text.split(",") if name and name != "none")
+    unknown = [name for name in names if name not in PEERS]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r}: expected some of {', '.join(PEERS)}, or none")
+    return names
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,163 @@
+"""``allreduce-jit doctor``: what this machine is, which path would run on it, and what is in the way."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from . import report
+from .settings import PREFIX, V2_SWITCH, Settings
+
+KERNEL_PATHS = ("v2", "legacy")
+_MAX_RANKS = 8
+_PROC_GPUS = Path("/proc/driver/nvidia/gpus")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Examine, print, and return the exit code: 1 if there is a GPU and something keeps the kernels from it."""
+    document = examine()
+    print(json.dumps(document, indent=2) if args.json else render(document))
+    return exit_code(document)
+
+
+def exit_code(document: dict[str, Any]) -> int:
+    runs_kernels = (document["verdict"] or {}).get("path") in KERNEL_PATHS
+    harmless = runs_kernels or not document["gpu_present"] or not document["problems"]
+    return 0 if harmless else 1
+
+
+def examine(
+    probe: Callable[[str], Any] | None = None,
+    decide: Callable[..., Any] | None = None,
+    open_cache: Callable[[Path], Any] | None = None,
+    gpu_count: int | None = None,
+    proc_gpus: Path = _PROC_GPUS,
+) -> dict[str, Any]:
+    """Everything ``doctor`` says, JSON-able. Nothing on the machine makes it raise.
+
+    The GPUs that this process sees stand in for the ranks of a group, one each. The arguments replace the
+    package's own functions and the machine's own answers.
+    """
+    problems: list[str] = []
+    if probe is None or decide is None or open_cache is None:
+        from .cache import KernelCache
+        from .dispatch import decide as real_decide
+        from .probe import probe as real_probe
+
+        probe, decide, open_cache = probe or real_probe, decide or real_decide, open_cache or KernelCache
+    settings = _attempt("settings", problems, Settings.from_env) or Settings()
+    visible = _visible() if gpu_count is None else gpu_count
+    installed = len(list(proc_gpus.iterdir())) if proc_gpus.is_dir() else 0
+    if installed and not visible:
+        problems.append(f"the driver has {installed} GPUs, torch sees none: a CPU build, or CUDA_VISIBLE_DEVICES hides them")
+    devices = [f"cuda:{i}" for i in range(min(visible, _MAX_RANKS))] or ["cpu"]
+    seen = [(d, _attempt(f"probe of {d}", problems, lambda d=d: probe(d))) for d in devices]
+    caps = [found for _, found in seen if found is not None]
+    verdict = _verdict(decide, caps if visible else caps * 2, settings, problems)
+    if len(caps) > 1 and verdict and verdict["path"] not in KERNEL_PATHS:
+        problems += [text for code, text in _coded(verdict) if code != "path-forced"]
+    reports = [found.to_json() for found in caps]
+    problems += [f"{r['device']}: no usable GPU" for r in reports if visible and r.get("gpu") is None]
+    return {
+        "gpu_present": bool(visible or installed),
+        "simulated_ranks": len(caps) if visible else 0,
+        "verdict": verdict,
+        "problems": problems + _cache_problem(cache := _cache(open_cache, settings, problems)),
+        "probe": reports,
+        "versions": report.versions(),
+        "driver": report.driver_version(),
+        "cache": cache,
+        "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith(PREFIX) or k == V2_SWITCH},
+    }
+
+
+def _attempt(what: str, problems: list[str], step: Callable[[], Any]) -> Any:
+    try:
+        return step()
+    except Exception as error:  # noqa: BLE001 - whatever breaks here is what the user called the doctor for
+        problems.append(f"{what}: {type(error).__name__}: {error}")
+        return None
+
+
+def _visible() -> int:
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def _verdict(decide: Callable[..., Any], caps: list[Any], settings: Settings, problems: list[str]) -> dict[str, Any] | None:
+    found = _attempt("decision", problems, lambda: decide(caps, [settings] * len(caps))) if caps else None
+    if found is None:
+        return None
+    reasons = [{"code": report.word(r.code), "text": r.text, "rank": r.rank} for r in found.reasons]
+    facts = {"path": report.word(found.path), "backend": found.backend, "full_nvlink": found.full_nvlink}
+    return facts | {"reasons": reasons}
+
+
+def _coded(verdict: dict[str, Any]) -> list[tuple[str, str]]:
+    return [(entry["code"], line) for entry, line in zip(verdict["reasons"], report.reasons(verdict["reasons"]))]
+
+
+def _cache(open_cache: Callable[[Path], Any], settings: Settings, problems: list[str]) -> dict[str, Any]:
+    cache = _attempt("cache", problems, lambda: open_cache(settings.cache_dir))
+    entries = _attempt("cache", problems, cache.entries) or [] if cache else []
+    facts = {"directory": str(settings.cache_dir), "entries": len(entries), "bytes": sum(size for _, size in entries)}
+    return facts | {"problem": cache.problem if cache else None}
+
+
+def _cache_problem(cache: dict[str, Any]) -> list[str]:
+    return [f"kernel cache {cache['directory']}: {cache['problem']}"] if cache["problem"] else []
+
+
+def render(document: dict[str, Any]) -> str:
+    """The examination as text."""
+    verdict, cache, probes = document["verdict"], document["cache"], document["probe"]
+    lines = ["versions     " + ", ".join(f"{k} {v or 'missing'}" for k, v in document["versions"].items())]
+    lines.append(f"driver       {document['driver'] or 'none'}")
+    lines += _host_lines(probes[0]) if probes else []
+    for facts in probes:
+        lines += _gpu_lines(facts)
+    state = f"{cache['entries']} kernels, {cache['bytes']} bytes"
+    lines.append(f"kernel cache {cache['directory']}: {cache['problem'] or state}")
+    lines += [f"environment  {name}={value}" for name, value in document["environment"].items()]
+    ranks = document["simulated_ranks"]
+    who = f"{ranks} ranks, one per GPU" if ranks else "ranks on the CPU"
+    if verdict:
+        kernels = f"{verdict['path']}, else " if verdict["path"] in KERNEL_PATHS else ""
+        lines.append(f"would run    {kernels}torch.distributed over {verdict['backend']}, for {who}")
+        lines += [f"  because    {line}" for line in report.reasons(verdict["reasons"])]
+    notes = dict.fromkeys(note for facts in probes for note in facts.get("problems", ()))
+    lines += [f"note         {note}" for note in notes]
+    lines += [f"PROBLEM      {problem}" for problem in document["problems"]] or ["no problems"]
+    return "\n".join(lines)
+
+
+def _host_lines(facts: dict[str, Any]) -> list[str]:
+    host = facts.get("host") or {}
+    software = {k: v for k, v in (facts.get("software") or {}).items() if k in ("nvrtc", "nvml", "cuda_driver")}
+    lines = ["host         " + ", ".join(f"{k} {v}" for k, v in host.items())]
+    return lines + ["libraries    " + ", ".join(f"{k} {v or 'missing'}" for k, v in software.items())]
+
+
+def _gpu_lines(facts: dict[str, Any]) -> list[str]:
+    gpu = facts.get("gpu")
+    if gpu is None:
+        return [f"{facts['device']:<12} no GPU"]
+    lines = [f"{facts['device']:<12} " + ", ".join(f"{k} {_plain(v)}" for k, v in gpu.items())]
+    lines.append(f"  fabric     {facts.get('fabric')}, MPS {facts.get('mps')}")
+    for link in facts.get("links", ()):
+        details = ", ".join(f"{k} {_plain(v)}" for k, v in link.items() if k != "peer_uuid")
+        lines.append(f"  link       to {link['peer_uuid']}: {details}")
+    return lines
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return ".".join(map(str, value))
+    if value is None or isinstance(value, bool):
+        return {None: "unknown", True: "yes", False: "no"}[value]
+    return str(value)

@@ -1,0 +1,130 @@
+"""What the command line prints: sizes, tables, progress, and the machine it ran on."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+_DRIVER_FILE = Path("/proc/driver/nvidia/version")
+
+
+def parse_size(text: str) -> int:
+    """Bytes in ``8``, ``1K``, ``128M``, ``1.5G`` (any case, ``B`` and ``iB`` allowed; K is 1024).
+
+    Raises:
+        ValueError: the text is no size, or no whole number of bytes.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?)(?:I?B)?", text.strip().upper())
+    size = float(match[1]) * _UNITS[match[2]] if match else -1.0
+    if size < 0 or size != int(size):
+        raise ValueError(f"{text!r} is no size: expected bytes such as 8, 1K, 128M or 1G")
+    return int(size)
+
+
+def format_size(size: int) -> str:
+    """``1024`` → ``1K``: the largest unit that divides the size, so that ``parse_size`` gives it back."""
+    for unit in ("G", "M", "K"):
+        if size and size % _UNITS[unit] == 0:
+            return f"{size // _UNITS[unit]}{unit}"
+    return str(size)
+
+
+def table(headers: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """A text table, columns as wide as their widest cell; numbers to the right, words to the left."""
+    cells = [[_cell(value) for value in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(headers, *cells)]
+    left = [bool(cells) and any(re.match(r"[A-Za-z]", row[i]) for row in cells) for i in range(len(headers))]
+
+    def line(row: Sequence[str]) -> str:
+        padded = (c.ljust(w) if is_left else c.rjust(w) for c, w, is_left in zip(row, widths, left))
+        return "  ".join(padded).rstrip()
+
+    return "\n".join([line(headers), line(["-" * w for w in widths]), *map(line, cells)])
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.2f}" if isinstance(value, float) else str(value)
+
+
+def word(value: Any) -> str:
+    """The text of an enum member, or of anything else."""
+    return str(getattr(value, "value", value))
+
+
+class Progress:
+    """One line on the terminal that is overwritten; silent on other ranks and when stderr is no terminal."""
+
+    def __init__(self, wanted: bool = True):
+        self._live = wanted and sys.stderr.isatty()
+
+    def __call__(self, text: str) -> None:
+        if self._live:
+            print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+
+    def done(self) -> None:
+        self("")
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of this package and of what it stands on; None = not installed. Nothing is imported."""
+    names = ("allreduce-jit", "torch", "triton", "cuda-python", "cuda-bindings", "cuda-core")
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for name in names:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def machine() -> dict[str, Any]:
+    """A fingerprint that tells results of two machines apart."""
+    import torch
+
+    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "host": platform.node(),
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "cpus": os.cpu_count(),
+        "gpus": sorted(set(names)),
+        "gpu_count": len(names),
+        "driver": driver_version(),
+        "cuda": torch.version.cuda,
+        "versions": versions(),
+    }
+
+
+def driver_version(path: Path = _DRIVER_FILE) -> str | None:
+    """The NVIDIA kernel driver's version, or None without a driver."""
+    try:
+        match = re.search(r"\s(\d{3,}\.\d+(?:\.\d+)?)\s", path.read_text())
+    except OSError:
+        return None
+    return match[1] if match else None
+
+
+def headline(facts: dict[str, Any]) -> str:
+    """``machine()`` on one line."""
+    gpus = f"{facts['gpu_count']} x {', '.join(facts['gpus'])}" if facts["gpu_count"] else "no CUDA GPU"
+    parts = [gpus, f"driver {facts['driver']}"] if facts["driver"] else [gpus]
+    parts += [f"{name} {version}" for name, version in facts["versions"].items() if version]
+    return ", ".join(parts)
+
+
+def reasons(entries: Iterable[dict[str, Any]]) -> list[str]:
+    """One line per reason in its JSON form: code, text, and the rank unless the text names it."""
+    return [_reason(word(entry["code"]), entry["text"], entry.get("rank")) for entry in entries]
+
+
+def _reason(code: str, text: str, rank: int | None) -> str:
+    named = rank is None or f"rank {rank}" in text
+    return f"{code}: {text}" + ("" if named else f" (rank {rank})")
