@@ -116,6 +116,7 @@ def _triton_compile(spec: KernelSpec, arch: str) -> Artifact:
 
     constants = dict(spec.constants)
     constants["BLOCK"] = legacy.BLOCK_BYTES // ITEMSIZE[constants["DTYPE"]]
+    constants["DTYPE"] = getattr(triton.language, constants["DTYPE"])
     constants["INTERPRET"] = False
     source = ASTSource(
         getattr(legacy, spec.source), signature=legacy.signature(spec.source), constexprs=constants

@@ -19,7 +19,7 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 def world(request):
     from virtual import VirtualWorld
 
-    torch.cuda.init()
+    torch.zeros(1, device="cuda")  # makes the context current
     world = VirtualWorld(request.param)
     world.set_deadline(20)
     return world
