@@ -95,6 +95,8 @@ class Communicator:
         self._torch = self._fallback(group, create_groups)
         if deterministic and self._engine is None and self.world_size > 1:
             raise NotDeterministicError(f"deterministic=True needs a kernel path, but {self.reason}")
+        if create_groups and self.path is not Path.V2:
+            self.warmup()  # NCCL may take some calls, and its first one must not be captured
         if self.rank == 0:
             log.info("%s on %d ranks: %s", self.path.value, self.world_size, self.reason)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 WORLD_SIZES = range(2, 9)
 DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
-CUDA_ALGORITHMS = ("one_shot", "two_shot", "pipelined")
+ALGORITHMS = ("one_shot", "two_shot")
 ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
@@ -36,11 +36,11 @@ def catalogue(path: str, world_size: int, dtypes: Sequence[str] = tuple(DTYPES))
     A CUDA module holds all dtypes at once (one compilation, one cubin); a Triton module holds one.
     """
     if path == "v2":
-        return [cuda_module(name, world_size) for name in CUDA_ALGORITHMS]
+        return [cuda_module(name, world_size) for name in ALGORITHMS]
     if path == "legacy":
         return [
             triton_module(name, world_size, dtype, vector)
-            for name in ("one_shot", "two_shot")
+            for name in ALGORITHMS
             for dtype in dtypes
             for vector in (True, False)
         ]

@@ -9,12 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .kernel import ITEMSIZE
-from .tuning import LEGACY_TABLES, PIPELINED_BLOCKS_PER_SM, RESIDENT_THREADS, V2_TABLES
+from .tuning import LEGACY_TABLES, V2_TABLES
 
 PACKET = 16
 WARP = 32
 MAX_BLOCK = 512
-MAX_THREADS = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -25,13 +24,11 @@ class Region:
         offset: its first byte.
         capacity: size of a slot array, one per (phase, parity, source): packets for V2, bytes for legacy.
         channels: how many channels have an epoch word.
-        block: threads per block where the algorithm needs one value for all calls, else 0.
     """
 
     offset: int
     capacity: int
     channels: int
-    block: int = 0
 
 
 @dataclass(frozen=True)
@@ -49,7 +46,7 @@ class Plan:
     Attributes:
         path: ``v2``, ``legacy`` or ``torch.distributed``.
         algorithm: kernel name without dtype and world size; for torch.distributed the backend.
-        grid: blocks of the (first) launch.
+        grid: blocks of a launch.
         block: threads per block.
         chunk: elements of one launch; a larger tensor takes several.
     """
@@ -65,60 +62,37 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def v2_layout(world_size: int, staging_bytes: int, sm_count: int) -> Layout:
-    """Regions of one-shot, two-shot and pipelined; together at most ``staging_bytes``."""
-    shares = [int(share * staging_bytes) // PACKET * PACKET for share in V2_TABLES[world_size].shares]
-    sources = 2 * world_size * PACKET  # bytes per slot, over both parities and all sources
-    one = min(MAX_THREADS, shares[0] // sources // MAX_BLOCK * MAX_BLOCK)
-    two = min(MAX_THREADS, shares[1] // (2 * sources) // MAX_BLOCK * MAX_BLOCK)
-    # Flags of the pipelined kernel lie behind its slots: one word per block and source.
-    blocks = sm_count * PIPELINED_BLOCKS_PER_SM
-    slots = (shares[2] - blocks * world_size * 4) // (2 * sources)
-    block = max(WARP, min(MAX_BLOCK, slots // blocks // WARP * WARP))
-    blocks = min(blocks, slots // block)
-    regions, end = {}, 0
-    for name, capacity, channels, fixed, nbytes in (
-        ("one_shot", one, one // WARP, 0, one * sources),
-        ("two_shot", two, two // WARP, 0, two * 2 * sources),
-        ("pipelined", blocks * block, blocks, block, blocks * (block * 2 * sources + world_size * 4)),
-    ):
-        regions[name] = Region(end, capacity, channels, fixed)
-        end += ceil_div(nbytes, 256) * 256
-    return Layout(regions, end)
+def v2_layout(world_size: int, staging_bytes: int) -> Layout:
+    """Regions of one-shot and two-shot; together at most ``staging_bytes``."""
+    share = int(V2_TABLES[world_size].one_shot_share * staging_bytes)
+    slots = 2 * world_size * PACKET  # bytes per packet of capacity, over both parities and all sources
+    one = share // slots // MAX_BLOCK * MAX_BLOCK
+    two = (staging_bytes - share) // (2 * slots) // MAX_BLOCK * MAX_BLOCK
+    regions = {"one_shot": Region(0, one, one // WARP), "two_shot": Region(one * slots, two, two // WARP)}
+    return Layout(regions, one * slots + two * 2 * slots)
 
 
 def v2_plan(world_size: int, dtype: str, numel: int, sm_count: int, layout: Layout) -> Plan:
     """The V2 plan of ``numel`` > 0 elements of ``dtype`` (``float32``, ``float16``, ``bfloat16``)."""
-    table = V2_TABLES[world_size]
     nbytes = numel * ITEMSIZE[dtype]
-    algorithm = "one_shot" if table.two_shot_from is None or nbytes < table.two_shot_from else "two_shot"
-    for name in (algorithm, "two_shot"):
-        threads = ceil_div(v2_packets(name, world_size, dtype, numel), WARP) * WARP
-        fits = min(layout.regions[name].capacity, sm_count * RESIDENT_THREADS[world_size])
-        if nbytes < table.pipelined_from and threads <= fits:
-            return v2_shape(name, world_size, dtype, numel, sm_count, layout)
-    return v2_shape("pipelined", world_size, dtype, numel, sm_count, layout)
-
-
-def v2_packets(algorithm: str, world_size: int, dtype: str, numel: int) -> int:
-    """Packets that the threads of a grid share: of the whole tensor, or of a rank's part."""
-    packets = ceil_div(numel * ITEMSIZE[dtype], PACKET)
-    return packets if algorithm == "one_shot" else ceil_div(packets, world_size)
+    small = nbytes < V2_TABLES[world_size].two_shot_from and nbytes <= layout.regions["one_shot"].capacity * PACKET
+    return v2_shape("one_shot" if small else "two_shot", world_size, dtype, numel, sm_count, layout)
 
 
 def v2_shape(algorithm: str, world_size: int, dtype: str, numel: int, sm_count: int, layout: Layout) -> Plan:
-    """Grid of ``algorithm``, one packet a thread; pipelined takes the blocks there are and loops.
+    """Grid of ``algorithm``, one packet (of each part) a thread, and equal launches where one does not hold all.
 
     The smallest block that needs no more blocks than multiprocessors spreads a small message widest.
     """
-    packets = v2_packets(algorithm, world_size, dtype, numel)
-    region = layout.regions[algorithm]
-    if algorithm == "pipelined":
-        return Plan("v2", algorithm, min(region.channels, ceil_div(packets, region.block)), region.block, numel)
+    parts = 1 if algorithm == "one_shot" else world_size
+    packets = ceil_div(numel * ITEMSIZE[dtype], PACKET * parts)
+    launches = ceil_div(packets, layout.regions[algorithm].capacity)
+    packets = ceil_div(ceil_div(packets, launches), WARP) * WARP
     block = WARP
     while block < MAX_BLOCK and ceil_div(packets, block) > sm_count:
         block *= 2
-    return Plan("v2", algorithm, ceil_div(packets, block), block, numel)
+    chunk = numel if launches == 1 else packets * parts * PACKET // ITEMSIZE[dtype]
+    return Plan("v2", algorithm, ceil_div(packets, block), block, chunk)
 
 
 def legacy_layout(world_size: int, staging_bytes: int, block_bytes: int) -> Layout:

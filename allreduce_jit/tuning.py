@@ -16,32 +16,23 @@ class V2Table:
     """When V2 switches algorithms, for one world size.
 
     Attributes:
-        two_shot_from: bytes from which two-shot beats one-shot; None = never (one-shot sends no more).
-        pipelined_from: bytes from which pipelined beats both.
-        shares: parts of the staging memory for one-shot, two-shot and pipelined; they sum up to one.
+        two_shot_from: bytes from which two-shot beats one-shot.
+        one_shot_share: share of the staging memory that one-shot gets; the rest is two-shot's.
     """
 
-    two_shot_from: int | None
-    pipelined_from: int
-    shares: tuple[float, float, float]
+    two_shot_from: int
+    one_shot_share: float
 
-
-_SHARES = (0.15, 0.5, 0.35)
 
 V2_TABLES = {
-    2: V2Table(None, 4 * MIB, (0.25, 0.5, 0.25)),
-    3: V2Table(768 * KIB, 4 * MIB, _SHARES),
-    4: V2Table(256 * KIB, 4 * MIB, _SHARES),
-    5: V2Table(192 * KIB, 4 * MIB, _SHARES),
-    6: V2Table(144 * KIB, 4 * MIB, _SHARES),
-    7: V2Table(128 * KIB, 4 * MIB, _SHARES),
-    8: V2Table(96 * KIB, 4 * MIB, _SHARES),
+    2: V2Table(4 * MIB, 0.5),
+    3: V2Table(768 * KIB, 0.25),
+    4: V2Table(384 * KIB, 0.2),
+    5: V2Table(192 * KIB, 0.2),
+    6: V2Table(144 * KIB, 0.2),
+    7: V2Table(128 * KIB, 0.2),
+    8: V2Table(96 * KIB, 0.2),
 }
-
-# Threads that a multiprocessor holds at once (__launch_bounds__ in entry.cuh).
-RESIDENT_THREADS = {n: 1024 if n <= 4 else 512 for n in range(2, 9)}
-# Blocks of the pipelined kernel per multiprocessor: one computes while another waits for its flags.
-PIPELINED_BLOCKS_PER_SM = 2
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-from dataclasses import replace
 
 import torch
 
@@ -32,18 +31,18 @@ class Args(ctypes.Structure):
 
 
 class V2Engine(KernelEngine):
-    """One-shot, two-shot and pipelined push all-reduce for GPUs that are all connected by NVLink."""
+    """One-shot and two-shot push all-reduce for GPUs that are all connected by NVLink."""
 
     path = "v2"
-    numbers = {1: "one_shot", 2: "two_shot", 5: "pipelined"}
+    numbers = {1: "one_shot", 2: "two_shot"}
 
     def __init__(self, config: EngineConfig):
-        super().__init__(config, v2_layout(config.world_size, config.settings.staging_mb << 20, config.sm_count))
+        super().__init__(config, v2_layout(config.world_size, config.settings.staging_mb << 20))
         self._pdl = config.settings.pdl and int(config.arch.removeprefix("sm_")) >= 90
         self._kernels: dict[str, object] = {}
         self._args: dict[str, Args] = {}
         self._launches: dict[tuple[str, int, int], Launch] = {}
-        self._steps: dict[tuple[int, torch.dtype], tuple[Args, Launch]] = {}
+        self._steps: dict[tuple[int, torch.dtype], tuple[Args, Launch, int]] = {}
 
     def plan(self, numel: int, dtype: str) -> Plan:
         return v2_plan(self.config.world_size, dtype, numel, self.config.sm_count, self.layout)
@@ -73,8 +72,7 @@ class V2Engine(KernelEngine):
 
     def _verification_plans(self, numel: int, dtype: torch.dtype) -> list[Plan]:
         shape = (self.config.world_size, DTYPE_NAMES[dtype], numel, 1, self.layout)
-        plans = [v2_shape(algorithm, *shape) for algorithm in self.layout.regions]
-        return [replace(p, grid=min(p.grid, 2)) if p.algorithm == "pipelined" else p for p in plans]  # several steps
+        return [v2_shape(algorithm, *shape) for algorithm in self.layout.regions]
 
     def _launch(self, x: torch.Tensor, out: torch.Tensor, stream: int) -> None:
         key = (x.numel(), x.dtype)
@@ -85,17 +83,25 @@ class V2Engine(KernelEngine):
             step = self._steps[key] = self._step(self.plan(key[0], DTYPE_NAMES[x.dtype]), x.dtype)
         _fire(*step, x, out, stream)
 
-    def _step(self, plan: Plan, dtype: torch.dtype) -> tuple[Args, Launch]:
+    def _step(self, plan: Plan, dtype: torch.dtype) -> tuple[Args, Launch, int]:
         args = self._args[plan.algorithm]
         name = f"{plan.algorithm}_{DTYPES[DTYPE_NAMES[dtype]]}_ws{self.config.world_size}"
         key = (name, plan.grid, plan.block)
         if key not in self._launches:
             self._launches[key] = Launch(self._kernels[name], [args], plan.grid, plan.block, pdl=self._pdl)
-        return args, self._launches[key]
+        return args, self._launches[key], plan.chunk
 
 
-def _fire(args: Args, launch: Launch, x: torch.Tensor, out: torch.Tensor, stream: int) -> None:
+def _fire(args: Args, launch: Launch, chunk: int, x: torch.Tensor, out: torch.Tensor, stream: int) -> None:
     args.input = x.data_ptr()
     args.output = out.data_ptr()
-    args.numel = x.numel()
-    launch(stream)
+    args.numel = left = x.numel()
+    if left <= chunk:
+        launch(stream)
+        return
+    while left > 0:
+        args.numel = min(left, chunk)
+        launch(stream)
+        args.input += chunk * x.element_size()
+        args.output += chunk * x.element_size()
+        left -= chunk

@@ -1,17 +1,18 @@
 """The V2 kernels with 2 to 8 virtual ranks on one GPU, every bit."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 
 from allreduce_jit import reference
-from allreduce_jit.kernel import CUDA_ALGORITHMS
-from allreduce_jit.plan import v2_shape
-from allreduce_jit.tuning import RESIDENT_THREADS
+from allreduce_jit.kernel import ALGORITHMS
+from allreduce_jit.plan import WARP, v2_shape
 
 pytestmark = pytest.mark.gpus(1)
 
+RESIDENT_THREADS = 512  # of a multiprocessor, at any world size (__launch_bounds__ in entry.cuh)
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
@@ -26,16 +27,14 @@ def world(request):
 
 
 def plan_of(world, algorithm, numel, dtype):
-    """The grid a real plan would take, of ``algorithm`` or of the one that takes over when it is too small."""
-    name = str(dtype).removeprefix("torch.")
-    resident = world.sm_count * RESIDENT_THREADS[world.world_size]
-    plan = v2_shape(algorithm, world.world_size, name, numel, world.sm_count, world.layout)
-    if algorithm != "pipelined" and plan.grid * plan.block > min(world.layout.regions[algorithm].capacity, resident):
-        return plan_of(world, "pipelined", numel, dtype)
-    return plan
+    """The grid a real plan would take, in launches small enough to be resident for all ranks at once."""
+    name, regions = str(dtype).removeprefix("torch."), world.layout.regions
+    resident = world.sm_count * RESIDENT_THREADS
+    capped = {a: replace(r, capacity=min(r.capacity, resident // WARP * WARP)) for a, r in regions.items()}
+    return v2_shape(algorithm, world.world_size, name, numel, world.sm_count, replace(world.layout, regions=capped))
 
 
-def check(world, algorithm, numel, dtype, seed, *, kind=reference.RANDOM, offset=0, in_place=False, grid=None):
+def check(world, algorithm, numel, dtype, seed, *, kind=reference.RANDOM, offset=0, in_place=False):
     n = world.world_size
     inputs = []
     for rank in range(n):
@@ -48,27 +47,28 @@ def check(world, algorithm, numel, dtype, seed, *, kind=reference.RANDOM, offset
         for out in outs:
             reference.poison(out)
     plan = plan_of(world, algorithm, numel, dtype)
-    name = plan.algorithm
-    world.all_reduce(name, inputs, outs, grid or plan.grid, plan.block)
+    for start in range(0, numel, plan.chunk):
+        piece = slice(start, start + plan.chunk)
+        world.all_reduce(algorithm, [x[piece] for x in inputs], [out[piece] for out in outs], plan.grid, plan.block)
     for rank, out in enumerate(outs):
         difference = reference.compare(out, want)
-        assert not difference.wrong, f"{name} {numel} {dtype} rank {rank} of {n}: {difference}"
+        assert not difference.wrong, f"{algorithm} {numel} {dtype} rank {rank} of {n}: {difference}"
     assert not world.report.any()
-    return name
+    return -(-numel // plan.chunk)
 
 
-@pytest.mark.parametrize("algorithm", CUDA_ALGORITHMS)
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_sizes(world, algorithm, dtype):
-    names = set()
+    launches = set()
     for seed, numel in enumerate([1, 2, 3, 7, 8, 9, 255, 256, 257, 4095, 65536, 99_991, 1 << 20, (1 << 22) + 5]):
-        names.add(check(world, algorithm, numel, dtype, seed))
+        launches.add(check(world, algorithm, numel, dtype, seed))
         check(world, algorithm, numel, dtype, seed, in_place=True, offset=1)
-    assert names == {algorithm, "pipelined"}
+    assert 1 in launches and max(launches) > 1
     assert world.fully_poisoned()
 
 
-@pytest.mark.parametrize("algorithm", CUDA_ALGORITHMS)
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_special_values(world, algorithm, dtype):
     for numel in (1000, 300_000):
@@ -79,14 +79,13 @@ def test_mixed_calls(world):
     """Sizes, dtypes, algorithms and grids back to back: the epochs of the channels must never mix."""
     dice = random.Random(world.world_size)
     for seed in range(150):
-        algorithm, dtype = dice.choice(CUDA_ALGORITHMS), dice.choice(DTYPES)
+        algorithm, dtype = dice.choice(ALGORITHMS), dice.choice(DTYPES)
         numel = int(2 ** dice.uniform(0, 18))
-        grid = dice.randint(1, 4) if algorithm == "pipelined" else None
-        check(world, algorithm, numel, dtype, seed, offset=dice.randint(0, 3), grid=grid)
+        check(world, algorithm, numel, dtype, seed, offset=dice.randint(0, 3))
     assert world.fully_poisoned()
 
 
-@pytest.mark.parametrize("algorithm", CUDA_ALGORITHMS)
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_missing_rank_ends_the_wait_and_is_named(world, algorithm):
     from virtual import VirtualWorld
 
@@ -104,7 +103,7 @@ def test_missing_rank_ends_the_wait_and_is_named(world, algorithm):
         assert bool(out.isnan().any())
     # A poisoned rank ends at once and pushes nothing more: the late one must not read two epochs mixed.
     before = broken.staging[last].clone()
-    for name in CUDA_ALGORITHMS:
+    for name in ALGORITHMS:
         plan = plan_of(broken, name, 5000, torch.bfloat16)
         broken.all_reduce(name, inputs, outs, plan.grid, plan.block, skip=(last,))
         assert bool(outs[0].isnan().all())

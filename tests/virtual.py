@@ -8,25 +8,23 @@ from allreduce_jit.cache import KernelCache
 from allreduce_jit.compiler import build
 from allreduce_jit.driver import Launch, Module
 from allreduce_jit.engine import DTYPE_NAMES
-from allreduce_jit.kernel import CUDA_ALGORITHMS, DTYPES, cuda_module
+from allreduce_jit.kernel import ALGORITHMS, DTYPES, cuda_module
 from allreduce_jit.plan import v2_layout
 from allreduce_jit.v2 import Args
 
 
 class VirtualWorld:
     """``world_size`` ranks whose staging memories are tensors of one GPU.
+ """
 
-    ``staging_mb`` is small, so that loops over epochs come early.
-    """
-
-    def __init__(self, world_size: int, staging_mb: int = 4, cache: KernelCache | None = None):
+    def __init__(self, world_size: int, staging_mb: int = 8, cache: KernelCache | None = None):
         self.world_size = world_size
         # All ranks share the multiprocessors, and a cooperative launch wants them all at once.
         self.sm_count = torch.cuda.get_device_properties(0).multi_processor_count // world_size
-        self.layout = v2_layout(world_size, staging_mb << 20, self.sm_count)
+        self.layout = v2_layout(world_size, staging_mb << 20)
         major, minor = torch.cuda.get_device_capability()
         self.kernels = {}
-        for algorithm in CUDA_ALGORITHMS:
+        for algorithm in ALGORITHMS:
             spec = cuda_module(algorithm, world_size, virtual_ranks=True)
             module = Module(build(spec, f"sm_{major}{minor}", cache or KernelCache(None))[0].cubin)
             self.kernels |= {entry: module.kernel(entry) for entry in spec.entries}
@@ -50,9 +48,8 @@ class VirtualWorld:
         torch.cuda.synchronize()
 
     def fully_poisoned(self) -> bool:
-        """Whether every slot that relies on the sentinel is empty again."""
-        end = self.layout.regions["pipelined"].offset // 4
-        return all(bool((staging[:end] == -1).all()) for staging in self.staging)
+        """Whether every slot is empty again."""
+        return all(bool((staging == -1).all()) for staging in self.staging)
 
     def _args(self, rank: int, algorithm: str, x, out, skip: bool) -> Args:
         region, local = self.layout.regions[algorithm], self.local[rank]

@@ -42,12 +42,6 @@ __device__ inline void st_relaxed_gpu_u32(u64 address, u32 v) {
     asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(address), "r"(v) : "memory");
 }
 
-__device__ inline u32 ld_relaxed_sys_u32(u64 address) {
-    u32 v;
-    asm volatile("ld.relaxed.sys.global.u32 %0, [%1];" : "=r"(v) : "l"(address) : "memory");
-    return v;
-}
-
 __device__ inline void st_relaxed_sys_u32(u64 address, u32 v) {
     asm volatile("st.relaxed.sys.global.u32 [%0], %1;" ::"l"(address), "r"(v) : "memory");
 }

@@ -11,7 +11,8 @@
 // included (griddepcontrol.wait): hearing from a peer in epoch e+1 allows writing the slots of epoch e
 // there again, in epoch e+2.
 //
-// (pipelined.cu uses slots without the sentinel, with flags; its own header says how.)
+// Progress: a warp waits only for the same warp of its peers. Blocks start in the order of their index, on
+// every GPU, so a grid may be larger than what is resident at once.
 #pragma once
 #include "ptx.cuh"
 
@@ -84,7 +85,7 @@ __device__ inline bool give_up(const Args &a, u64 &started, u32 algorithm, u32 p
 
 __device__ inline bool alive(const Args &a) { return ld_relaxed_gpu_u32(a.control) == 0; }
 
-// One packet per peer from slots that are known to be filled; NOTHING where the wait was given up.
+// One look at the packet of every peer; NOTHING where the wait was given up.
 __device__ inline void fetch(const Args &a, u32 phase, u32 parity, u32 index, bool ok, Packet (&v)[WORLD_SIZE]) {
     u64 mine = slot(a, a.rank, phase, parity, 0, index);
 #pragma unroll
