@@ -8,7 +8,7 @@ import os
 import re
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Optional
 
 from .errors import AllReduceError
 from .report import parse_size
@@ -22,6 +22,7 @@ _DTYPES = {name: name for name in ("float", "half", "bfloat16")} | {
     "bf16": "bfloat16",
 }
 _Init = Callable[..., Any]
+_Command = Callable[[argparse.Namespace, Optional[_Init]], int]
 
 
 def main(argv: list[str] | None = None, *, init: _Init | None = None) -> int:
@@ -44,6 +45,9 @@ def main(argv: list[str] | None = None, *, init: _Init | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # the reader, such as head, has seen enough; nothing may be flushed to it at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -54,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def command(name: str, run: Callable[[argparse.Namespace, _Init | None], int], text: str) -> argparse.ArgumentParser:
+    def command(name: str, run: _Command, text: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
         sub.add_argument("--json", action="store_true", help="print one JSON document instead of text")
         sub.set_defaults(run=run)

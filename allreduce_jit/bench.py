@@ -182,17 +182,17 @@ def render(document: dict[str, Any]) -> str:
         f"# {facts['world_size']} ranks, path {facts['path']}; {'; '.join(report.reasons(facts['reasons']))}",
         f"# {document['unit']}; NVLink multicast {document['multicast']}",
     ]
-    lines += [f"# peer {name}: {'ok' if why is None else 'unavailable: ' + why}" for name, why in document["peers"].items()]
-    names = [name for name, why in document["peers"].items() if why is None]
+    peers = document["peers"].items()
+    lines += [f"# peer {name}: {'ok' if why is None else 'unavailable: ' + why}" for name, why in peers]
+    names = [name for name, why in peers if why is None]
     for mode in dict.fromkeys(row["mode"] for row in document["rows"]):
         rows = [row for row in document["rows"] if row["mode"] == mode]
         lines += ["", f"# {mode}", report.table((*_OURS, *names), (_cells(row, names) for row in rows))]
         lines += _refusals(rows)
     verdict = "OK" if document["ok"] else "FAILED"
     average = document["average_busbw_gbs"]
-    return "\n".join(
-        [*lines, "", f"# Out of bounds values : {document['wrong']} {verdict}", f"# Avg bus bandwidth    : {average:.4g} GB/s"]
-    )
+    lines += ["", f"# Out of bounds values : {document['wrong']} {verdict}"]
+    return "\n".join([*lines, f"# Avg bus bandwidth    : {average:.4g} GB/s"])
 
 
 def _cells(row: dict[str, Any], names: list[str]) -> list[Any]:

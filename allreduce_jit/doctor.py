@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 from collections.abc import Callable
@@ -14,6 +15,8 @@ from .settings import PREFIX, V2_SWITCH, Settings
 
 KERNEL_PATHS = ("v2", "legacy")
 _MAX_RANKS = 8
+# Codes of reasons that are nobody's fault: the machine has nothing to reduce over, or the user wanted it so.
+_NO_HINDRANCE = ("cpu", "world-size-1", "path-forced")
 _PROC_GPUS = Path("/proc/driver/nvidia/gpus")
 
 
@@ -42,32 +45,23 @@ def examine(
     The GPUs that this process sees stand in for the ranks of a group, one each. The arguments replace the
     package's own functions and the machine's own answers.
     """
-    problems: list[str] = []
-    if probe is None or decide is None or open_cache is None:
-        from .cache import KernelCache
-        from .dispatch import decide as real_decide
-        from .probe import probe as real_probe
-
-        probe, decide, open_cache = probe or real_probe, decide or real_decide, open_cache or KernelCache
-    settings = _attempt("settings", problems, Settings.from_env) or Settings()
+    look = _Look()
+    settings = look.attempt("settings", Settings.from_env)
     visible = _visible() if gpu_count is None else gpu_count
     installed = len(list(proc_gpus.iterdir())) if proc_gpus.is_dir() else 0
     if installed and not visible:
-        problems.append(f"the driver has {installed} GPUs, torch sees none: a CPU build, or CUDA_VISIBLE_DEVICES hides them")
-    devices = [f"cuda:{i}" for i in range(min(visible, _MAX_RANKS))] or ["cpu"]
-    seen = [(d, _attempt(f"probe of {d}", problems, lambda d=d: probe(d))) for d in devices]
-    caps = [found for _, found in seen if found is not None]
-    verdict = _verdict(decide, caps if visible else caps * 2, settings, problems)
-    if len(caps) > 1 and verdict and verdict["path"] not in KERNEL_PATHS:
-        problems += [text for code, text in _coded(verdict) if code != "path-forced"]
-    reports = [found.to_json() for found in caps]
-    problems += [f"{r['device']}: no usable GPU" for r in reports if visible and r.get("gpu") is None]
+        look.problems.append(f"the driver has {installed} GPUs, torch sees none: a CPU build, or hidden from it")
+    caps = look.caps(probe or _imported("probe", "probe"), min(visible, _MAX_RANKS))
+    verdict = None
+    if settings and None not in caps:
+        verdict = look.verdict(decide or _imported("dispatch", "decide"), caps if visible else caps * 2, settings)
+    cache = look.cache(open_cache or _imported("cache", "KernelCache"), settings or Settings())
     return {
         "gpu_present": bool(visible or installed),
         "simulated_ranks": len(caps) if visible else 0,
         "verdict": verdict,
-        "problems": problems + _cache_problem(cache := _cache(open_cache, settings, problems)),
-        "probe": reports,
+        "problems": look.problems,
+        "probe": [found.to_json() for found in caps if found is not None],
         "versions": report.versions(),
         "driver": report.driver_version(),
         "cache": cache,
@@ -75,12 +69,8 @@ def examine(
     }
 
 
-def _attempt(what: str, problems: list[str], step: Callable[[], Any]) -> Any:
-    try:
-        return step()
-    except Exception as error:  # noqa: BLE001 - whatever breaks here is what the user called the doctor for
-        problems.append(f"{what}: {type(error).__name__}: {error}")
-        return None
+def _imported(module: str, name: str) -> Callable[..., Any]:
+    return getattr(importlib.import_module(f".{module}", __package__), name)
 
 
 def _visible() -> int:
@@ -89,28 +79,47 @@ def _visible() -> int:
     return torch.cuda.device_count()
 
 
-def _verdict(decide: Callable[..., Any], caps: list[Any], settings: Settings, problems: list[str]) -> dict[str, Any] | None:
-    found = _attempt("decision", problems, lambda: decide(caps, [settings] * len(caps))) if caps else None
-    if found is None:
-        return None
-    reasons = [{"code": report.word(r.code), "text": r.text, "rank": r.rank} for r in found.reasons]
-    facts = {"path": report.word(found.path), "backend": found.backend, "full_nvlink": found.full_nvlink}
-    return facts | {"reasons": reasons}
+class _Look:
+    """Collects the problems of every step, each of which may fail."""
 
+    def __init__(self) -> None:
+        self.problems: list[str] = []
 
-def _coded(verdict: dict[str, Any]) -> list[tuple[str, str]]:
-    return [(entry["code"], line) for entry, line in zip(verdict["reasons"], report.reasons(verdict["reasons"]))]
+    def attempt(self, what: str, step: Callable[[], Any]) -> Any:
+        try:
+            return step()
+        except Exception as error:  # noqa: BLE001 - whatever breaks here is what the user called the doctor for
+            self.problems.append(f"{what}: {type(error).__name__}: {error}")
+            return None
 
+    def caps(self, probe: Callable[[str], Any], gpus: int) -> list[Any]:
+        """One per GPU, or the CPU's; None where the probe failed."""
+        devices = [f"cuda:{i}" for i in range(gpus)] or ["cpu"]
+        found = [self.attempt(f"probe of {device}", lambda device=device: probe(device)) for device in devices]
+        for device, facts in zip(devices, found):
+            if gpus and facts is not None and facts.to_json().get("gpu") is None:
+                self.problems.append(f"{device}: no usable GPU")
+        return found
 
-def _cache(open_cache: Callable[[Path], Any], settings: Settings, problems: list[str]) -> dict[str, Any]:
-    cache = _attempt("cache", problems, lambda: open_cache(settings.cache_dir))
-    entries = _attempt("cache", problems, cache.entries) or [] if cache else []
-    facts = {"directory": str(settings.cache_dir), "entries": len(entries), "bytes": sum(size for _, size in entries)}
-    return facts | {"problem": cache.problem if cache else None}
+    def verdict(self, decide: Callable[..., Any], caps: list[Any], settings: Settings) -> dict[str, Any] | None:
+        found = self.attempt("decision", lambda: decide(caps, [settings] * len(caps)))
+        if found is None:
+            return None
+        path = report.word(found.path)
+        reasons = [{"code": report.word(r.code), "text": r.text, "rank": r.rank} for r in found.reasons]
+        if path not in KERNEL_PATHS:
+            hindrances = [reason for reason in reasons if reason["code"] not in _NO_HINDRANCE]
+            self.problems += report.reasons(hindrances)
+        return {"path": path, "backend": found.backend, "full_nvlink": found.full_nvlink, "reasons": reasons}
 
-
-def _cache_problem(cache: dict[str, Any]) -> list[str]:
-    return [f"kernel cache {cache['directory']}: {cache['problem']}"] if cache["problem"] else []
+    def cache(self, open_cache: Callable[[Path], Any], settings: Settings) -> dict[str, Any]:
+        opened = self.attempt("kernel cache", lambda: open_cache(settings.cache_dir))
+        entries = opened and self.attempt("kernel cache", opened.entries) or []
+        problem = opened and opened.problem
+        if problem:
+            self.problems.append(f"kernel cache {settings.cache_dir}: {problem}")
+        total = sum(size for _, size in entries)
+        return {"directory": str(settings.cache_dir), "entries": len(entries), "bytes": total, "problem": problem}
 
 
 def render(document: dict[str, Any]) -> str:

@@ -90,7 +90,7 @@ def run(
 def _devices(gpus: int | None, cpu: int | None) -> list[str]:
     present = torch.cuda.device_count()
     if gpus is not None and not 1 <= gpus <= present:
-        raise InputError(f"{gpus} GPUs wanted, this machine shows {present} CUDA GPUs; use --cpu N for ranks on the CPU")
+        raise InputError(f"{gpus} GPUs wanted, this machine shows {present} CUDA GPUs (--cpu N: ranks on the CPU)")
     if gpus is None and cpu is None and present >= 2:
         gpus = min(present, _MAX_GPUS)
     if gpus is not None:

@@ -82,7 +82,7 @@ def work(place: Place, options: Options, init: Callable[..., Any] | None) -> dic
 def sizes(max_bytes: int, bands: Iterable[dict[str, Any]]) -> list[Size]:
     """Element counts, powers of 4 from 1 KB on, the maximum, and both sides of every change of algorithm."""
     counts = [Size(count, False) for count in _COUNTS if count * 4 <= max_bytes]
-    edges = {edge for band in bands for edge in (band["from_bytes"], band["to_bytes"]) if edge}
+    edges = {edge for band in bands for edge in (band["from_bytes"], band["to_bytes"]) if edge and edge > 64}
     amounts = {near // 4 * 4 for edge in edges for near in (edge - 4, edge, edge + 4)}
     amounts |= {1 << shift for shift in range(10, max_bytes.bit_length(), 2)} | {max_bytes}
     return counts + [Size(amount, True) for amount in sorted(amounts) if 4 <= amount <= max_bytes]
@@ -159,7 +159,8 @@ class _Checker:
         want[1:-1] = data.want()
         self.communicator.all_reduce(source[1:-1], out=out[1:-1])
         yield "misaligned", out, want
-        self.communicator.all_reduce(source[1:-1], out=source[1:-1])
+        view = source[1:-1]
+        self.communicator.all_reduce(view, out=view)
         yield "misaligned in place", source, want
 
     def _captured(self, data: _Data) -> Iterator[_Check]:
@@ -225,13 +226,13 @@ def render(document: dict[str, Any]) -> str:
     lines += ["", report.table(_HEADERS, map(_cells, groups)), ""]
     lines.append("times: slowest dtype and rank; checked elements: all ranks and ways of calling together")
     if any(row["data"] == reference.INTEGERS for row in rows):
-        lines.append("torch.distributed rows: checked with integers, whose sums are exact in any order (its rounding is its own)")
+        lines.append("torch.distributed rounds its own way: its rows used integers, whose sums are exact in any order")
     failures = document["failures"]
     lines += [f"  {failure}" for failure in failures[:_SHOWN]]
     lines += [f"  … and {len(failures) - _SHOWN} more"] if len(failures) > _SHOWN else []
     verdict = "PASSED" if document["ok"] else "FAILED"
-    lines.append(f"{verdict}: {document['checked']} elements checked, {document['wrong']} wrong, {document['seconds']:.1f} s")
-    return "\n".join(lines)
+    counts = f"{document['checked']} elements checked, {document['wrong']} wrong"
+    return "\n".join([*lines, f"{verdict}: {counts}, {document['seconds']:.1f} s"])
 
 
 def _cells(rows: list[dict[str, Any]]) -> list[Any]:

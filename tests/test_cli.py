@@ -1,0 +1,529 @@
+"""The command line against a stand-in communicator that sums over gloo."""
+
+import json
+import subprocess
+import sys
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from allreduce_jit import __main__ as cli
+from allreduce_jit import bench, bench_peers, doctor, ranks, report, selftest, timing, warmup
+from allreduce_jit.errors import CompileError
+
+
+@dataclass
+class Fake:
+    """What ``init`` hands out, over gloo; ``bug`` plants a fault."""
+
+    device: torch.device
+    path: str = "torch.distributed"
+    bug: str = ""
+
+    def __enter__(self):
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def all_reduce(self, x, out=None):
+        result = self._ordered(x) if self.path == "v2" else self._gloo(x)
+        if self.bug == "wrong element" and self.rank == 1 and x.numel() == 1021:
+            result[1000] += 1
+        if self.bug == "write past the end" and out is not None and out.storage_offset():
+            torch.empty(0, dtype=x.dtype).set_(out.untyped_storage()).fill_(0)
+        if self.bug == "input spoilt" and x.numel():
+            x[0] = 77
+        return result if out is None else out.copy_(result)
+
+    def _gloo(self, x):
+        total = x.clone()
+        dist.all_reduce(total)
+        return total
+
+    def _ordered(self, x):
+        everyone = [torch.empty(x.shape, dtype=x.dtype) for _ in range(self.world_size)]
+        dist.all_gather(everyone, x.contiguous())
+        if self.bug == "reverse order":
+            everyone.reverse()
+        return sum((t.float() for t in everyone[1:]), everyone[0].float()).to(x.dtype)
+
+    @contextmanager
+    def capture(self):
+        yield
+
+    def warmup(self):
+        pass
+
+    check = close = warmup
+
+    def plan(self, numel, dtype):
+        name = f"rank {self.rank}'s" if self.bug == "plans differ" else "fake"
+        return SimpleNamespace(path=self.path, algorithm=name, grid=1, block=32)
+
+    def describe(self):
+        band = {"dtype": "float32", "from_bytes": 0, "to_bytes": 4096, "path": self.path, "algorithm": "fake"}
+        return {
+            "path": self.path,
+            "backend": "gloo",
+            "reasons": [{"code": "cpu", "text": "rank 0 has its tensors on the CPU", "rank": 0}],
+            "rank": self.rank,
+            "world_size": self.world_size,
+            "device": str(self.device),
+            "bands": [band],
+        }
+
+
+def gloo(group=None, device=None):
+    return Fake(device)
+
+
+def kernels(group=None, device=None):
+    return Fake(device, "v2")
+
+
+def wrong_element(group=None, device=None):
+    return Fake(device, "v2", "wrong element")
+
+
+def reverse_order(group=None, device=None):
+    return Fake(device, "v2", "reverse order")
+
+
+def write_past_the_end(group=None, device=None):
+    return Fake(device, "torch.distributed", "write past the end")
+
+
+def input_spoilt(group=None, device=None):
+    return Fake(device, "torch.distributed", "input spoilt")
+
+
+def plans_differ(group=None, device=None):
+    return Fake(device, "torch.distributed", "plans differ")
+
+
+class GoodPeer(bench_peers.Peer):
+    """In place over gloo; refuses more than 2048 bytes."""
+
+    name = "good"
+
+    def __init__(self, place, count, nbytes):
+        self.place = place
+        self.buffers = self.allocate(count, nbytes)
+
+    def call(self, tensor):
+        if tensor.nbytes == 4096:
+            raise RuntimeError("too much for me\nand more")
+        dist.all_reduce(tensor)
+        return tensor
+
+
+class HalfPeer(GoodPeer):
+    name = "half"
+
+    def __init__(self, place, count, nbytes):
+        if place.rank == 1:
+            raise bench_peers.Unavailable("not on rank 1")
+        super().__init__(place, count, nbytes)
+
+
+class LiarPeer(GoodPeer):
+    name = "liar"
+
+    def call(self, tensor):
+        return tensor.add_(1)
+
+
+SMALL = selftest.Options(max_bytes=4096, seed=3)
+BENCH = bench.Options(1024, 4096, 2, 2, 1, "bfloat16", True, "both", ("good", "half", "liar"), 0)
+FAULTS = (wrong_element, reverse_order, write_past_the_end, input_spoilt, plans_differ)
+FAKES = {fake.__name__: fake for fake in (gloo, kernels, *FAULTS)}
+
+
+def everything(place):
+    """All that needs three ranks, in one set of processes: they cost seconds each."""
+    timing.CALLS = 2
+    bench_peers.PEERS = {peer.name: peer for peer in (GoodPeer, HalfPeer, LiarPeer)}
+    documents = {name: selftest.work(place, SMALL, init) for name, init in FAKES.items()}
+    documents["bench"] = bench.work(place, BENCH, kernels)
+    documents["bench reverse_order"] = bench.work(
+        place, replaced(max_bytes=1024, peers=(), dtype="float"), reverse_order
+    )
+    documents["bench unchecked"] = bench.work(place, replaced(max_bytes=1024, peers=(), check=False), reverse_order)
+    return place.gather(documents)
+
+
+def replaced(**changes):
+    return bench.Options(**{**vars(BENCH), **changes})
+
+
+@pytest.fixture(scope="module")
+def documents():
+    every_rank = ranks.run(everything, cpu=3, deadline=200).value
+    verdicts = [{name: (d["ok"], d["wrong"]) for name, d in documents.items()} for documents in every_rank]
+    assert verdicts == verdicts[:1] * 3
+    return every_rank[0]
+
+
+class TestSelftest:
+    def test_right_sums_pass(self, documents):
+        for name in ("gloo", "kernels"):
+            document = documents[name]
+            assert (document["ok"], document["wrong"], document["failures"]) == (True, 0, []), name
+            assert document["checked"] == sum(row["checked"] for row in document["rows"]) > 100_000
+
+    def test_rows_cover_sizes_and_dtypes(self, documents):
+        rows = documents["kernels"]["rows"]
+        assert {row["dtype"] for row in rows} == {"fp32", "fp16", "bf16"}
+        assert {row["numel"] for row in rows if row["dtype"] == "bf16"} >= {0, 1, 2, 3, 7, 17, 1021, 512, 2048}
+        # An algorithm ends at 4096 bytes, so both of its sides are there.
+        assert {row["bytes"] for row in rows} >= {4092, 4096}
+        assert max(row["bytes"] for row in rows) <= 4096
+
+    def test_each_way_of_calling_is_counted(self, documents):
+        rows = [r for r in documents["kernels"]["rows"] if r["size"] == "17 el" and r["dtype"] == "fp16"]
+        # Per rank: random and special values; out of place, new tensor, input, in place, two guarded views.
+        assert rows[0]["checked"] == 3 * 2 * (4 * 17 + 2 * 19)
+
+    def test_only_kernels_are_held_to_the_ordered_sum(self, documents):
+        assert {row["data"] for row in documents["gloo"]["rows"]} == {"integers"}
+        assert {row["data"] for row in documents["kernels"]["rows"]} == {"random"}
+        assert "its rows used integers, whose sums are exact" in selftest.render(documents["gloo"])
+        assert "integers" not in selftest.render(documents["kernels"])
+
+    def test_one_wrong_element_on_one_rank_fails_the_run(self, documents):
+        document = documents["wrong_element"]
+        assert not document["ok"] and document["wrong"] > 0
+        assert {row["numel"] for row in document["rows"] if row["wrong"]} == {1021}
+        assert all(f.startswith("rank 1: 1021 el") for f in document["failures"])
+        assert any("1 wrong; element 1000 is 0x" in f for f in document["failures"])
+
+    def test_another_order_of_summation_is_wrong(self, documents):
+        assert not documents["reverse_order"]["ok"]
+        assert any(" fp32 random " in f for f in documents["reverse_order"]["failures"])
+
+    def test_writing_outside_the_output_is_seen(self, documents):
+        failures = documents["write_past_the_end"]["failures"]
+        assert failures and all("misaligned" in failure for failure in failures)
+
+    def test_a_spoilt_input_is_seen(self, documents):
+        assert any("input kept: 1 wrong; element 0" in f for f in documents["input_spoilt"]["failures"])
+
+    def test_ranks_that_plan_differently_fail_though_sums_are_right(self, documents):
+        document = documents["plans_differ"]
+        assert document["wrong"] == 0 and not document["ok"]
+        assert any("rank 2: 17 el fp32: planned" in failure for failure in document["failures"])
+
+    def test_document_names_machine_and_reasons(self, documents):
+        machine = documents["gloo"]["machine"]
+        assert {"gpus", "gpu_count", "driver", "versions"} <= machine.keys()
+        assert {"python", "torch", "triton", "cuda-core", "allreduce-jit"} <= machine["versions"].keys()
+        assert documents["gloo"]["communicator"]["reasons"][0]["code"] == "cpu"
+        json.dumps(documents)
+
+    def test_text_has_one_row_per_size(self, documents):
+        text = selftest.render(documents["kernels"])
+        lines = [line.split() for line in text.splitlines()]
+        assert ["size", "dtypes", "path", "algorithm", "checked", "#wrong", "eager", "µs", "graph", "µs"] in lines
+        row = next(line for line in lines if line[:2] == ["17", "el"])
+        assert row[2:7] == ["fp32", "fp16", "bf16", "v2", "fake"] and row[8] == "0"
+        assert "cpu: rank 0 has its tensors on the CPU\n" in text
+        assert lines[-1][0] == "PASSED:"
+        assert "FAILED: " in selftest.render(documents["wrong_element"])
+
+
+class TestBench:
+    def test_rows(self, documents):
+        rows = documents["bench"]["rows"]
+        assert [row["bytes"] for row in rows] == [1024, 2048, 4096]
+        assert {row["mode"] for row in rows} == {"eager"}
+        for row in rows:
+            assert row["count"] * 2 == row["bytes"] and row["wrong"] == 0
+            assert 0 < row["p50_us"] <= row["p99_us"]
+            assert row["algbw_gbs"] == pytest.approx(row["bytes"] / row["p50_us"] / 1000)
+            assert row["busbw_gbs"] == pytest.approx(row["algbw_gbs"] * 4 / 3)
+        busbw = [row["busbw_gbs"] for row in rows]
+        assert documents["bench"]["average_busbw_gbs"] == pytest.approx(sum(busbw) / 3)
+
+    def test_peers_are_used_only_if_all_ranks_have_them_and_they_sum_right(self, documents):
+        peers = documents["bench"]["peers"]
+        assert peers["good"] is None
+        assert peers["half"] == "rank 1: not on rank 1"
+        assert peers["liar"].startswith("rank 0: wrong sums in a trial call")
+
+    def test_a_peer_may_refuse_one_size(self, documents):
+        cells = [row["peers"]["good"] for row in documents["bench"]["rows"]]
+        assert all(cell["p50_us"] > 0 for cell in cells[:2])
+        assert cells[2] == {"reason": "rank 0: RuntimeError: too much for me"}
+
+    def test_table(self, documents):
+        lines = [line.split() for line in bench.render(documents["bench"]).splitlines()]
+        header = next(line for line in lines if line[0:1] == ["size"])
+        expected = "size count type redop algorithm time p99 algbw busbw #wrong good"
+        assert header == expected.split()
+        row = lines[lines.index(header) + 4]
+        assert row[:5] == ["4096", "2048", "bfloat16", "sum", "fake"] and row[-2:] == ["0", "-"]
+        assert ["#", "Out", "of", "bounds", "values", ":", "0", "OK"] in lines
+        assert lines[-1][:6] == ["#", "Avg", "bus", "bandwidth", ":", lines[-1][5]]
+        assert "# peer half: unavailable: rank 1: not on rank 1".split() in lines
+
+    def test_wrong_sums_are_counted_and_can_be_left_unchecked(self, documents):
+        assert not documents["bench reverse_order"]["ok"] and documents["bench reverse_order"]["wrong"] > 0
+        assert "FAILED" in bench.render(documents["bench reverse_order"])
+        unchecked = documents["bench unchecked"]
+        assert unchecked["ok"] and unchecked["rows"][0]["wrong"] is None
+        assert "N/A" in bench.render(unchecked)
+
+    def test_sizes(self):
+        cpu = torch.device("cpu")
+        assert replaced(min_bytes=8, max_bytes=100, factor=3).sizes(cpu) == [8, 24, 72]
+        assert replaced(min_bytes=1, max_bytes=5, factor=2).sizes(cpu) == [2, 4]
+        assert replaced(min_bytes=1 << 19, max_bytes=None).sizes(cpu) == [1 << 19, 1 << 20]
+        assert replaced(min_bytes=1 << 26, max_bytes=None).sizes(torch.device("cuda")) == [1 << 26]
+
+    def test_the_command_line_knows_the_peers(self):
+        assert cli.PEERS == tuple(bench_peers.PEERS)
+
+
+class TestExitCodes:
+    def test_wrong_element_is_1_and_json_is_one_document(self, capfd):
+        arguments = ["selftest", "--cpu", "2", "--max-bytes", "4092", "--json", "--deadline", "100"]
+        assert cli.main(arguments, init=wrong_element) == 1
+        document = json.loads(capfd.readouterr().out)
+        assert document["ok"] is False and document["wrong"] > 0
+
+    def test_a_good_bench_is_0(self, capfd):
+        arguments = "bench --cpu 2 -b 1K -e 1K -n 1 -w 0 -d fp16 --peers nccl,torch_two_shot --deadline 100"
+        assert cli.main(arguments.split(), init=kernels) == 0
+        out = capfd.readouterr().out
+        assert "# peer nccl: unavailable: rank 0: " in out and "# peer torch_two_shot: unavailable" in out
+        assert "# Out of bounds values : 0 OK" in out
+
+    def test_failing_ranks_are_1_with_the_story_on_stderr(self, capfd, monkeypatch):
+        def fail(*_, **__):
+            raise ranks.RanksFailed("rank 3 did not finish within 1 s; all ranks were stopped", {}, [3])
+
+        monkeypatch.setattr(ranks, "run", fail)
+        assert cli.main(["selftest", "--json"]) == 1
+        out, err = capfd.readouterr()
+        assert json.loads(out) == {"ok": False, "error": "rank 3 did not finish within 1 s; all ranks were stopped"}
+        assert err == "allreduce-jit selftest: rank 3 did not finish within 1 s; all ranks were stopped\n"
+
+    def test_interruption_is_130(self, monkeypatch):
+        def interrupt(*_, **__):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(ranks, "run", interrupt)
+        assert cli.main(["bench"]) == 130
+
+    @pytest.mark.parametrize(
+        "arguments",
+        [
+            [],
+            ["selftest", "--max-bytes", "lots"],
+            ["selftest", "--gpus", "0"],
+            ["selftest", "--gpus", "2", "--cpu", "2"],
+            ["bench", "-f", "1"],
+            ["bench", "-d", "int8"],
+            ["bench", "-o", "max"],
+            ["bench", "--peers", "nccl,mpi"],
+            ["bench", "--graph", "--eager"],
+            ["warmup", "--world-size", "9"],
+            ["warmup", "--arch", "hopper"],
+            ["cache", "shrink"],
+        ],
+    )
+    def test_bad_usage_is_2(self, arguments, capsys):
+        with pytest.raises(SystemExit) as caught:
+            cli.main(arguments)
+        assert caught.value.code == 2
+        assert "usage: allreduce-jit" in capsys.readouterr().err
+
+    def test_last_size_before_the_first_is_an_error(self, capsys):
+        assert cli.main(["bench", "-b", "1M", "-e", "1K"]) == 1
+        assert "smaller than the first" in capsys.readouterr().err
+
+
+def test_help_needs_no_torch():
+    program = (
+        "import sys, contextlib\nfrom allreduce_jit.__main__ import main\n"
+        "with contextlib.suppress(SystemExit): main(['bench', '--help'])\n"
+        "sys.exit('torch' in sys.modules)"
+    )
+    root = str(Path(__file__).parent.parent)
+    done = subprocess.run([sys.executable, "-c", program], env={"PYTHONPATH": root}, capture_output=True, text=True)
+    assert done.returncode == 0 and "--peers" in done.stdout
+
+
+class TestReport:
+    @pytest.mark.parametrize(
+        ("text", "size"),
+        [("8", 8), ("1K", 1024), ("1kb", 1024), ("2KiB", 2048), ("1.5K", 1536), ("128M", 128 << 20), ("1G", 1 << 30)],
+    )
+    def test_sizes(self, text, size):
+        assert report.parse_size(text) == size
+        assert report.parse_size(report.format_size(size)) == size
+
+    @pytest.mark.parametrize("text", ["", "K", "-1", "1T", "0.3", "1 2", "1e3", "0x10"])
+    def test_what_is_no_size(self, text):
+        with pytest.raises(ValueError, match="is no size"):
+            report.parse_size(text)
+
+    def test_table_aligns_numbers_right_and_words_left(self):
+        lines = report.table(("name", "n"), [("a", 5), ("bcdefg", 123.456), ("c", None)]).splitlines()
+        assert lines == ["name         n", "------  ------", "a            5", "bcdefg  123.46", "c            -"]
+
+    def test_driver_version(self, tmp_path):
+        file = tmp_path / "version"
+        file.write_text("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.159.04  Release\nGCC 13.3.0\n")
+        assert report.driver_version(file) == "580.159.04"
+        assert report.driver_version(tmp_path / "missing") is None
+
+
+@dataclass
+class Caps:
+    device: str
+    gpu: dict | None
+    problems: tuple = ()
+
+    def to_json(self):
+        return {"device": self.device, "gpu": self.gpu, "links": [], "problems": list(self.problems)}
+
+
+class TestDoctor:
+    def examine(self, path="v2", gpus=4, code="full-nvlink", cache_problem=None, **others):
+        def probe(device):
+            return Caps(device, None if device == "cpu" else {"uuid": f"GPU-{device}"})
+
+        def decide(caps, settings):
+            self.caps = caps
+            assert len(caps) == len(settings)
+            reason = SimpleNamespace(code=code, text="because of rank 1", rank=1)
+            return SimpleNamespace(path=SimpleNamespace(value=path), reasons=[reason], full_nvlink=True, backend="nccl")
+
+        def open_cache(directory):
+            return SimpleNamespace(entries=lambda: [("a", 10), ("b", 5)], problem=cache_problem)
+
+        parts = {"probe": probe, "decide": decide, "open_cache": open_cache, "gpu_count": gpus, **others}
+        return doctor.examine(**{"proc_gpus": Path("/nonexistent"), **parts})
+
+    @pytest.mark.parametrize("path", ["v2", "legacy"])
+    def test_a_kernel_path_is_0_whatever_else(self, path):
+        document = self.examine(path, cache_problem="read-only")
+        assert document["verdict"]["path"] == path and document["simulated_ranks"] == 4
+        assert doctor.exit_code(document) == 0
+        assert "read-only" in document["problems"][0]
+        assert f"would run    {path}, else torch.distributed over nccl, for 4 ranks" in doctor.render(document)
+
+    def test_gpus_that_cannot_run_the_kernels_are_1_with_the_reason(self):
+        document = self.examine("torch.distributed", code="no-p2p")
+        assert doctor.exit_code(document) == 1
+        assert document["problems"] == ["no-p2p: because of rank 1"]
+        assert "PROBLEM      no-p2p: because of rank 1" in doctor.render(document)
+
+    def test_the_users_own_choice_is_no_problem(self):
+        assert doctor.exit_code(self.examine("torch.distributed", code="path-forced")) == 0
+
+    def test_no_gpu_is_0(self):
+        document = self.examine("torch.distributed", gpus=0, code="cpu")
+        assert doctor.exit_code(document) == 0 and not document["gpu_present"]
+        assert len(self.caps) == 2 and document["problems"] == []
+
+    def test_one_gpu_is_0(self):
+        assert doctor.exit_code(self.examine("torch.distributed", gpus=1, code="world-size-1")) == 0
+
+    def test_gpus_that_torch_does_not_see_are_1(self, tmp_path):
+        (tmp_path / "0000:01:00.0").mkdir()
+        document = self.examine("torch.distributed", gpus=0, code="cpu", proc_gpus=tmp_path)
+        assert document["gpu_present"] and doctor.exit_code(document) == 1
+        assert "the driver has 1 GPUs, torch sees none" in document["problems"][0]
+
+    def test_a_probe_that_breaks_is_a_problem_not_a_crash(self):
+        def probe(device):
+            raise OSError("no such thing")
+
+        document = self.examine(probe=probe)
+        assert doctor.exit_code(document) == 1 and document["verdict"] is None and document["probe"] == []
+        assert document["problems"][0] == "probe of cuda:0: OSError: no such thing"
+        doctor.render(document)
+
+    def test_a_gpu_that_answers_nothing_is_a_problem(self):
+        document = self.examine("torch.distributed", probe=lambda device: Caps(device, None, ("driver: error 999",)))
+        assert "cuda:2: no usable GPU" in document["problems"] and doctor.exit_code(document) == 1
+        assert "note         driver: error 999" in doctor.render(document)
+
+    def test_bad_settings_are_a_problem(self, monkeypatch):
+        monkeypatch.setenv("ALLREDUCE_JIT_PATH", "fastest")
+        document = self.examine("v2")
+        assert "ALLREDUCE_JIT_PATH='fastest'" in document["problems"][0] and doctor.exit_code(document) == 1
+        assert document["verdict"] is None
+        assert document["environment"]["ALLREDUCE_JIT_PATH"] == "fastest"
+
+    def test_command(self, capsys, monkeypatch, tmp_path):
+        monkeypatch.setenv("ALLREDUCE_JIT_CACHE_DIR", str(tmp_path))
+        pytest.importorskip("allreduce_jit.probe")
+        pytest.importorskip("allreduce_jit.dispatch")
+        pytest.importorskip("allreduce_jit.cache")
+        code = cli.main(["doctor", "--json"])
+        document = json.loads(capsys.readouterr().out)
+        assert code == doctor.exit_code(document)
+        assert document["verdict"]["path"] in ("v2", "legacy", "torch.distributed")
+        assert document["verdict"]["reasons"][0]["code"]
+
+
+class TestWarmup:
+    def run(self, capsys, monkeypatch, *options):
+        built = []
+
+        def catalogue(path, world_size):
+            return [SimpleNamespace(name=f"{path}_ws{world_size}"), SimpleNamespace(name="shared")]
+
+        def build(spec, arch, cache):
+            if spec.name == "legacy_ws5":
+                raise CompileError("syntax")
+            built.append((spec.name, arch))
+            return b"", spec.name == "shared"
+
+        monkeypatch.setattr(warmup, "_open", lambda: SimpleNamespace(directory="/cache", problem=None))
+        args = cli._parser().parse_args(["warmup", *options])
+        code = warmup.run(args, catalogue, build)
+        return code, built, capsys.readouterr().out
+
+    def test_builds_each_kernel_once(self, capsys, monkeypatch):
+        options = ("--arch", "sm_90", "--world-size", "2", "--json")
+        code, built, out = self.run(capsys, monkeypatch, *options)
+        assert code == 0 and built == [("v2_ws2", "sm_90"), ("shared", "sm_90"), ("legacy_ws2", "sm_90")]
+        document = json.loads(out)
+        assert (document["compiled"], document["cached"], document["failed"]) == (2, 1, 0)
+
+    def test_a_kernel_that_does_not_compile_is_1_and_the_others_are_built(self, capsys, monkeypatch):
+        code, built, out = self.run(capsys, monkeypatch, "--arch", "sm_100", "--path", "legacy")
+        assert code == 1 and [name for name, _ in built] == [
+            "legacy_ws2", "shared", "legacy_ws3", "legacy_ws4", "legacy_ws6", "legacy_ws7", "legacy_ws8"
+        ]  # fmt: skip
+        assert "legacy_ws5 sm_100: CompileError: syntax" in out
+        assert "6 compiled, 1 cached, 1 failed" in out
+
+    def test_without_a_gpu_the_architecture_must_be_named(self, capsys, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+        monkeypatch.setattr(warmup, "_open", lambda: None)
+        pytest.importorskip("allreduce_jit.compiler")
+        assert cli.main(["warmup"]) == 1
+        assert "--arch sm_90" in capsys.readouterr().err
+
+
+def test_cache_commands(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("allreduce_jit.cache")
+    monkeypatch.setenv("ALLREDUCE_JIT_CACHE_DIR", str(tmp_path / "cache"))
+    assert cli.main(["cache", "path"]) == 0
+    assert capsys.readouterr().out.splitlines()[0] == str(tmp_path / "cache")
+    assert cli.main(["cache", "list", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["entries"] == []
+    assert cli.main(["cache", "clear"]) == 0
+    assert "0 kernels removed" in capsys.readouterr().out

@@ -1,0 +1,216 @@
+"""Processes per rank: results come back, failures are told and end in time, and nobody is left behind."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from allreduce_jit import ranks
+from allreduce_jit.errors import AllReduceError, InputError
+from allreduce_jit.place import NO_MULTICAST
+
+HERE = Path(__file__).parent
+
+
+def note(folder, place):
+    """Leave a file that names this process, so that the test can look for it afterwards."""
+    Path(folder, str(place.rank)).write_text(str(os.getpid()))
+    place.barrier()
+
+
+def alive(folder):
+    """Processes noted in ``folder`` that still run."""
+    pids = [int(path.read_text()) for path in Path(folder).iterdir()]
+    assert pids, "no rank got as far as its work"
+    return [pid for pid in pids if Path(f"/proc/{pid}/stat").exists() and state(pid) != "Z"]
+
+
+def state(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except OSError:
+        return "Z"
+
+
+def add_up(place, start):
+    total = torch.tensor([start + place.rank])
+    dist.all_reduce(total)
+    return {
+        "sum": total.item(),
+        "ranks": place.gather(place.rank),
+        "device": str(place.device),
+        "multicast": {name: os.environ.get(name) for name in NO_MULTICAST},
+    }
+
+
+def crash(place, folder):
+    note(folder, place)
+    if place.rank == 1:
+        raise ValueError("the reason it crashed")
+    time.sleep(600)
+
+
+def vanish(place, folder):
+    note(folder, place)
+    if place.rank == 1:
+        os.kill(os.getpid(), signal.SIGSEGV)
+    time.sleep(600)
+
+
+def hang(place, folder):
+    note(folder, place)
+    if place.rank == 1:
+        # With children of its own, and deaf to everything that can be ignored.
+        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+        Path(folder, "child").write_text(str(child.pid))
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        time.sleep(600)
+    return place.rank
+
+
+def unpicklable(place):
+    return lambda: place.rank
+
+
+def test_work_runs_once_per_rank_and_rank_0s_result_returns():
+    outcome = ranks.run(add_up, 10, cpu=3)
+    assert outcome.rank == 0
+    assert outcome.value == {
+        "sum": 33,
+        "ranks": [0, 1, 2],
+        "device": "cpu",
+        "multicast": {name: ("1" if "DISABLE" in name else "0") for name in NO_MULTICAST},
+    }
+
+
+def test_a_crash_is_told_with_its_traceback_and_ends_the_others(tmp_path):
+    start = time.monotonic()
+    with pytest.raises(ranks.RanksFailed) as caught:
+        ranks.run(crash, tmp_path, cpu=2, deadline=100)
+    assert time.monotonic() - start < 60
+    assert "rank 1 failed" in str(caught.value) and "ValueError: the reason it crashed" in str(caught.value)
+    assert "in crash" in caught.value.failed[1]
+    assert caught.value.unfinished == [0] and "rank 0 had not finished" in str(caught.value)
+    assert alive(tmp_path) == []
+
+
+def test_a_rank_that_dies_without_a_word_is_named(tmp_path):
+    with pytest.raises(ranks.RanksFailed, match="rank 1 failed") as caught:
+        ranks.run(vanish, tmp_path, cpu=2, deadline=100)
+    assert "SIGSEGV" in caught.value.failed[1]
+    assert alive(tmp_path) == []
+
+
+def test_a_hang_ends_at_the_deadline_and_is_named(tmp_path):
+    deadline = 15
+    start = time.monotonic()
+    with pytest.raises(ranks.RanksFailed, match=rf"^rank 1 did not finish within {deadline} s") as caught:
+        ranks.run(hang, tmp_path, cpu=2, deadline=deadline)
+    assert deadline <= time.monotonic() - start < deadline + 5
+    assert (caught.value.failed, caught.value.unfinished) == ({}, [1])
+    assert len(list(tmp_path.iterdir())) == 3
+    assert alive(tmp_path) == []
+
+
+def test_a_result_that_cannot_be_sent_is_a_failure_not_a_hang():
+    with pytest.raises(ranks.RanksFailed, match="pickle"):
+        ranks.run(unpicklable, cpu=1, deadline=100)
+
+
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGKILL])
+def test_nobody_outlives_the_parent(tmp_path, end):
+    program = "from test_ranks import hang; from allreduce_jit import ranks; ranks.run(hang, {!r}, cpu=2)"
+    folder, errors = tmp_path / "noted", tmp_path / "stderr"
+    folder.mkdir()
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)])}
+    with errors.open("w") as stderr:
+        parent = subprocess.Popen([sys.executable, "-c", program.format(str(folder))], env=env, stderr=stderr)
+    try:
+        wait_for(lambda: (folder / "child").exists())
+        parent.send_signal(end)
+        parent.wait(timeout=20)
+        if end == signal.SIGINT:
+            assert alive(folder) == []
+            assert errors.read_text().count("KeyboardInterrupt") == 1, errors.read_text()
+        else:
+            wait_for(lambda: all(state(int((folder / str(rank)).read_text())) == "Z" for rank in range(2)))
+    finally:
+        parent.kill()
+        stop(folder / "child")
+
+
+def wait_for(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)
+
+
+def stop(note_file):
+    if note_file.exists() and state(int(note_file.read_text())) != "Z":
+        os.kill(int(note_file.read_text()), signal.SIGKILL)
+
+
+def test_two_runs_at_once_do_not_meet():
+    with ThreadPoolExecutor(2) as pool:
+        runs = [pool.submit(ranks.run, add_up, start, cpu=2) for start in (1, 100)]
+        assert [run.result(timeout=100).value["sum"] for run in runs] == [3, 201]
+
+
+def test_under_torchrun_its_ranks_are_used(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from test_ranks import add_up; from allreduce_jit import ranks\n"
+        "o = ranks.run(add_up, 5)\n"
+        "open(f'{__file__}.{o.rank}', 'w').write(str(o.value['sum']))\n"
+    )
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)])}
+    subprocess.run(launch, env=env, check=True, timeout=100, capture_output=True)
+    assert [Path(f"{script}.{rank}").read_text() for rank in range(2)] == ["11", "11"]
+
+
+def test_under_torchrun_the_deadline_ends_the_process(tmp_path):
+    program = (
+        "import time, threading; from allreduce_jit import ranks\n"
+        "def work(place): time.sleep(600)\n"
+        "ranks.run(work, deadline=3)"
+    )
+    where = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    env = {**os.environ, **where, "PYTHONPATH": str(HERE.parent)}
+    done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, timeout=60)
+    assert done.returncode == 1
+    assert b"rank 0 did not finish within 3 s" in done.stderr
+
+
+def test_more_gpus_than_there_are_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(InputError, match="3 GPUs wanted, this machine shows 2 CUDA GPUs"):
+        ranks.run(add_up, 0, gpus=3)
+
+
+@pytest.mark.parametrize(
+    ("present", "gpus", "cpu", "devices"),
+    [
+        (0, None, None, ["cpu"] * 4),
+        (1, None, None, ["cpu"] * 4),
+        (2, None, None, ["cuda:0", "cuda:1"]),
+        (16, None, None, [f"cuda:{i}" for i in range(8)]),
+        (4, 3, None, ["cuda:0", "cuda:1", "cuda:2"]),
+        (4, None, 2, ["cpu"] * 2),
+    ],
+)
+def test_devices(monkeypatch, present, gpus, cpu, devices):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: present)
+    assert ranks._devices(gpus, cpu) == devices
+
+
+def test_failure_is_one_of_our_errors():
+    assert issubclass(ranks.RanksFailed, AllReduceError)
