@@ -194,7 +194,9 @@ class Communicator:
     def plan(self, numel: int, dtype: torch.dtype) -> Plan:
         """What a call with ``numel`` elements of ``dtype`` would run."""
         name = DTYPE_NAMES.get(dtype)
-        if self._engine is None or name is None or numel == 0:
+        if numel == 0:
+            return Plan(self.path.value, "none", 0, 0, 0)
+        if self._engine is None or name is None:
             return Plan(Path.TORCH.value, self._torch.backend, 0, 0, numel)
         return self._engine.plan(numel, name)
 

@@ -34,8 +34,7 @@ def _maybe_init_config() -> None:
     """Fill ``THRESHOLD_2_SHOT_MAP``, once and completely: nobody sees a part of it."""
     with _config_lock:
         if not THRESHOLD_2_SHOT_MAP:
-            never = UNLIMITED  # one-shot moves no more bytes than two-shot at two ranks
-            THRESHOLD_2_SHOT_MAP.update({n: table.two_shot_from or never for n, table in V2_TABLES.items()})
+            THRESHOLD_2_SHOT_MAP.update({n: table.two_shot_from for n, table in V2_TABLES.items()})
 
 
 def can_use_custom_all_reduce_with_nvlink(

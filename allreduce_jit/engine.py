@@ -5,13 +5,14 @@ The steps are separate so that all ranks can agree after each one (``ladder``); 
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from . import reference
-from .cache import Artifact, KernelCache
+from .cache import Artifact, KernelCache, decode, encode
 from .compiler import build
 from .driver import Module
 from .errors import PeerTimeout, SetupError
@@ -56,15 +57,23 @@ class KernelEngine:
 
     # -- construction, in the order in which the ladder calls it
 
-    def load(self, cache: KernelCache) -> None:
-        """Compile (or fetch) and load every kernel that a plan can pick."""
-        for spec in catalogue(self.path, self.config.world_size):
+    def compile(self, cache: KernelCache) -> dict[str, str]:
+        """Build, or fetch from the cache, this rank's share of the modules: name -> artifact in base64."""
+        share = {}
+        for spec in catalogue(self.path, self.config.world_size)[self.config.rank :: self.config.world_size]:
             artifact, was_cached = build(spec, self.config.arch, cache)
             self.cached += was_cached
             self.compiled += not was_cached
-            module = Module(artifact.cubin)
+            share[spec.name] = base64.b64encode(encode(artifact)).decode()
+        return share
+
+    def load(self, shares: Sequence[dict[str, str]]) -> None:
+        """Load every kernel that a plan can pick, from the shares of all ranks."""
+        artifacts = {name: decode(base64.b64decode(text)) for share in shares for name, text in share.items()}
+        for spec in catalogue(self.path, self.config.world_size):
+            module = Module(artifacts[spec.name].cubin)
             for entry in spec.entries:
-                self._register(spec, entry, artifact, module.kernel(entry))
+                self._register(spec, entry, artifacts[spec.name], module.kernel(entry))
 
     def allocate(self) -> str:
         """Allocate and poison the staging memory; returns the handle for the peers."""
@@ -87,13 +96,13 @@ class KernelEngine:
         """
         self.state.set_deadline(VERIFY_SECONDS)
         world_size, rank, device = self.config.world_size, self.config.rank, self.config.device
+        generator = torch.Generator().manual_seed(2026)
         for dtype in TORCH_DTYPES.values():
+            # Random bits: finite values of all magnitudes, infinities, subnormals and NaNs, all ones among them.
+            bits = torch.randint(-(1 << 31), 1 << 31, (world_size, VERIFY_BYTES // 4), generator=generator)
+            bits[:, 7] = -1
             numel = VERIFY_BYTES // dtype.itemsize - 1
-            kinds = [reference.RANDOM, reference.SPECIALS]
-            inputs = [
-                torch.cat([reference.values(1, r, numel // 2 + 1, dtype, kind=kind) for kind in kinds])[:numel]
-                for r in range(world_size)
-            ]
+            inputs = bits.to(torch.int32).view(dtype)[:, :numel]
             want = reference.ordered_sum(inputs)
             for turn, plan in enumerate(self._verification_plans(numel, dtype) * 2):
                 # Turned by a little, so that what an earlier round left behind is not taken for this one's.
@@ -125,11 +134,11 @@ class KernelEngine:
 
     def check(self) -> None:
         """Raise ``PeerTimeout`` if a kernel gave up waiting for a peer."""
-        expired, source, algorithm, phase, channel = self.state.words[:5]
+        expired, source, algorithm, buffer, channel = self.state.words[:5]
         if expired:
             raise PeerTimeout(
                 f"rank {self.config.rank} waited in vain for rank {source} "
-                f"({self.numbers.get(algorithm, algorithm)}, phase {phase}, channel {channel}); "
+                f"({self.numbers.get(algorithm, algorithm)}, buffer {buffer}, channel {channel}); "
                 "results since then are not valid. Close this communicator and build a new one."
             )
 

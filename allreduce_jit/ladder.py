@@ -97,20 +97,24 @@ def _lower(ladder: Ladder, verdict: Verdict, reason: Reason) -> Verdict:
 
 
 def _build(group, device: torch.device, deterministic: bool, ladder: Ladder, path: Path):
-    """One rung in four agreed stages: kernels and memory, mapping, verified traffic."""
+    """One rung in agreed stages: kernels, memory, mapping, verified traffic."""
     rank = dist.get_rank(group)
     engine = None
 
-    def load():
+    def compile_share():
         nonlocal engine
         from .cache import KernelCache
 
         engine = _engine(path, _config(rank, device, deterministic, ladder))
-        engine.load(KernelCache(ladder.settings.cache_dir))
+        return engine.compile(KernelCache(ladder.settings.cache_dir))
+
+    def allocate():
+        engine.load(shares)
         return engine.allocate()
 
     try:
-        handles = _stage(group, ladder, "build_s", "build-failed", load, device)
+        shares = _stage(group, ladder, "build_s", "build-failed", compile_share, device)
+        handles = _stage(group, ladder, "build_s", "build-failed", allocate, device)
         _stage(group, ladder, "map_s", "map-failed", lambda: engine.connect(handles), device)
         _stage(group, ladder, "verify_s", "verify-failed", lambda: engine.verify(), device)
     except BaseException:

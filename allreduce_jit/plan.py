@@ -14,6 +14,8 @@ from .tuning import LEGACY_TABLES, V2_TABLES
 PACKET = 16
 WARP = 32
 MAX_BLOCK = 512
+ONE_SHOT_BUFFERS = 2  # kernels/cuda: one per parity
+TWO_SHOT_BUFFERS = 3  # and one for the gather
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,7 @@ class Region:
 
     Attributes:
         offset: its first byte.
-        capacity: size of a slot array, one per (phase, parity, source): packets for V2, bytes for legacy.
+        capacity: size of a slot array, one per (buffer, source): packets for V2, bytes for legacy.
         channels: how many channels have an epoch word.
     """
 
@@ -65,18 +67,19 @@ def ceil_div(a: int, b: int) -> int:
 def v2_layout(world_size: int, staging_bytes: int) -> Layout:
     """Regions of one-shot and two-shot; together at most ``staging_bytes``."""
     share = int(V2_TABLES[world_size].one_shot_share * staging_bytes)
-    slots = 2 * world_size * PACKET  # bytes per packet of capacity, over both parities and all sources
-    one = share // slots // MAX_BLOCK * MAX_BLOCK
-    two = (staging_bytes - share) // (2 * slots) // MAX_BLOCK * MAX_BLOCK
-    regions = {"one_shot": Region(0, one, one // WARP), "two_shot": Region(one * slots, two, two // WARP)}
-    return Layout(regions, one * slots + two * 2 * slots)
+    slot = world_size * PACKET  # bytes per packet of capacity and buffer
+    one = share // (ONE_SHOT_BUFFERS * slot) // MAX_BLOCK * MAX_BLOCK
+    two = (staging_bytes - share) // (TWO_SHOT_BUFFERS * slot) // MAX_BLOCK * MAX_BLOCK
+    end = one * ONE_SHOT_BUFFERS * slot
+    regions = {"one_shot": Region(0, one, one // WARP), "two_shot": Region(end, two, two // WARP)}
+    return Layout(regions, end + two * TWO_SHOT_BUFFERS * slot)
 
 
 def v2_plan(world_size: int, dtype: str, numel: int, sm_count: int, layout: Layout) -> Plan:
     """The V2 plan of ``numel`` > 0 elements of ``dtype`` (``float32``, ``float16``, ``bfloat16``)."""
     nbytes = numel * ITEMSIZE[dtype]
-    small = nbytes < V2_TABLES[world_size].two_shot_from and nbytes <= layout.regions["one_shot"].capacity * PACKET
-    return v2_shape("one_shot" if small else "two_shot", world_size, dtype, numel, sm_count, layout)
+    algorithm = "one_shot" if nbytes < V2_TABLES[world_size].two_shot_from else "two_shot"
+    return v2_shape(algorithm, world_size, dtype, numel, sm_count, layout)
 
 
 def v2_shape(algorithm: str, world_size: int, dtype: str, numel: int, sm_count: int, layout: Layout) -> Plan:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 KIB = 1 << 10
 MIB = 1 << 20
+NEVER = 1 << 62
 
 
 @dataclass(frozen=True)
@@ -25,13 +26,13 @@ class V2Table:
 
 
 V2_TABLES = {
-    2: V2Table(4 * MIB, 0.5),
-    3: V2Table(768 * KIB, 0.25),
-    4: V2Table(384 * KIB, 0.2),
-    5: V2Table(192 * KIB, 0.2),
-    6: V2Table(144 * KIB, 0.2),
-    7: V2Table(128 * KIB, 0.2),
-    8: V2Table(96 * KIB, 0.2),
+    2: V2Table(NEVER, 0.95),  # one-shot sends no more bytes than two-shot, and in one hop
+    3: V2Table(768 * KIB, 0.2),
+    4: V2Table(384 * KIB, 0.1),
+    5: V2Table(192 * KIB, 0.1),
+    6: V2Table(144 * KIB, 0.1),
+    7: V2Table(128 * KIB, 0.1),
+    8: V2Table(96 * KIB, 0.1),
 }
 
 

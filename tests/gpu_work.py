@@ -47,7 +47,7 @@ def sizes(place, path, max_numel=1 << 28):
         expect_path(comm, path)
         for dtype in DTYPES:
             for seed, numel in enumerate([*SIZES, min(max_numel, (1 << 30) // dtype.itemsize)]):
-                ours = comm.plan(numel, dtype).path == path.value
+                ours = comm.plan(numel, dtype).path != Path.TORCH.value
                 kind = reference.RANDOM if ours else reference.INTEGERS
                 check(place, comm, numel, dtype, seed, kind=kind)
                 check(place, comm, numel, dtype, seed + 100, kind=kind, offset=1, in_place=True)
@@ -89,22 +89,24 @@ def graphs(place, path):
         captured = []
         stream = torch.cuda.Stream(place.device)
         for numel, dtype in [(100, torch.bfloat16), (50_000, torch.float16), (700_001, torch.float32)]:
-            static = reference.values(0, comm.rank, numel, dtype, place.device)
+            exact = comm.plan(numel, dtype).path == Path.TORCH.value  # not in its bits: integers then
+            kind = reference.INTEGERS if exact else reference.RANDOM
+            static = reference.values(0, comm.rank, numel, dtype, place.device, kind=kind)
             graph = torch.cuda.CUDAGraph()
             with comm.capture(), torch.cuda.graph(graph, stream=stream):
                 temporary = static * 1  # lives in the graph's pool and is reused by later captures
                 first = comm.all_reduce(temporary)
                 second = comm.all_reduce(static)
                 comm.all_reduce(first, out=first)
-            captured.append((graph, static, first, second, numel, dtype))
+            captured.append((graph, static, first, second, numel, dtype, kind))
         for turn in range(6):
-            for graph, static, first, second, numel, dtype in captured[:: 1 if turn % 2 else -1]:
+            for graph, static, first, second, numel, dtype, kind in captured[:: 1 if turn % 2 else -1]:
                 seed = turn + 10
                 torch.empty(1 << 20, device=place.device).normal_()  # the allocator hands freed memory out again
-                static.copy_(reference.values(seed, comm.rank, numel, dtype, place.device))
+                static.copy_(reference.values(seed, comm.rank, numel, dtype, place.device, kind=kind))
                 graph.replay()
                 check(place, comm, 777, dtype, seed)  # an eager call in between
-                want = reference.expected(seed, comm.world_size, numel, dtype, place.device)
+                want = reference.expected(seed, comm.world_size, numel, dtype, place.device, kind=kind)
                 twice = reference.ordered_sum([want] * comm.world_size)
                 for result, right in ((second, want), (first, twice)):
                     difference = reference.compare(result, right)
@@ -219,7 +221,7 @@ def failures_step_down(place):
     """One rank that cannot build, map or verify takes all of them down one step, with the reason."""
     from allreduce_jit import engine, errors, v2
 
-    for name, code in (("load", "build-failed"), ("connect", "map-failed"), ("verify", "verify-failed")):
+    for name, code in (("compile", "build-failed"), ("allocate", "build-failed"), ("connect", "map-failed"), ("verify", "verify-failed")):
         original = getattr(v2.V2Engine, name)
 
         def fail(self, *args, original=original):

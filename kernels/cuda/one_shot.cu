@@ -7,7 +7,7 @@
 #include "packet.cuh"
 #include "staging.cuh"
 
-constexpr u32 ONE_SHOT = 1;
+constexpr u32 ONE_SHOT = 1;  // buffers: one per parity
 
 template <class T>
 __device__ inline void one_shot(const Args &a) {
@@ -25,11 +25,11 @@ __device__ inline void one_shot(const Args &a) {
     Packet own = in.load(index);
 #pragma unroll
     for (u32 k = 1; k < WORLD_SIZE; k++)
-        if (ok) push(a, (a.rank + k) % WORLD_SIZE, 0, parity, index, own);
+        if (ok) push(a, (a.rank + k) % WORLD_SIZE, parity, index, own);
     insert(v, a.rank, own);
-    receive(a, ONE_SHOT, 0, parity, index, ok, v);
+    receive(a, ONE_SHOT, parity, index, ok, v);
     out.store(index, sum_in_rank_order<T>(v));
-    poison(a, 0, parity, index);
+    poison(a, parity, index);
     __syncwarp();  // every lane has read the epoch
     if (lane == 0) st_relaxed_gpu_u32(epoch, parity ^ 1);
 }

@@ -9,7 +9,8 @@
 // safe because (1) every lane of an active warp exchanges a packet with every peer in every epoch, and
 // (2) one kernel is one epoch, and a rank pushes only when its earlier kernels are complete, poisoning
 // included (griddepcontrol.wait): hearing from a peer in epoch e+1 allows writing the slots of epoch e
-// there again, in epoch e+2.
+// there again, in epoch e+2. Slots that are written only after the packet of the same peer and
+// the same epoch has arrived elsewhere (two-shot's gather) need no parity.
 //
 // Progress: a warp waits only for the same warp of its peers. Blocks start in the order of their index, on
 // every GPU, so a grid may be larger than what is resident at once.
@@ -28,7 +29,7 @@ struct Args {
     u64 control;     // Control, local
     u64 report;      // Report, host memory
     u32 rank;
-    u32 capacity;    // slots per (phase, parity, source): the most threads that a grid may have
+    u32 capacity;    // slots per (buffer, source): the most threads that a grid may have
 };
 
 struct Control {
@@ -41,12 +42,12 @@ struct Report {
     u32 expired;  // written last
     u32 source;   // the rank that did not arrive
     u32 algorithm;
-    u32 phase;
+    u32 buffer;
     u32 channel;
 };
 
-__device__ inline u64 slot(const Args &a, u32 owner, u32 phase, u32 parity, u32 source, u32 index) {
-    return a.staging[owner] + (u64((phase * 2 + parity) * WORLD_SIZE + source) * a.capacity + index) * 16;
+__device__ inline u64 slot(const Args &a, u32 owner, u32 buffer, u32 source, u32 index) {
+    return a.staging[owner] + (u64(buffer * WORLD_SIZE + source) * a.capacity + index) * 16;
 }
 
 __device__ inline bool arrived(Packet p) {
@@ -54,10 +55,10 @@ __device__ inline bool arrived(Packet p) {
 }
 
 // 0xFFFFFFFF is one fp32 NaN or two 16-bit NaNs; ...FE is NaN as well, in every dtype.
-__device__ inline void push(const Args &a, u32 to, u32 phase, u32 parity, u32 index, Packet p) {
+__device__ inline void push(const Args &a, u32 to, u32 buffer, u32 index, Packet p) {
 #pragma unroll
     for (u32 i = 0; i < 4; i++) p.w[i] = min(p.w[i], EMPTY - 1);
-    st_relaxed_sys_v4(slot(a, to, phase, parity, a.rank, index), p);
+    st_relaxed_sys_v4(slot(a, to, buffer, a.rank, index), p);
 }
 
 // True when waiting is over without the packet: the communicator is poisoned, or the deadline passed and
@@ -66,7 +67,7 @@ __device__ inline void push(const Args &a, u32 to, u32 phase, u32 parity, u32 in
 // A rank that stopped waiting must stop pushing as well, now and in later kernels: it could overtake a peer
 // that is merely late and overwrite slots which that peer has not read yet. Peers run into their own
 // deadlines instead; here, what did not arrive reads as EMPTY, so the output is NaN, and the host raises.
-__device__ inline bool give_up(const Args &a, u64 &started, u32 algorithm, u32 phase, u32 missing) {
+__device__ inline bool give_up(const Args &a, u64 &started, u32 algorithm, u32 buffer, u32 missing) {
     if (ld_relaxed_gpu_u32(a.control)) return true;
     u64 now = globaltimer();
     if (started == 0) started = now;
@@ -75,7 +76,7 @@ __device__ inline bool give_up(const Args &a, u64 &started, u32 algorithm, u32 p
     if (atom_exch_relaxed_gpu_u32(a.control, 1) == 0) {
         st_relaxed_sys_u32(a.report + 4, __ffs(missing) - 1);
         st_relaxed_sys_u32(a.report + 8, algorithm);
-        st_relaxed_sys_u32(a.report + 12, phase);
+        st_relaxed_sys_u32(a.report + 12, buffer);
         st_relaxed_sys_u32(a.report + 16, (blockIdx.x * blockDim.x + threadIdx.x) / 32);
         fence_acq_rel_sys();
         st_relaxed_sys_u32(a.report, 1);
@@ -86,8 +87,8 @@ __device__ inline bool give_up(const Args &a, u64 &started, u32 algorithm, u32 p
 __device__ inline bool alive(const Args &a) { return ld_relaxed_gpu_u32(a.control) == 0; }
 
 // One look at the packet of every peer; NOTHING where the wait was given up.
-__device__ inline void fetch(const Args &a, u32 phase, u32 parity, u32 index, bool ok, Packet (&v)[WORLD_SIZE]) {
-    u64 mine = slot(a, a.rank, phase, parity, 0, index);
+__device__ inline void fetch(const Args &a, u32 buffer, u32 index, bool ok, Packet (&v)[WORLD_SIZE]) {
+    u64 mine = slot(a, a.rank, buffer, 0, index);
 #pragma unroll
     for (u32 s = 0; s < WORLD_SIZE; s++)
         if (s != a.rank) v[s] = ok ? ld_relaxed_sys_v4(mine + u64(s) * a.capacity * 16) : NOTHING;
@@ -95,11 +96,11 @@ __device__ inline void fetch(const Args &a, u32 phase, u32 parity, u32 index, bo
 
 // Wait for the packet of every peer; v[a.rank] is left alone. All loads first, then all checks, so that
 // the round trips overlap. Returns whether all arrived; if not, the missing ones are EMPTY.
-__device__ inline bool receive(const Args &a, u32 algorithm, u32 phase, u32 parity, u32 index, bool alive,
+__device__ inline bool receive(const Args &a, u32 algorithm, u32 buffer, u32 index, bool alive,
                                Packet (&v)[WORLD_SIZE]) {
-    u64 mine = slot(a, a.rank, phase, parity, 0, index);
+    u64 mine = slot(a, a.rank, buffer, 0, index);
     u64 stride = u64(a.capacity) * 16;
-    fetch(a, phase, parity, index, alive, v);
+    fetch(a, buffer, index, alive, v);
     if (!alive) return false;
     u64 started = 0;
     for (u32 spins = 1;; spins++) {
@@ -111,12 +112,12 @@ __device__ inline bool receive(const Args &a, u32 algorithm, u32 phase, u32 pari
                 v[s] = ld_relaxed_sys_v4(mine + s * stride);
             }
         if (!missing) return true;
-        if (spins % 64 == 0 && give_up(a, started, algorithm, phase, missing)) return false;
+        if (spins % 64 == 0 && give_up(a, started, algorithm, buffer, missing)) return false;
     }
 }
 
-__device__ inline void poison(const Args &a, u32 phase, u32 parity, u32 index) {
-    u64 mine = slot(a, a.rank, phase, parity, 0, index);
+__device__ inline void poison(const Args &a, u32 buffer, u32 index) {
+    u64 mine = slot(a, a.rank, buffer, 0, index);
 #pragma unroll
     for (u32 s = 0; s < WORLD_SIZE; s++)
         if (s != a.rank) st_relaxed_sys_v4(mine + u64(s) * a.capacity * 16, NOTHING);

@@ -9,7 +9,7 @@
 #include "packet.cuh"
 #include "staging.cuh"
 
-constexpr u32 TWO_SHOT = 2, SCATTER = 0, GATHER = 1;
+constexpr u32 TWO_SHOT = 2, GATHER = 2;  // buffers: scatter one per parity, then gather
 
 template <class T>
 __device__ inline void two_shot(const Args &a) {
@@ -30,22 +30,22 @@ __device__ inline void two_shot(const Args &a) {
     for (u32 k = 1; k < WORLD_SIZE; k++) {
         u32 owner = (a.rank + k) % WORLD_SIZE;
         Packet p = inside ? in.load(owner * part + index) : ZEROS;
-        if (ok) push(a, owner, SCATTER, parity, index, p);
+        if (ok) push(a, owner, parity, index, p);
     }
     Packet own = inside ? in.load(a.rank * part + index) : ZEROS;
     insert(v, a.rank, own);
-    ok = receive(a, TWO_SHOT, SCATTER, parity, index, ok, v);
+    ok = receive(a, TWO_SHOT, parity, index, ok, v);
     Packet sum = sum_in_rank_order<T>(v);
 #pragma unroll
     for (u32 k = 1; k < WORLD_SIZE; k++)
-        if (ok) push(a, (a.rank + k) % WORLD_SIZE, GATHER, parity, index, sum);
+        if (ok) push(a, (a.rank + k) % WORLD_SIZE, GATHER, index, sum);
     if (inside) out.store(a.rank * part + index, sum);
-    poison(a, SCATTER, parity, index);
-    receive(a, TWO_SHOT, GATHER, parity, index, ok, v);
+    poison(a, parity, index);
+    receive(a, TWO_SHOT, GATHER, index, ok, v);
 #pragma unroll
     for (u32 s = 0; s < WORLD_SIZE; s++)
         if (s != a.rank && inside) out.store(s * part + index, v[s]);
-    poison(a, GATHER, parity, index);
+    poison(a, GATHER, index);
     __syncwarp();  // every lane has read the epoch
     if (lane == 0) st_relaxed_gpu_u32(epoch, parity ^ 1);
 }
