@@ -50,32 +50,6 @@ def catalogue(path: str, world_size: int, dtypes: Sequence[str] = tuple(DTYPES))
 def cuda_module(algorithm: str, world_size: int, virtual_ranks: bool = False) -> KernelSpec:
     """``virtual_ranks`` builds the one-GPU form of ``entry.cuh`` that tests use."""
     entries = tuple(f"{algorithm}_{short}_ws{world_size}" for short in DTYPES.values())
-    constants: tuple[tuple[str, object], ...]
-    entries: tuple[str, ...]
-
-
-def catalogue(path: str, world_size: int, dtypes: Sequence[str] = tuple(DTYPES)) -> list[KernelSpec]:
-    """All modules that ``path`` (``v2`` or ``legacy``) uses at ``world_size``.
-
-    A CUDA module holds all dtypes at once (one compilation, one cubin); a Triton module holds one.
-    """
-    if path == "v2":
-        return [cuda_module(name, world_size) for name in CUDA_ALGORITHMS]
-    if path == "legacy":
-        return [
-            triton_module(name, world_size, dtype, vector)
-            for name in ("one_shot", "two_shot")
-            for dtype in dtypes
-            for vector in (True, False)
-        ]
-    raise ValueError(f"no kernels for path {path!r}: expected 'v2' or 'legacy'")
-
-
-def cuda_module(algorithm: str, world_size: int, virtual_ranks: bool = False) -> KernelSpec:
-    """``virtual_ranks`` builds the one-GPU form of ``entry.cuh`` that tests use."""
-    entries = tuple(
-        f"{variant}_{short}_ws{world_size}" for variant in (algorithm, f"{algorithm}_loop") for short in DTYPES.values()
-    )
     constants: tuple[tuple[str, object], ...] = (("WORLD_SIZE", world_size),)
     if virtual_ranks:
         constants += (("VIRTUAL_RANKS", 1),)
