@@ -10,7 +10,7 @@ import torch
 from .driver import Launch
 from .engine import DTYPE_NAMES, KernelEngine, EngineConfig
 from .kernel import DTYPES
-from .plan import Plan, v2_layout, v2_plan, v2_shape
+from .plan import PACKET, Plan, v2_layout, v2_plan, v2_shape
 
 MAX_PLANS = 4096
 
@@ -72,9 +72,13 @@ class V2Engine(KernelEngine):
             self._args[algorithm] = args
 
     def _verification_plans(self, numel: int, dtype: torch.dtype) -> list[Plan]:
-        shape = (self.config.world_size, DTYPE_NAMES[dtype], numel, 1, self.layout)
-        plans = [v2_shape(algorithm, *shape) for algorithm in self.layout.regions]
-        return [replace(p, grid=min(p.grid, 2)) if p.algorithm == "pipelined" else p for p in plans]  # several steps
+        plans = []
+        for algorithm, region in self.layout.regions.items():
+            # A small staging memory has fewer slots than that.
+            fits = min(numel, region.capacity * PACKET // dtype.itemsize)
+            plan = v2_shape(algorithm, self.config.world_size, DTYPE_NAMES[dtype], fits, 1, self.layout)
+            plans.append(replace(plan, grid=min(plan.grid, 2)) if algorithm == "pipelined" else plan)  # several steps
+        return plans
 
     def _launch(self, x: torch.Tensor, out: torch.Tensor, stream: int) -> None:
         key = (x.numel(), x.dtype)
