@@ -241,6 +241,19 @@ def test_the_system_refuses(tmp_path, monkeypatch, warnings, where, code):
     assert os.strerror(code) in cache.problem
 
 
+def test_one_warning_whatever_follows(tmp_path, monkeypatch, warnings):
+    def refuse(*args, **kwargs):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    cache = KernelCache(tmp_path)
+    for name in ("__setitem__", "__getitem__", "clear"):
+        monkeypatch.setattr(FileStreamProgramCache, name, refuse)
+    cache.put(KEY, SMALL)
+    assert cache.get("b" * 64) is None
+    cache.clear()
+    assert len(warnings()) == 1
+
+
 @pytest.mark.parametrize("code", ERRORS, ids=errno.errorcode.get)
 def test_the_system_refuses_to_remove(tmp_path, monkeypatch, code):
     def refuse(*args, **kwargs):
