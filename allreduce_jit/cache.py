@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -36,19 +37,25 @@ class Artifact:
     cubin: bytes
 
 
-def encode(artifact: Artifact) -> bytes:
-    head = {k: v for k, v in asdict(artifact).items() if k != "cubin"}
+_HEAD = {"key": str, "name": str, "arch": str, "threads": int, "shared_bytes": int}
+
+
+def encode(key: str, artifact: Artifact) -> bytes:
+    head = {"key": key, **{k: v for k, v in asdict(artifact).items() if k != "cubin"}}
     body = json.dumps(head, sort_keys=True).encode() + b"\n" + artifact.cubin
     return hashlib.sha256(body).hexdigest().encode() + b"\n" + body
 
 
-def decode(blob: bytes) -> Artifact:
-    """Raises ``ValueError`` for anything that ``encode`` did not write."""
+def decode(blob: bytes) -> tuple[str, Artifact]:
+    """Key and artifact. Raises ``ValueError`` for anything that ``encode`` did not write."""
     digest, _, body = blob.partition(b"\n")
     if hashlib.sha256(body).hexdigest().encode() != digest:
         raise ValueError("digest mismatch")
     head, _, cubin = body.partition(b"\n")
-    return Artifact(cubin=cubin, **json.loads(head))
+    fields = json.loads(head)
+    if not isinstance(fields, dict) or {k: type(v) for k, v in fields.items()} != _HEAD:
+        raise ValueError("another version's header")
+    return fields.pop("key"), Artifact(cubin=cubin, **fields)
 
 
 class KernelCache:
@@ -56,7 +63,7 @@ class KernelCache:
 
     Attributes:
         directory: where the files are, or would be.
-        problem: why nothing is kept on disk, or None.
+        problem: why nothing new is kept on disk, or None.
     """
 
     def __init__(self, directory: Path | str | None):
@@ -88,7 +95,9 @@ class KernelCache:
         if blob is None:
             return None
         try:
-            artifact = decode(bytes(blob))
+            stored, artifact = decode(bytes(blob))
+            if stored != key:  # a file that was moved or copied here
+                raise ValueError("another entry's file")
         except Exception:  # noqa: BLE001 - any damage: drop it, the caller compiles again
             log.info("kernel cache: dropping a damaged entry in %s", self.directory)
             self._drop(key)
@@ -98,20 +107,22 @@ class KernelCache:
 
     def put(self, key: str, artifact: Artifact) -> None:
         self._memory[key] = artifact
-        if self._disk is None:
+        if self.problem is not None:
             return
         try:
-            self._disk[key] = encode(artifact)
+            self._disk[key] = encode(key, artifact)
         except Exception as e:  # noqa: BLE001
-            self._give_up_disk(e)
+            self._complain(e)  # and go on reading: a read-only directory may hold everything else
 
     def entries(self) -> list[tuple[str, int]]:
         """(name and arch, bytes) of every intact artifact on disk, sorted."""
         found = []
-        for path in self._files():
+        for path in self._paths():
             try:
-                artifact = decode(path.read_bytes())
-            except (OSError, ValueError, TypeError):
+                if not path.is_file():
+                    continue
+                _, artifact = decode(path.read_bytes())
+            except (OSError, ValueError):
                 continue
             found.append((f"{artifact.name} {artifact.arch}", len(artifact.cubin)))
         return sorted(found)
@@ -127,10 +138,10 @@ class KernelCache:
                 self._give_up_disk(e)
         return count
 
-    def _files(self):
-        if self.directory is None or not self.directory.is_dir():
+    def _paths(self):
+        if self._disk is None:
             return []
-        return [p for p in self.directory.rglob("*") if p.is_file()]
+        return [Path(folder, name) for folder, _, names in os.walk(self.directory) for name in names]
 
     def _drop(self, key: str) -> None:
         try:
@@ -139,7 +150,10 @@ class KernelCache:
             log.debug("kernel cache: %s", e)
 
     def _give_up_disk(self, error: Exception) -> None:
+        self._complain(error)
+        self._disk = None
+
+    def _complain(self, error: Exception) -> None:
         if self.problem is None:
             log.warning("kernel cache in %s is not usable, keeping kernels in memory only: %s", self.directory, error)
-        self.problem = f"{type(error).__name__}: {error}"
-        self._disk = None
+            self.problem = f"{type(error).__name__}: {error}"

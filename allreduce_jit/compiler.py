@@ -10,6 +10,7 @@ import re
 import tempfile
 from functools import cache as memoise
 
+from . import __version__
 from .cache import Artifact, KernelCache
 from .errors import CompileError
 from .kernel import ITEMSIZE, KernelSpec
@@ -28,11 +29,11 @@ def build(spec: KernelSpec, arch: str, cache: KernelCache) -> tuple[Artifact, bo
         CompileError: the compiler is missing or refuses the source; the message holds its log.
     """
     front = {"cuda": _nvrtc, "triton": _triton}[spec.language]
-    key = _key(spec, arch)
-    artifact = cache.get(key)
-    if artifact is not None:
-        return artifact, True
     try:
+        key = _key(spec, arch)
+        artifact = cache.get(key)
+        if artifact is not None:
+            return artifact, True
         artifact = front(spec, arch)
     except CompileError:
         raise
@@ -44,7 +45,7 @@ def build(spec: KernelSpec, arch: str, cache: KernelCache) -> tuple[Artifact, bo
 
 def _key(spec: KernelSpec, arch: str) -> str:
     text = _cuda_source(spec.source) if spec.language == "cuda" else _triton_source()
-    parts = (repr(spec), arch, _version(spec.language), text)
+    parts = (__version__, repr(spec), arch, _version(spec.language), text)  # the version: for options set here
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
