@@ -8,14 +8,14 @@ from typing import Any
 from .errors import InputError, InputTypeError
 
 
-def require_cpu_group(group: Any) -> None:
-    """Refuse a group that cannot carry CPU tensors.
+def require_group(group: Any) -> None:
+    """Refuse what is no group of this rank.
 
     Args:
         group: a ``torch.distributed`` process group, or None for the default one.
 
     Raises:
-        InputError: the group has no CPU backend, this rank is not in it, or torch.distributed is not initialised.
+        InputError: this rank is not in the group, the group was destroyed, or torch.distributed is not initialised.
         InputTypeError: ``group`` is no process group.
     """
     import torch.distributed as dist
@@ -23,9 +23,20 @@ def require_cpu_group(group: Any) -> None:
     if not dist.is_available() or not dist.is_initialized():
         raise InputError("torch.distributed is not initialised: call torch.distributed.init_process_group first")
     if group == dist.GroupMember.NON_GROUP_MEMBER:
-        raise InputError("this rank is not a member of the group")
+        raise InputError(f"this rank is not a member of the group (global rank {dist.get_rank()}): its members alone call")
     if group is not None and not isinstance(group, dist.ProcessGroup):
         raise InputTypeError(f"group must be a torch.distributed process group, not {type(group).__name__}")
+    try:
+        dist.get_rank(group)
+    except ValueError as e:
+        raise InputError("the group is not known to torch.distributed: was it destroyed?") from e
+
+
+def require_cpu_group(group: Any) -> None:
+    """Refuse a group that cannot carry CPU tensors, and all that ``require_group`` refuses."""
+    import torch.distributed as dist
+
+    require_group(group)
     backends = dist.get_backend_config(group)
     if "cpu:" not in backends:
         kind = "an NCCL group" if "nccl" in backends else f"a group without a CPU backend ({backends})"

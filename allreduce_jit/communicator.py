@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import sys
 from collections.abc import Iterator
+from typing import TYPE_CHECKING, NoReturn
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 
-from .agree import require_cpu_group
+from .agree import require_cpu_group, require_group
 from .errors import ClosedError, InputError, InputTypeError, NotDeterministicError
 from .fallback import TorchEngine
 from .kernel import DTYPES, ITEMSIZE
@@ -17,10 +20,17 @@ from .ladder import climb
 from .plan import Plan
 from .verdict import Path
 
+if TYPE_CHECKING:
+    from .engine import KernelEngine
+
 log = logging.getLogger("allreduce_jit")
 
 DTYPE_NAMES = {getattr(torch, name): name for name in DTYPES}
 LARGEST_BAND = 1 << 30
+MAX_ROUTES = 4096
+
+# Group -> backend -> a group of the same ranks. Kept, as every group has threads and sockets of its own.
+_siblings: WeakKeyDictionary[dist.ProcessGroup, dict[str, dist.ProcessGroup]] = WeakKeyDictionary()
 
 
 def init(
@@ -39,27 +49,35 @@ def init(
             torch.distributed could run is then an error.
 
     Raises:
-        InputError: torch.distributed is not initialised, or this rank is not in ``group``.
+        InputError: torch.distributed is not initialised, this rank is not in ``group``, or ``device`` is none;
+            on all ranks, if they ask for different things.
+        InputTypeError: ``group`` is no process group.
         SettingsError: a bad environment variable on any rank; raised on all.
         NotDeterministicError: ``deterministic`` and no kernel path is possible; the message says why.
     """
-    if not dist.is_available() or not dist.is_initialized():
-        raise InputError("torch.distributed is not initialised: call torch.distributed.init_process_group first")
+    require_group(group)
     group = dist.group.WORLD if group is None else group
-    if group == dist.GroupMember.NON_GROUP_MEMBER or dist.get_rank(group) < 0:
-        raise InputError("this rank is not a member of the group: call init only on its members")
     return Communicator(group, as_device(device), deterministic=deterministic)
 
 
 def as_device(device: torch.device | str | int | None) -> torch.device:
-    """A device with an index: None is the current CUDA device, or the CPU; an int is a CUDA index."""
+    """``cpu``, or a CUDA device with its index. None is the current CUDA device, or the CPU; an int a CUDA index.
+
+    A CUDA device need not exist: that is for the ladder to say, on all ranks.
+    """
+    present = torch.cuda.is_available()
     if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+        device = "cuda" if present else "cpu"
+    try:
+        device = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+    except (RuntimeError, TypeError) as e:
+        raise InputError(f"device {device!r}: expected a torch.device, cuda, cuda:<index>, an index, or cpu") from e
     if device.type not in ("cuda", "cpu"):
         raise InputError(f"device {device} is neither a CUDA device nor the CPU")
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", torch.cuda.current_device())
+    if device.type == "cpu":
+        return torch.device("cpu")  # tensors on cpu:0 say cpu
+    if device.index is None:
+        return torch.device("cuda", torch.cuda.current_device() if present else 0)
     return device
 
 
@@ -77,24 +95,28 @@ class Communicator:
     """
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device, *, deterministic: bool = False,
-                 highest: Path = Path.V2, create_groups: bool = True):
+                 highest: Path = Path.V2, lowest: Path = Path.LEGACY, create_groups: bool = True):
         self.device = device
         self.deterministic = deterministic
         self.rank = dist.get_rank(group)
         self.world_size = dist.get_world_size(group)
         self._closed = False
         self._engine = None
+        self._routes: dict[tuple[int, torch.dtype], object] = {}
         self.group = group
         if not _has_backend(group, "cpu:"):
             if not create_groups:
                 require_cpu_group(group)
             self.group = _sibling_group(group, "gloo")
-        self._ladder = climb(self.group, device, deterministic, highest)
+        self._ladder = climb(self.group, device, deterministic, highest, lowest)
         self._engine = self._ladder.engine
         self.path = self._ladder.verdict.path
-        self._torch = self._fallback(group, create_groups)
         if deterministic and self._engine is None and self.world_size > 1:
-            raise NotDeterministicError(f"deterministic=True needs a kernel path, but {self.reason}")
+            raise NotDeterministicError(
+                f"rank {self.rank}: deterministic=True needs a kernel path, but {self.reason}; "
+                "remove the cause, or build the communicator without deterministic=True"
+            )
+        self._torch = self._fallback(group, create_groups)
         if create_groups and self.path is not Path.V2:
             self.warmup()  # NCCL may take some calls, and its first one must not be captured
         if self.rank == 0:
@@ -117,18 +139,31 @@ class Communicator:
             ClosedError, InputError, InputTypeError, NotDeterministicError: nothing was launched.
             PeerTimeout: an earlier call did not complete; nothing was launched.
         """
-        self._check_input(x)
+        if (
+            self._closed
+            or not isinstance(x, torch.Tensor)
+            or x.device != self.device
+            or x.layout is not torch.strided
+            or (x.requires_grad and torch.is_grad_enabled())
+        ):
+            self._refuse(x)
+        dense = x.is_contiguous() and not x.is_neg()
         if out is None:
-            out = torch.empty_like(x, memory_format=torch.contiguous_format)
+            if dense:
+                out = torch.empty_like(x)
+            else:
+                x = out = _packed(x)
+                dense = True
         elif out is not x:
-            _check_output(x, out)
-        if x.numel() == 0:
+            dense = self._check_output(x, out, dense)
+        numel = x.numel()
+        if numel == 0:
             return out
-        engine = self._route(x)
-        if x.is_contiguous() and out.is_contiguous():
+        engine = self._routes.get((numel, x.dtype)) or self._route(numel, x.dtype)
+        if dense:
             engine.all_reduce(x, out)
         else:
-            packed = torch.empty(x.shape, dtype=x.dtype, device=x.device).copy_(x)
+            packed = _packed(x)
             engine.all_reduce(packed, packed)
             out.copy_(packed)
         return out
@@ -165,9 +200,13 @@ class Communicator:
             return
         self._closed = True
         engine, self._engine = self._engine, None
+        self._routes.clear()
         if engine is not None:
-            torch.cuda.synchronize(self.device)
-            engine.close()
+            with torch.cuda.device(self.device):
+                try:
+                    torch.cuda.synchronize()
+                finally:
+                    engine.close()
 
     def __enter__(self) -> Communicator:
         return self
@@ -176,9 +215,11 @@ class Communicator:
         self.close()
 
     def __del__(self) -> None:
-        # At interpreter exit CUDA may be gone already; the process's memory goes with it.
         with contextlib.suppress(Exception):
-            self.close()
+            # At exit CUDA may be gone, or busy with a kernel that waits for a dead peer; the memory goes with the
+            # process. During a capture, freeing anything would spoil the graph: better to lose the memory.
+            if self._engine is not None and not sys.is_finalizing() and not self._capturing():
+                self.close()
 
     # -- introspection
 
@@ -190,6 +231,11 @@ class Communicator:
     def reason(self) -> str:
         """Why this path: the reasons of all steps down, or why V2 is possible."""
         return "; ".join(r.text for r in self._ladder.verdict.reasons)
+
+    def takes(self, numel: int, dtype: torch.dtype) -> bool:
+        """Whether a kernel runs a call with ``numel`` > 0 elements of ``dtype``; the same on all ranks."""
+        name = DTYPE_NAMES.get(dtype)
+        return name is not None and self._engine is not None and self._engine.takes(numel, name)
 
     def plan(self, numel: int, dtype: torch.dtype) -> Plan:
         """What a call with ``numel`` elements of ``dtype`` would run."""
@@ -211,7 +257,7 @@ class Communicator:
             "rank": self.rank,
             "world_size": self.world_size,
             "device": str(self.device),
-            "deterministic": engine is not None and (self.deterministic or self.path is Path.V2),
+            "deterministic": self.deterministic or self.path is Path.V2 or self.world_size == 1,
             "bands": [band for dtype in DTYPE_NAMES for band in self._bands(dtype)],
             "staging_bytes": engine.memory.nbytes if engine else 0,
             "device_bytes": engine.memory.nbytes + engine.state.nbytes if engine else 0,
@@ -220,7 +266,7 @@ class Communicator:
         }
 
     def _bands(self, dtype: torch.dtype) -> list[dict]:
-        """Ranges of sizes that run the same algorithm; the edges are exact."""
+        """Ranges of sizes that run the same algorithm. Exact, as no plan comes back to one that it has left."""
 
         def what(numel: int) -> tuple[str, str]:
             plan = self.plan(numel, dtype)
@@ -246,30 +292,35 @@ class Communicator:
     # -- internals
 
     def _fallback(self, original: dist.ProcessGroup, create_groups: bool) -> TorchEngine:
-        backend = self._ladder.verdict.backend
-        group = self.group
+        group, backend = self.group, self._ladder.verdict.backend
         if backend == "nccl":
             if _has_backend(original, "cuda:nccl"):
                 group = original
-            elif create_groups:
-                group = _sibling_group(original, "nccl")
-            else:
-                backend = "gloo"
+            elif self.world_size > 1 and not self.deterministic:  # else it would never be called
+                if create_groups:
+                    group = _sibling_group(original, "nccl")
+                else:
+                    backend = "gloo"
         return TorchEngine(group, self.device, self.world_size, backend)
 
-    def _route(self, x: torch.Tensor):
-        name = DTYPE_NAMES.get(x.dtype)
-        engine = self._engine
-        if engine is not None and name is not None and engine.takes(x.numel(), name):
-            return engine
-        if self.deterministic and self.world_size > 1:
+    def _route(self, numel: int, dtype: torch.dtype) -> KernelEngine | TorchEngine:
+        """Who runs such a call; remembered, as a plan costs more than the look-up."""
+        if self.takes(numel, dtype):
+            engine = self._engine
+        elif self.deterministic and self.world_size > 1:
             raise NotDeterministicError(
-                f"rank {self.rank}: {x.dtype} is all-reduced by torch.distributed, whose bits differ from the exact "
+                f"rank {self.rank}: {dtype} is all-reduced by torch.distributed, whose bits differ from the exact "
                 "sum; use fp32, fp16 or bf16, or build the communicator without deterministic=True"
             )
-        return self._torch
+        else:
+            engine = self._torch
+        if len(self._routes) >= MAX_ROUTES:
+            self._routes.clear()
+        self._routes[numel, dtype] = engine
+        return engine
 
-    def _check_input(self, x: torch.Tensor) -> None:
+    def _refuse(self, x: torch.Tensor) -> NoReturn:
+        """Say what is wrong with ``x``, or with calling at all."""
         self._check_open()
         if not isinstance(x, torch.Tensor):
             raise InputTypeError(f"rank {self.rank}: all_reduce takes a torch.Tensor, not {type(x).__name__}")
@@ -279,40 +330,47 @@ class Communicator:
             )
         if x.layout is not torch.strided:
             raise InputError(f"rank {self.rank}: layout {x.layout}: all_reduce takes strided tensors; use to_dense()")
-        if x.requires_grad and torch.is_grad_enabled():
+        raise InputError(
+            f"rank {self.rank}: the tensor requires grad and all_reduce is not differentiable: "
+            "detach it, or call it under torch.no_grad()"
+        )
+
+    def _check_output(self, x: torch.Tensor, out: torch.Tensor, dense: bool) -> bool:
+        """Refuse an ``out`` that does not fit; whether both may be used as they are."""
+        if not isinstance(out, torch.Tensor):
+            raise InputTypeError(f"rank {self.rank}: out must be a torch.Tensor, not {type(out).__name__}")
+        if out.shape != x.shape or out.dtype is not x.dtype or out.device != self.device or out.layout is not x.layout:
             raise InputError(
-                f"rank {self.rank}: the tensor requires grad and all_reduce is not differentiable: "
-                "detach it, or call it under torch.no_grad()"
+                f"rank {self.rank}: out is {tuple(out.shape)} {out.dtype} {out.layout} on {out.device}, "
+                f"the input {tuple(x.shape)} {x.dtype} {x.layout} on {x.device}: they must agree"
             )
+        if out.requires_grad and torch.is_grad_enabled():
+            raise InputError(f"rank {self.rank}: out requires grad: detach it, or call under torch.no_grad()")
+        if not out.is_contiguous():
+            if any(stride == 0 and size > 1 for stride, size in zip(out.stride(), out.shape, strict=True)):
+                raise InputError(f"rank {self.rank}: out is an expanded tensor, whose elements share memory: clone it")
+            return False
+        if dense:
+            # Where one of them is strided, the sum passes through a copy and no overlap can spoil it.
+            distance = abs(x.data_ptr() - out.data_ptr())
+            if 0 < distance < x.nbytes:
+                raise InputError(
+                    f"rank {self.rank}: out overlaps the input without being the same view: "
+                    "pass out=x, or separate memory"
+                )
+        return dense and not out.is_neg()
+
+    def _capturing(self) -> bool:
+        return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
     def _check_open(self) -> None:
         if self._closed:
             raise ClosedError(f"rank {self.rank}: this communicator is closed: build a new one")
 
 
-
-def _check_output(x: torch.Tensor, out: torch.Tensor) -> None:
-    if not isinstance(out, torch.Tensor):
-        raise InputTypeError(f"out must be a torch.Tensor, not {type(out).__name__}")
-    if (out.shape, out.dtype, out.device, out.layout) != (x.shape, x.dtype, x.device, x.layout):
-        raise InputError(
-            f"out is {tuple(out.shape)} {out.dtype} on {out.device}, "
-            f"the input {tuple(x.shape)} {x.dtype} on {x.device}: they must agree"
-        )
-    if out.requires_grad and torch.is_grad_enabled():
-        raise InputError("out requires grad: detach it, or call all_reduce under torch.no_grad()")
-    first, last = x.data_ptr(), out.data_ptr()
-    if first == last and x.stride() == out.stride():
-        return
-    if max(first, last) < min(first + _span(x), last + _span(out)):
-        raise InputError("out overlaps the input without being the same view: pass out=x, or separate memory")
-
-
-def _span(x: torch.Tensor) -> int:
-    """Bytes from the first to the last element, both included."""
-    if x.numel() == 0:
-        return 0
-    return (1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))) * x.element_size()
+def _packed(x: torch.Tensor) -> torch.Tensor:
+    """A contiguous copy that holds the values which ``x`` stands for (views may be strided, or negated)."""
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device).copy_(x)
 
 
 def _has_backend(group: dist.ProcessGroup, what: str) -> bool:
@@ -321,4 +379,8 @@ def _has_backend(group: dist.ProcessGroup, what: str) -> bool:
 
 def _sibling_group(group: dist.ProcessGroup, backend: str) -> dist.ProcessGroup:
     """A group of the same ranks with another backend; only its members call this."""
-    return dist.new_group(dist.get_process_group_ranks(group), backend=backend, use_local_synchronization=True)
+    siblings = _siblings.setdefault(group, {})
+    if backend not in siblings:
+        ranks = dist.get_process_group_ranks(group)
+        siblings[backend] = dist.new_group(ranks, backend=backend, use_local_synchronization=True)
+    return siblings[backend]

@@ -6,7 +6,6 @@ Names and contract follow sgl-project/sglang PRs #24363, #24729, #24742 and #256
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import logging
 import threading
 from collections.abc import Collection, Iterator
@@ -15,9 +14,8 @@ import torch
 import torch.distributed as dist
 
 from .agree import require_cpu_group
-from .communicator import DTYPE_NAMES, Communicator, as_device
-from .ladder import survey
-from .settings import Settings
+from .communicator import Communicator, as_device
+from .ladder import survey, v2_is_on
 from .tuning import V2_TABLES
 from .verdict import Path
 
@@ -80,14 +78,19 @@ def dispatch_custom_allreduce(group: dist.ProcessGroup, device: torch.device | s
     The switch ``SGLANG_OPT_USE_CUSTOM_ALL_REDUCE_V2`` (default on) turns V2 off. It is forced off for jobs that
     span machines: call ``apply_multi_node_policy(nnodes)`` after all other handling of the environment.
     On ROCm: AITER's class if ``aiter`` is importable, else ``CustomAllreduce``.
+
+    Raises:
+        SettingsError: on every rank, when the environment of any rank is wrong.
+        InputError: ``group`` is an NCCL group.
     """
     if torch.version.hip is not None:
-        if importlib.util.find_spec("aiter") is not None:
+        try:
             from aiter.dist.device_communicators.custom_all_reduce import CustomAllreduce as AiterCustomAllreduce
-
-            return AiterCustomAllreduce
-        return CustomAllreduce
-    if Settings.from_env().use_v2 and can_use_custom_all_reduce_v2(group, device):
+        except ImportError as e:
+            log.debug("[AR] no AITER: %s", e)
+            return CustomAllreduce
+        return AiterCustomAllreduce
+    if v2_is_on(group) and can_use_custom_all_reduce_v2(group, device):
         log.debug("[AR] Using CustomAllReduceV2 (JIT-compiled)")
         return CustomAllReduceV2
     return CustomAllreduce
@@ -105,7 +108,7 @@ class _CustomAllReduce:
         disabled: no kernel can run here; the log says why, once. All methods still work.
     """
 
-    _highest: Path
+    _rung: Path
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device | str | int, max_size: int | None = None):
         require_cpu_group(group)
@@ -114,8 +117,8 @@ class _CustomAllReduce:
         self.rank = dist.get_rank(group)
         self.world_size = dist.get_world_size(group)
         self.max_size = UNLIMITED if max_size is None else int(max_size)
-        self._comm = Communicator(group, self.device, highest=self._highest, create_groups=False)
-        self.disabled = self._comm.path is not self._highest
+        self._comm = Communicator(group, self.device, highest=self._rung, lowest=self._rung, create_groups=False)
+        self.disabled = self._comm.path is not self._rung
         if self.disabled and self.rank == 0:
             log.warning("%s is disabled: %s", type(self).__name__, self.reason)
 
@@ -126,11 +129,10 @@ class _CustomAllReduce:
 
     def should_custom_ar(self, tensor: torch.Tensor) -> bool:
         """Whether a kernel of this class should take ``tensor``: cheap, the same on all ranks for a shape and dtype."""
-        if self.disabled or self._comm.closed or tensor.dtype not in DTYPE_NAMES or tensor.device != self.device:
+        if self.disabled or tensor.device != self.device:
             return False
-        if tensor.numel() * tensor.element_size() > self.max_size:
-            return False
-        return self._comm.plan(max(tensor.numel(), 1), tensor.dtype).path == self._comm.path.value
+        numel = tensor.numel()
+        return numel * tensor.element_size() <= self.max_size and self._comm.takes(max(numel, 1), tensor.dtype)
 
     def custom_all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum over all ranks in a new tensor. Works when disabled, through ``group``."""
@@ -150,7 +152,7 @@ class _CustomAllReduce:
 class CustomAllReduceV2(_CustomAllReduce):
     """Drop-in for SGLang's class of this name; see ``_CustomAllReduce`` for the contract."""
 
-    _highest = Path.V2
+    _rung = Path.V2
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device | str | int, max_size: int | None = None):
         _maybe_init_config()
@@ -160,4 +162,4 @@ class CustomAllReduceV2(_CustomAllReduce):
 class CustomAllreduce(_CustomAllReduce):
     """Legacy drop-in: Triton kernels over any peer-to-peer memory; see ``_CustomAllReduce`` for the contract."""
 
-    _highest = Path.LEGACY
+    _rung = Path.LEGACY

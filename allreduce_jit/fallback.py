@@ -22,23 +22,27 @@ class TorchEngine:
         self.world_size = world_size
         self.backend = backend
         self._through_host = device.type == "cuda" and backend != "nccl"
+        self._warm = device.type != "cuda"
 
     def all_reduce(self, x: torch.Tensor, out: torch.Tensor) -> None:
         """Sum ``x`` over the ranks into ``out`` (may be ``x``), any dtype that the backend takes."""
         if self.world_size > 1 and self._through_host:
             self._reduce_through_host(x, out)
             return
-        if out is not x and out.data_ptr() != x.data_ptr():
+        if self.world_size > 1 and not self._warm:
+            self._refuse_capture("NCCL sets itself up in its first call", "call warmup() before the capture")
+            self._warm = True
+        if out is not x:
             out.copy_(x)
         if self.world_size > 1:
             dist.all_reduce(out, group=self.group)
 
     def _reduce_through_host(self, x: torch.Tensor, out: torch.Tensor) -> None:
-        if torch.cuda.is_current_stream_capturing():
-            raise InputError(
-                f"{self.device}: this group all-reduces through the host (gloo), which a CUDA graph cannot capture; "
-                "see describe() for the reason, and call it outside the capture"
-            )
+        self._refuse_capture("this group all-reduces through the host (gloo)", "describe() says why; call it eagerly")
         host = x.cpu()
         dist.all_reduce(host, group=self.group)
         out.copy_(host)
+
+    def _refuse_capture(self, why: str, instead: str) -> None:
+        if torch.cuda.is_current_stream_capturing():
+            raise InputError(f"{self.device}: {why}, which a CUDA graph cannot capture: {instead}")

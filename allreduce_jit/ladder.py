@@ -6,6 +6,7 @@ that failed says so instead of leaving the others waiting, and all step down tog
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -15,11 +16,13 @@ import torch.distributed as dist
 
 from .agree import all_gather_json
 from .dispatch import decide
-from .errors import SettingsError
+from .errors import InputError, PeerTimeout, SettingsError
 from .kernel import WORLD_SIZES
 from .probe import Capabilities, probe
 from .settings import Settings
 from .verdict import Path, Reason, Verdict
+
+log = logging.getLogger("allreduce_jit")
 
 
 @dataclass
@@ -40,41 +43,75 @@ class StepDown(Exception):
         self.reason = reason
 
 
-def survey(group: dist.ProcessGroup, device: torch.device, use_v2: bool | None = None) -> Ladder:
+def survey(group: dist.ProcessGroup, device: torch.device, use_v2: bool | None = None,
+           request: dict[str, object] | None = None) -> Ladder:
     """Probe all ranks and decide, building nothing. Collective over ``group`` (CPU-capable).
 
     Args:
         use_v2: overrides the environment's switch on this rank (the caller asks about V2 itself).
+        request: what the caller wants; has to be the same on all ranks.
 
     Raises:
         SettingsError: on every rank, when the environment of any rank is wrong.
+        InputError: on every rank, when their requests differ.
     """
     started = time.perf_counter()
-    settings, problem = Settings(), None
-    try:
-        settings = Settings.from_env()
-    except SettingsError as e:
-        problem = str(e)
-    if use_v2 is not None:
-        settings = replace(settings, use_v2=use_v2)
-    choice = {"use_v2": settings.use_v2, "path": settings.path}
-    mine = {"problem": problem, "choice": choice, "capabilities": probe(device).to_json()}
-    answers = all_gather_json(group, mine)
+    settings, problem = _settings()
+    choice = {"use_v2": settings.use_v2 if use_v2 is None else use_v2, "path": settings.path}
+    facts = {"capabilities": probe(device).to_json(), "staging_mb": settings.staging_mb}
+    answers = all_gather_json(group, {"problem": problem, "request": request, "choice": choice, **facts})
+    _raise_first_problem(answers)
     for rank, answer in enumerate(answers):
-        if answer["problem"]:
-            raise SettingsError(f"rank {rank}: {answer['problem']}")
+        if answer["request"] != answers[0]["request"]:
+            raise InputError(
+                f"rank {rank} asks for {answer['request']}, rank 0 for {answers[0]['request']}: ask alike on all ranks"
+            )
+    # Every address and every plan follows from it.
+    settings = replace(settings, staging_mb=min(answer["staging_mb"] for answer in answers))
     caps = [Capabilities.from_json(a["capabilities"]) for a in answers]
     verdict = decide(caps, [Settings(**a["choice"]) for a in answers], WORLD_SIZES)
     return Ladder(verdict, caps, settings, timings={"probe_s": time.perf_counter() - started})
 
 
+def v2_is_on(group: dist.ProcessGroup) -> bool:
+    """Whether the environment of no rank switches V2 off. Collective; raises as ``survey`` does."""
+    settings, problem = _settings()
+    answers = all_gather_json(group, {"problem": problem, "use_v2": settings.use_v2})
+    _raise_first_problem(answers)
+    return all(answer["use_v2"] for answer in answers)
+
+
+def _settings() -> tuple[Settings, str | None]:
+    """This rank's settings, or what is wrong with its environment."""
+    try:
+        return Settings.from_env(), None
+    except Exception as e:  # noqa: BLE001 - whatever it is, the peers must hear of it
+        return Settings(), str(e) or repr(e)
+
+
+def _raise_first_problem(answers: list[dict]) -> None:
+    for rank, answer in enumerate(answers):
+        if answer["problem"]:
+            raise SettingsError(f"rank {rank}: {answer['problem']}")
+
+
 def climb(group: dist.ProcessGroup, device: torch.device, deterministic: bool = False,
-          highest: Path = Path.V2) -> Ladder:
-    """Survey, then build the highest rung (not above ``highest``) that every rank can build and verify."""
-    use_v2 = None if highest is Path.V2 else False
-    ladder = survey(group, device, use_v2)
+          highest: Path = Path.V2, lowest: Path = Path.LEGACY) -> Ladder:
+    """Survey, then build the highest rung that every rank can build and verify.
+
+    Args:
+        highest: no rung above it is tried.
+        lowest: below it there is torch.distributed alone.
+    """
+    request = {"deterministic": deterministic, "highest": highest, "lowest": lowest}
+    ladder = survey(group, device, request=request)
     verdict = ladder.verdict
+    if verdict.path is Path.V2 and highest is not Path.V2:
+        verdict = _lower(ladder, verdict, Reason("v2-switched-off", "the caller asked for the legacy kernels"))
     while verdict.path is not Path.TORCH:
+        if verdict.path is Path.LEGACY and lowest is Path.V2:
+            verdict = replace(verdict, path=Path.TORCH, full_nvlink=None)
+            break
         try:
             ladder.engine = _build(group, device, deterministic, ladder, verdict.path)
             break
@@ -89,7 +126,7 @@ def _lower(ladder: Ladder, verdict: Verdict, reason: Reason) -> Verdict:
     """The rung below, with ``reason`` for leaving this one."""
     if verdict.path is Path.LEGACY:
         return replace(verdict, path=Path.TORCH, reasons=(*verdict.reasons, reason), full_nvlink=None)
-    without_v2 = [replace(ladder.settings, use_v2=False)] * len(ladder.capabilities)
+    without_v2 = [Settings(use_v2=False)] * len(ladder.capabilities)
     below = decide(ladder.capabilities, without_v2, WORLD_SIZES)
     # It names the switch, which stands in for the failure here.
     reasons = (reason, *(r for r in below.reasons if r.code != "v2-switched-off"))
@@ -119,25 +156,36 @@ def _build(group, device: torch.device, deterministic: bool, ladder: Ladder, pat
         _stage(group, ladder, "verify_s", "verify-failed", lambda: engine.verify(), device)
     except BaseException:
         if engine is not None:
-            engine.close()
+            _close(engine, device)
         raise
     return engine
+
+
+def _close(engine, device: torch.device) -> None:
+    """Never raises: this rank still has to take the next rung with the others."""
+    try:
+        with torch.cuda.device(device):
+            engine.close()
+    except Exception as e:  # noqa: BLE001
+        log.warning("%s: could not release everything: %s: %s", device, type(e).__name__, e)
 
 
 def _stage(group, ladder: Ladder, timing: str, code: str, work: Callable[[], object], device: torch.device) -> list:
     """Run ``work`` on every rank; returns all results, or raises the same ``StepDown`` everywhere."""
     started = time.perf_counter()
     result = problem = None
+    waited = False
     try:
         with torch.cuda.device(device):
             result = work()
     except Exception as e:  # noqa: BLE001 - whatever it is, the peers must hear of it
-        problem = f"{type(e).__name__}: {e}"
-    answers = all_gather_json(group, {"problem": problem, "result": result})
+        problem, waited = f"{type(e).__name__}: {e}", isinstance(e, PeerTimeout)
+    answers = all_gather_json(group, {"problem": problem, "waited": waited, "result": result})
     ladder.timings[timing] = ladder.timings.get(timing, 0.0) + time.perf_counter() - started
-    for rank, answer in enumerate(answers):
-        if answer["problem"]:
-            raise StepDown(Reason(code, f"rank {rank}: {answer['problem']}", rank))
+    failed = [rank for rank, answer in enumerate(answers) if answer["problem"]]
+    if failed:
+        cause = min(failed, key=lambda rank: answers[rank]["waited"])  # who waited in vain is not to blame
+        raise StepDown(Reason(code, f"rank {cause}: {answers[cause]['problem']}", cause))
     return [answer["result"] for answer in answers]
 
 
