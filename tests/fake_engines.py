@@ -14,7 +14,7 @@ from allreduce_jit import communicator, ladder, reference
 from allreduce_jit.kernel import ITEMSIZE
 from allreduce_jit.plan import Plan
 
-STAGES = ("construct", "load", "allocate", "connect", "verify")
+STAGES = ("construct", "compile", "load", "allocate", "connect", "verify")
 # First number of elements -> algorithm; odd on purpose.
 SWITCHES = {1: "one_shot", 1001: "two_shot", 70_003: "pipelined"}
 LIMIT = 100_003  # elements from which the fake legacy hands over to torch.distributed
@@ -40,7 +40,12 @@ class FakeEngine:
     def closed(self):
         return self.events.count("close")
 
-    def load(self, cache):
+    def compile(self, cache):
+        self._stage("compile")
+        return {f"kernel {self.config.rank}": "code"}
+
+    def load(self, shares):
+        assert shares == [{f"kernel {rank}": "code"} for rank in range(self.config.world_size)]
         self._stage("load")
 
     def allocate(self):

@@ -16,7 +16,7 @@ from allreduce_jit.ladder import climb
 from allreduce_jit.verdict import Path
 
 CPU = torch.device("cpu")
-CODES = dict.fromkeys(("construct", "load", "allocate"), "build-failed") | {"connect": "map-failed", "verify": "verify-failed"}
+CODES = dict.fromkeys(("construct", "compile", "load", "allocate"), "build-failed") | {"connect": "map-failed", "verify": "verify-failed"}
 ODD = [KeyError("missing"), SystemError("bad call"), MemoryError(), RuntimeError("two\nlines"), ValueError("\ud800"),
        RuntimeError("x" * 100_000), StopIteration(), AssertionError()]  # fmt: skip
 

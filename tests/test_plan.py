@@ -24,14 +24,14 @@ from hypothesis import strategies as st
 from allreduce_jit import plan as planning
 from allreduce_jit.kernel import DTYPES, ITEMSIZE, WORLD_SIZES, catalogue
 from allreduce_jit.settings import Settings
-from allreduce_jit.tuning import LEGACY_TABLES, RESIDENT_THREADS, V2_TABLES
+from allreduce_jit.tuning import LEGACY_TABLES, V2_TABLES
 
 PACKET = 16
 DEFAULT_STAGING = Settings().staging_mb << 20
 BLOCK_BYTES, THREADS = 2048, 128  # legacy.py's; any would do
-ORDER = ("one_shot", "two_shot", "pipelined")
-# Phases of a kernel: it has slots for two parities of every source in each.
-PHASES = {"one_shot": 1, "two_shot": 2, "pipelined": 2, "legacy_one_shot": 1, "legacy_two_shot": 2}
+ORDER = ("one_shot", "two_shot")
+# Buffers of a kernel, with slots for every source in each: what the headers of the kernels say that they touch.
+BUFFERS = {"one_shot": 2, "two_shot": 3, "legacy_one_shot": 2, "legacy_two_shot": 4}
 
 
 @dataclass(frozen=True)
@@ -70,10 +70,10 @@ def cases(draw, world_sizes=WORLD_SIZES):
 
 def edges_of(n, sm_count, staging):
     """Message sizes in bytes at which a plan changes its mind."""
-    edges = [V2_TABLES[n].two_shot_from or 1, V2_TABLES[n].pipelined_from, LEGACY_TABLES[n].two_shot_from]
+    edges = [min(V2_TABLES[n].two_shot_from, 1 << 30), LEGACY_TABLES[n].two_shot_from]
     edges += [LEGACY_TABLES[n].nvlink_limit, LEGACY_TABLES[n].pcie_limit, staging // (6 * n), staging // 6]
-    threads = [region.capacity for region in planning.v2_layout(n, staging, sm_count).regions.values()]
-    return edges + [PACKET * t * m for t in [*threads, sm_count * RESIDENT_THREADS[n]] for m in (1, n)]
+    threads = [region.capacity for region in planning.v2_layout(n, staging).regions.values()]
+    return edges + [PACKET * t * m for t in [*threads, 32 * sm_count, 512 * sm_count] for m in (1, n, 2 * n)]
 
 
 def hold(prop, functions=planning, examples=300, world_sizes=WORLD_SIZES):
@@ -91,7 +91,7 @@ def hold(prop, functions=planning, examples=300, world_sizes=WORLD_SIZES):
 
 
 def v2(f, case):
-    layout = f.v2_layout(case.world_size, case.staging, case.sm_count)
+    layout = f.v2_layout(case.world_size, case.staging)
     return layout, f.v2_plan(case.world_size, case.dtype, case.numel, case.sm_count, layout)
 
 
@@ -102,10 +102,7 @@ def legacy(f, case, block_bytes=BLOCK_BYTES):
 
 
 def region_bytes(name, region, world_size):
-    """What the headers of the kernels say that they touch."""
-    slot_array = region.capacity * (1 if name.startswith("legacy") else PACKET)
-    flags = region.channels * world_size * 4 if name == "pipelined" else 0
-    return PHASES[name] * 2 * world_size * slot_array + flags
+    return BUFFERS[name] * world_size * region.capacity * (1 if name.startswith("legacy") else PACKET)
 
 
 # -- properties of V2
@@ -124,36 +121,31 @@ def v2_aligned(f, case):
 
 
 def v2_inside_the_slots(f, case):
+    """Threads that have a packet: those past them are idle channels, which touch nothing."""
     layout, plan = v2(f, case)
     region = layout.regions[plan.algorithm]
-    assert plan.grid * plan.block <= region.capacity
-    if plan.algorithm == "pipelined":
-        assert plan.block == region.block and plan.grid <= region.channels
-    else:
-        assert plan.grid * plan.block // 32 <= region.channels
+    assert -(-packets_of_a_launch(plan, case) // 32) <= region.channels
+    assert -(-packets_of_a_launch(plan, case) // 32) * 32 <= region.capacity
 
 
 def v2_covers(f, case):
     _, plan = v2(f, case)
-    assert plan.path == "v2" and plan.chunk == case.numel and plan.grid >= 1
-    packets = f.v2_packets(plan.algorithm, case.world_size, case.dtype, case.numel)
+    assert plan.path == "v2" and 1 <= plan.chunk <= case.numel
+    packets = packets_of_a_launch(plan, case)
+    assert (plan.grid - 1) * plan.block < packets <= plan.grid * plan.block  # and no block has nothing to do
+    if plan.chunk < case.numel:  # the next launch starts at an address as aligned as the first
+        assert plan.chunk * ITEMSIZE[case.dtype] % PACKET == 0
+
+
+def packets_of_a_launch(plan, case):
+    """One per thread: of the chunk, or of each rank's part of it."""
     parts = 1 if plan.algorithm == "one_shot" else case.world_size
-    assert parts * packets * PACKET >= case.nbytes
-    if plan.algorithm != "pipelined":  # that one loops
-        assert plan.grid * plan.block >= packets
-    assert (plan.grid - 1) * plan.block < packets  # no block has nothing to do
+    return -(-(-(-plan.chunk * ITEMSIZE[case.dtype] // PACKET)) // parts)
 
 
 def v2_blocks(f, case):
     _, plan = v2(f, case)
     assert plan.block % 32 == 0 and 32 <= plan.block <= 512
-
-
-def v2_in_one_wave(f, case):
-    """All blocks at once: those of a straight kernel wait for each other's peers."""
-    _, plan = v2(f, case)
-    if plan.algorithm != "pipelined":
-        assert plan.grid <= case.sm_count * min(32, RESIDENT_THREADS[case.world_size] // plan.block)
 
 
 def v2_known_kernel(f, case):
@@ -235,7 +227,7 @@ def check_apart(layout, case):
 
 
 PROPERTIES = [
-    v2_regions_apart, v2_aligned, v2_inside_the_slots, v2_covers, v2_blocks, v2_in_one_wave, v2_known_kernel,
+    v2_regions_apart, v2_aligned, v2_inside_the_slots, v2_covers, v2_blocks, v2_known_kernel,
     v2_never_goes_back, v2_repeats, legacy_regions_apart, legacy_aligned, legacy_launches_fit, legacy_hands_over,
     legacy_repeats,
 ]  # fmt: skip
@@ -288,18 +280,19 @@ MUTANTS = [
     (v2_regions_apart, "regions of one another", mutant("v2_layout", swap_regions)),
     (v2_regions_apart, "regions at one place", mutant("v2_layout", on_regions(offset=lambda o: 0))),
     (v2_regions_apart, "more than allowed", mutant("v2_layout", lambda x: replace(x, nbytes=x.nbytes + (1 << 20)))),
-    (v2_regions_apart, "more flags than room", mutant("v2_layout", on_regions(channels=lambda c: 64 * c))),
     (v2_aligned, "offset of 8 bytes", mutant("v2_layout", on_regions(offset=lambda o: o + 8))),
-    (v2_inside_the_slots, "half the capacity", mutant("v2_layout", on_regions(capacity=lambda c: c // 2))),
-    (v2_inside_the_slots, "one block more", mutant("v2_plan", on_plan(grid=lambda g: g + 1))),
+    (v2_inside_the_slots, "twice the capacity",
+     SimpleNamespace(**{**vars(planning), "v2_plan": lambda *args: planning.v2_plan(
+         *args[:-1], on_regions(capacity=lambda c: 2 * c)(args[-1]))})),
+    (v2_inside_the_slots, "everything in one launch",
+     SimpleNamespace(**{**vars(planning), "v2_plan": lambda n, dtype, numel, *rest: replace(
+         planning.v2_plan(n, dtype, numel, *rest), chunk=numel)})),
     (v2_inside_the_slots, "half the epoch words", mutant("v2_layout", on_regions(channels=lambda c: c // 2))),
     (v2_covers, "one block less", mutant("v2_plan", on_plan(grid=lambda g: g - 1))),
     (v2_covers, "one block more", mutant("v2_plan", on_plan(grid=lambda g: g + 1))),
-    (v2_covers, "parts rounded down", mutant("v2_packets", lambda p: p - 1)),
-    (v2_covers, "several launches", mutant("v2_plan", on_plan(chunk=lambda c: min(c, 2**31 - 1)))),
+    (v2_covers, "launches of odd length", mutant("v2_plan", on_plan(chunk=lambda c: max(1, c - 1)))),
     (v2_blocks, "not whole warps", mutant("v2_plan", on_plan(block=lambda b: b + 8))),
     (v2_blocks, "1024 threads", mutant("v2_plan", on_plan(block=lambda b: 2 * b))),
-    (v2_in_one_wave, "twice the grid", mutant("v2_plan", on_plan(grid=lambda g: 2 * g))),
     (v2_known_kernel, "no such kernel", mutant("v2_plan", on_plan(algorithm=lambda a: a + "_loop"))),
     (v2_never_goes_back, "one-shot for odd grids",
      mutant("v2_plan", lambda p: replace(p, algorithm="one_shot") if p.grid % 2 else p)),
@@ -338,7 +331,7 @@ lines = []
 for n in range(2, 9):
     for dtype in ("float32", "float16", "bfloat16"):
         for e in range(0, 34, 3):
-            v2, old = p.v2_layout(n, 32 << 20, 132), p.legacy_layout(n, 32 << 20, 2048)
+            v2, old = p.v2_layout(n, 32 << 20), p.legacy_layout(n, 32 << 20, 2048)
             lines.append(repr((v2, p.v2_plan(n, dtype, 2**e + 5, 132, v2))))
             lines.append(repr((old, p.legacy_plan(n, dtype, 2**e + 5, old, 2048, 128, True, e % 2 == 0))))
 print(hashlib.sha256("".join(lines).encode()).hexdigest(), sorted({"torch", "cuda", "triton"} & set(sys.modules)))
@@ -363,13 +356,11 @@ def test_ranks_agree_whatever_their_environment():
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 @pytest.mark.parametrize("sm_count", [78, 108, 132, 148])
 def test_default_staging_suffices(world_size, sm_count):
-    layout = planning.v2_layout(world_size, DEFAULT_STAGING, sm_count)
+    layout = planning.v2_layout(world_size, DEFAULT_STAGING)
     assert layout.nbytes <= DEFAULT_STAGING == 32 << 20
     assert planning.legacy_layout(world_size, DEFAULT_STAGING, BLOCK_BYTES).nbytes <= DEFAULT_STAGING
     used = [planning.v2_plan(world_size, "bfloat16", 2**e, sm_count, layout).algorithm for e in range(33)]
-    assert used[0] == "one_shot" and used[-1] == "pipelined"
-    if V2_TABLES[world_size].two_shot_from is not None:
-        assert set(used) == set(ORDER)
+    assert used[0] == "one_shot" and used[-1] == ("one_shot" if world_size == 2 else "two_shot")
 
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
@@ -380,7 +371,6 @@ def test_past_two_to_the_31_elements(world_size, dtype):
             case = Case(world_size, dtype, numel, 132, staging_mb << 20, nvlink=True, deterministic=True)
             for prop in PROPERTIES:
                 prop(planning, case)
-            assert v2(planning, case)[1].algorithm == "pipelined"
             assert legacy(planning, case)[1].algorithm == "legacy_two_shot"
 
 
@@ -393,15 +383,40 @@ def test_verification_stays_inside_the_slots(world_size, staging_mb):
 
     engine = object.__new__(V2Engine)
     engine.config = SimpleNamespace(world_size=world_size)
-    engine.layout = planning.v2_layout(world_size, staging_mb << 20, 132)
+    engine.layout = planning.v2_layout(world_size, staging_mb << 20)
     for name, dtype in TORCH_DTYPES.items():
-        plans = engine._verification_plans(VERIFY_BYTES // dtype.itemsize - 1, dtype)
+        numel = VERIFY_BYTES // dtype.itemsize - 1
+        plans = engine._verification_plans(numel, dtype)
         assert {plan.algorithm for plan in plans} == set(ORDER)
         for plan in plans:
-            region = engine.layout.regions[plan.algorithm]
-            packets = planning.v2_packets(plan.algorithm, world_size, name, plan.chunk)
-            assert plan.grid * plan.block <= region.capacity
-            assert plan.algorithm == "pipelined" or plan.grid * plan.block >= packets
+            case = Case(world_size, name, numel, 1, staging_mb << 20, nvlink=True, deterministic=True)
+            packets = packets_of_a_launch(plan, case)
+            assert packets <= min(engine.layout.regions[plan.algorithm].capacity, plan.grid * plan.block)
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_v2_launches_cover_the_tensor(world_size):
+    """The loop over launches of the engine itself, without a GPU."""
+    from allreduce_jit.v2 import Args, _fire
+
+    @hypothesis.settings(max_examples=100, deadline=None, derandomize=True, database=None)
+    @hypothesis.given(cases([world_size]))
+    def run(case):
+        case = replace(case, numel=min(case.numel, 50 * case.staging // ITEMSIZE[case.dtype]))
+        itemsize, args, launches = ITEMSIZE[case.dtype], Args(), []
+        x, out = (
+            SimpleNamespace(data_ptr=lambda b=b: b, numel=lambda: case.numel, element_size=lambda: itemsize)
+            for b in (1 << 40, 1 << 41)
+        )
+        chunk = v2(planning, case)[1].chunk
+        _fire(args, lambda stream: launches.append((args.input, args.output, args.numel)), chunk, x, out, 0)
+        done = 0
+        for launch in launches:
+            assert launch == ((1 << 40) + done * itemsize, (1 << 41) + done * itemsize, min(chunk, case.numel - done))
+            done += launch[2]
+        assert done == case.numel
+
+    run()
 
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
