@@ -19,15 +19,16 @@ __device__ inline void one_shot(const Args &a) {
     // Before this, an earlier kernel of the stream may still be writing the input, the epoch or the slots.
     griddepcontrol_wait();
     const u64 epoch = a.epochs + index / 32 * 4;
-    const u32 parity = ld_relaxed_gpu_u32(epoch) & 1;
-    bool ok = alive(a);
-    Packet v[WORLD_SIZE];
+    // The three loads overlap only in this order: the compiler uses the parity before it loads anything else.
     Packet own = in.load(index);
+    bool ok = alive(a);
+    const u32 parity = ld_relaxed_gpu_u32(epoch) & 1;
 #pragma unroll
     for (u32 k = 1; k < WORLD_SIZE; k++)
         if (ok) push(a, (a.rank + k) % WORLD_SIZE, parity, index, own);
-    insert(v, a.rank, own);
+    Packet v[WORLD_SIZE];
     receive(a, ONE_SHOT, parity, index, ok, v);
+    insert(v, a.rank, own);
     out.store(index, sum_in_rank_order<T>(v));
     poison(a, parity, index);
     __syncwarp();  // every lane has read the epoch

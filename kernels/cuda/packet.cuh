@@ -52,7 +52,7 @@ struct Tensor {
         u64 first = packet * ELEMENTS<T>;
         Packet p = ZEROS;
         if (aligned && first + ELEMENTS<T> <= numel) {
-            p = *reinterpret_cast<const Packet *>(address + packet * 16);
+            p = ld_global_v4(address + packet * 16);
         } else {
             const typename T::Bits *x = reinterpret_cast<const typename T::Bits *>(address);
 #pragma unroll
@@ -65,7 +65,7 @@ struct Tensor {
     __device__ void store(u64 packet, Packet p) const {
         u64 first = packet * ELEMENTS<T>;
         if (aligned && first + ELEMENTS<T> <= numel) {
-            *reinterpret_cast<Packet *>(address + packet * 16) = p;
+            st_global_v4(address + packet * 16, p);
         } else {
             typename T::Bits *x = reinterpret_cast<typename T::Bits *>(address);
 #pragma unroll

@@ -10,6 +10,22 @@ struct alignas(16) Packet {
 };
 #define ZEROS Packet{{0, 0, 0, 0}}
 
+// Weak accesses: the user's tensors.
+__device__ inline Packet ld_global_v4(u64 address) {
+    Packet p;
+    asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(p.w[0]), "=r"(p.w[1]), "=r"(p.w[2]), "=r"(p.w[3])
+                 : "l"(address)
+                 : "memory");
+    return p;
+}
+
+__device__ inline void st_global_v4(u64 address, Packet p) {
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(p.w[0]), "r"(p.w[1]),
+                 "r"(p.w[2]), "r"(p.w[3])
+                 : "memory");
+}
+
 // Strong system-scope accesses: the only ones used on memory that a peer writes or reads.
 __device__ inline Packet ld_relaxed_sys_v4(u64 address) {
     Packet p;

@@ -86,32 +86,30 @@ __device__ inline bool give_up(const Args &a, u64 &started, u32 algorithm, u32 b
 
 __device__ inline bool alive(const Args &a) { return ld_relaxed_gpu_u32(a.control) == 0; }
 
-// One look at the packet of every peer; NOTHING where the wait was given up.
-__device__ inline void fetch(const Args &a, u32 buffer, u32 index, bool ok, Packet (&v)[WORLD_SIZE]) {
-    u64 mine = slot(a, a.rank, buffer, 0, index);
-#pragma unroll
-    for (u32 s = 0; s < WORLD_SIZE; s++)
-        if (s != a.rank) v[s] = ok ? ld_relaxed_sys_v4(mine + u64(s) * a.capacity * 16) : NOTHING;
-}
-
-// Wait for the packet of every peer; v[a.rank] is left alone. All loads first, then all checks, so that
-// the round trips overlap. Returns whether all arrived; if not, the missing ones are EMPTY.
+// Wait for the packet of every peer; v[a.rank] is not used. All loads first, then all checks, so that the
+// round trips overlap; the own slot, always empty, is loaded as well, which is cheaper than a branch.
+// Returns whether all arrived; if not, the missing ones are NOTHING.
 __device__ inline bool receive(const Args &a, u32 algorithm, u32 buffer, u32 index, bool alive,
                                Packet (&v)[WORLD_SIZE]) {
     u64 mine = slot(a, a.rank, buffer, 0, index);
     u64 stride = u64(a.capacity) * 16;
-    fetch(a, buffer, index, alive, v);
-    if (!alive) return false;
+    if (!alive) {
+#pragma unroll
+        for (u32 s = 0; s < WORLD_SIZE; s++) v[s] = NOTHING;
+        return false;
+    }
+#pragma unroll
+    for (u32 s = 0; s < WORLD_SIZE; s++) v[s] = ld_relaxed_sys_v4(mine + s * stride);
     u64 started = 0;
     for (u32 spins = 1;; spins++) {
         u32 missing = 0;
 #pragma unroll
-        for (u32 s = 0; s < WORLD_SIZE; s++)
-            if (s != a.rank && !arrived(v[s])) {
-                missing |= 1u << s;
-                v[s] = ld_relaxed_sys_v4(mine + s * stride);
-            }
+        for (u32 s = 0; s < WORLD_SIZE; s++) missing |= u32(!arrived(v[s])) << s;
+        missing &= ~(1u << a.rank);
         if (!missing) return true;
+#pragma unroll
+        for (u32 s = 0; s < WORLD_SIZE; s++)
+            if (missing >> s & 1) v[s] = ld_relaxed_sys_v4(mine + s * stride);
         if (spins % 64 == 0 && give_up(a, started, algorithm, buffer, missing)) return false;
     }
 }
@@ -119,6 +117,5 @@ __device__ inline bool receive(const Args &a, u32 algorithm, u32 buffer, u32 ind
 __device__ inline void poison(const Args &a, u32 buffer, u32 index) {
     u64 mine = slot(a, a.rank, buffer, 0, index);
 #pragma unroll
-    for (u32 s = 0; s < WORLD_SIZE; s++)
-        if (s != a.rank) st_relaxed_sys_v4(mine + u64(s) * a.capacity * 16, NOTHING);
+    for (u32 s = 0; s < WORLD_SIZE; s++) st_relaxed_sys_v4(mine + u64(s) * a.capacity * 16, NOTHING);
 }

@@ -22,19 +22,22 @@ __device__ inline void two_shot(const Args &a) {
     // Before this, an earlier kernel of the stream may still be writing the input, the epoch or the slots.
     griddepcontrol_wait();
     const u64 epoch = a.epochs + index / 32 * 4;
-    const u32 parity = ld_relaxed_gpu_u32(epoch) & 1;
     const bool inside = index < part;  // lanes past the part pad: they exchange zeros and store nothing
-    bool ok = alive(a);
-    Packet v[WORLD_SIZE];
+    // All loads overlap only in this order: the compiler uses the parity before it loads anything else.
+    Packet mine[WORLD_SIZE];  // of the part of rank (a.rank + k) % WORLD_SIZE
 #pragma unroll
-    for (u32 k = 1; k < WORLD_SIZE; k++) {
+    for (u32 k = 0; k < WORLD_SIZE; k++) {
         u32 owner = (a.rank + k) % WORLD_SIZE;
-        Packet p = inside ? in.load(owner * part + index) : ZEROS;
-        if (ok) push(a, owner, parity, index, p);
+        mine[k] = inside ? in.load(owner * part + index) : ZEROS;
     }
-    Packet own = inside ? in.load(a.rank * part + index) : ZEROS;
-    insert(v, a.rank, own);
+    bool ok = alive(a);
+    const u32 parity = ld_relaxed_gpu_u32(epoch) & 1;
+#pragma unroll
+    for (u32 k = 1; k < WORLD_SIZE; k++)
+        if (ok) push(a, (a.rank + k) % WORLD_SIZE, parity, index, mine[k]);
+    Packet v[WORLD_SIZE];
     ok = receive(a, TWO_SHOT, parity, index, ok, v);
+    insert(v, a.rank, mine[0]);
     Packet sum = sum_in_rank_order<T>(v);
 #pragma unroll
     for (u32 k = 1; k < WORLD_SIZE; k++)
