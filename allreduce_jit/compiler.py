@@ -38,7 +38,8 @@ def build(spec: KernelSpec, arch: str, cache: KernelCache) -> tuple[Artifact, bo
     except CompileError:
         raise
     except Exception as e:  # noqa: BLE001 - compilers raise what they like
-        raise CompileError(f"{spec.name} for {arch}: {type(e).__name__}: {e}") from e
+        message = str(e).rstrip("\0 \n")  # NVRTC's log ends in a NUL
+        raise CompileError(f"{spec.name} for {arch}: {type(e).__name__}: {message}") from e
     cache.put(key, artifact)
     return artifact, False
 

@@ -1,0 +1,304 @@
+"""Every kernel that a plan can pick compiles, without a GPU, and its machine code is what the protocols lean on.
+
+LONG=1 compiles the legacy kernels for every pair of world size and architecture; without it, for all world
+sizes on sm_90 and for the smallest and the largest on the others. V2 is complete in either case.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.metadata
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from allreduce_jit import compiler
+from allreduce_jit.cache import KernelCache
+from allreduce_jit.compiler import build
+from allreduce_jit.errors import CompileError
+from allreduce_jit.kernel import ALGORITHMS, DTYPES, WORLD_SIZES, catalogue, cuda_module, triton_module
+
+ARCHS = ("sm_80", "sm_90", "sm_100")
+REGISTERS = 65536  # of a multiprocessor, on all of these
+PARAMETERS_AT = {"sm_80": 352, "sm_90": 528, "sm_100": 896}  # in constant bank 0
+PHASES = {"one_shot": 1, "two_shot": 2}
+RESIDENT = {n: 1024 if n <= 4 else 512 for n in WORLD_SIZES}  # threads of a multiprocessor: __launch_bounds__ in entry.cuh
+
+
+def available(language):
+    try:
+        return compiler._version(language)
+    except CompileError:
+        return None
+
+
+needs_nvrtc = pytest.mark.skipif(not available("cuda"), reason="needs NVRTC")
+needs_triton = pytest.mark.skipif(not available("triton"), reason="needs Triton")
+
+
+def compile_one(spec, arch):
+    return build(spec, arch, KernelCache(None))[0]
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """Artifacts of specs for an architecture, each compiled once, several at a time."""
+    memo = {}
+    with ProcessPoolExecutor(min(8, os.cpu_count()), multiprocessing.get_context("spawn")) as pool:
+
+        def get(specs, arch):
+            if specs[0].language == "cuda" and arch not in nvrtc_archs():
+                pytest.skip(f"this NVRTC does not compile for {arch}")
+            missing = [spec for spec in specs if (spec, arch) not in memo]
+            for spec, artifact in zip(missing, pool.map(compile_one, missing, [arch] * len(missing)), strict=True):
+                memo[spec, arch] = artifact
+            return [memo[spec, arch] for spec in specs]
+
+        yield get
+
+
+def nvrtc_archs():
+    from cuda.bindings import nvrtc
+
+    return [f"sm_{arch}" for arch in nvrtc.nvrtcGetSupportedArchs()[1]]
+
+
+def cuobjdump(tmp_path, artifact, *options):
+    """NVIDIA's own reading of a cubin, by the tool in Triton's wheel."""
+    spec = importlib.util.find_spec("triton")
+    tool = Path(spec.origin).parent / "backends/nvidia/bin/cuobjdump" if spec else None
+    if tool is None or not tool.exists():
+        pytest.skip("needs cuobjdump (Triton's wheel has it)")
+    path = tmp_path / f"{artifact.name}.cubin"
+    path.write_bytes(artifact.cubin)
+    return subprocess.run([tool, *options, path], capture_output=True, text=True, check=True).stdout
+
+
+def entries_of(cubin):
+    """Kernels in a cubin: each has a section of its own."""
+    assert cubin.startswith(b"\x7fELF")
+    return {name.decode() for name in re.findall(rb"\.text\.(\w+)\0", cubin)}
+
+
+def resources(tmp_path, artifact):
+    """What each kernel takes: {name: {"REG": .., "STACK": .., "LOCAL": .., "CONSTANT[0]": .., ..}}."""
+    text = cuobjdump(tmp_path, artifact, "-res-usage")
+    found = re.findall(r"Function (\w+):\n(.*)", text)
+    return {name: {k: int(v) for k, v in re.findall(r"(\S+):(\d+)", line)} for name, line in found}
+
+
+def opcodes(tmp_path, artifact):
+    """The instructions of each kernel in order, without operands and predicates."""
+    text = cuobjdump(tmp_path, artifact, "-sass")
+    parts = re.split(r"Function : (\w+)\n", text)[1:]
+    line = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", re.M)
+    return dict(zip(parts[::2], map(line.findall, parts[1::2]), strict=True))
+
+
+# -- V2
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_v2_compiles(compiled, tmp_path, world_size, arch):
+    from allreduce_jit.v2 import Args
+
+    specs = catalogue("v2", world_size)
+    assert len(specs) == len(ALGORITHMS)
+    for spec, artifact in zip(specs, compiled(specs, arch), strict=True):
+        assert (artifact.name, artifact.arch, artifact.threads, artifact.shared_bytes) == (spec.name, arch, 0, 0)
+        assert entries_of(artifact.cubin) == set(spec.entries) and len(spec.entries) == len(DTYPES)
+        usage = resources(tmp_path, artifact)
+        assert set(usage) == set(spec.entries)
+        for entry in spec.entries:
+            assert usage[entry]["STACK"] == usage[entry]["LOCAL"] == 0  # nothing spilled
+            assert usage[entry]["CONSTANT[0]"] == PARAMETERS_AT[arch] + ctypes.sizeof(Args)
+            warp = -(-usage[entry]["REG"] * 32 // 256) * 256  # registers are dealt to warps by the 256
+            assert REGISTERS // warp * 32 >= RESIDENT[world_size]
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_v2_machine_code(compiled, tmp_path, world_size):
+    specs = catalogue("v2", world_size)
+    for algorithm, spec, artifact in zip(ALGORITHMS, specs, compiled(specs, "sm_90"), strict=True):
+        code = opcodes(tmp_path, artifact)
+        assert set(code) == set(spec.entries)
+        for entry, ops in code.items():
+            check_memory_accesses(ops)
+            peers = PHASES[algorithm] * (world_size - 1)
+            assert ops.count("STG.E.128.STRONG.SYS") >= peers, entry
+            assert ops.count("LDG.E.128.STRONG.SYS") >= peers, entry
+            # Dependent launch: the next kernel may start at once, this one touches no memory before it may.
+            accesses = [i for i, op in enumerate(ops) if re.match(r"(LD|ST|LDG|STG|ATOMG?|RED|MEMBAR)\b", op)]
+            assert ops.index("PREEXIT") < ops.index("ACQBULK") < min(accesses), entry
+
+
+def check_memory_accesses(ops):
+    """Nothing read through the non-coherent path, and no fence of the slow kind."""
+    loads = [op for op in ops if re.match(r"LDG?\b", op)]
+    assert loads and not [op for op in loads if {"CONSTANT", "CI"} & set(op.split("."))]
+    assert not [op for op in ops if op.startswith("MEMBAR.SC")]
+
+
+@needs_nvrtc
+def test_v2_with_virtual_ranks(compiled, tmp_path):
+    specs = [cuda_module(algorithm, 3, virtual_ranks=True) for algorithm in ALGORITHMS]
+    for spec, artifact in zip(specs, compiled(specs, "sm_90"), strict=True):
+        assert artifact.name == spec.name and artifact.name.endswith("_virtual")
+        assert entries_of(artifact.cubin) == set(spec.entries)
+        for usage in resources(tmp_path, artifact).values():
+            assert usage["STACK"] == usage["LOCAL"] == 0
+            assert usage["CONSTANT[0]"] == PARAMETERS_AT["sm_90"] + 8  # a pointer to all ranks' arguments
+
+
+# -- legacy
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("world_size", "arch"),
+    [(n, arch) for arch in ARCHS for n in WORLD_SIZES if arch == "sm_90" or n in (2, 8) or os.environ.get("LONG")],
+)
+def test_legacy_compiles(compiled, tmp_path, world_size, arch):
+    from allreduce_jit.triton_kernels import legacy
+
+    sizes = {"i32": 4, "i64": 8, "constexpr": 0}
+    specs = catalogue("legacy", world_size)
+    assert len(specs) == 2 * len(DTYPES) * 2
+    for spec, artifact in zip(specs, compiled(specs, arch), strict=True):
+        assert (artifact.name, artifact.arch, artifact.threads) == (spec.name, arch, 32 * legacy.NUM_WARPS)
+        assert artifact.shared_bytes <= 48 << 10  # what a kernel may have without asking
+        assert entries_of(artifact.cubin) == set(spec.entries)
+        (usage,) = resources(tmp_path, artifact).values()
+        # For some, ptxas parks an address or two over the whole kernel to fit one more program; loops touch no stack.
+        assert usage["STACK"] <= 16 and usage["LOCAL"] == 0
+        parameters = 0
+        for size in [*(sizes[t] for t in legacy.signature(spec.source).values() if sizes[t]), 8, 8]:  # + two for scratch
+            parameters = -(-parameters // size) * size + size
+        assert usage["CONSTANT[0]"] == PARAMETERS_AT[arch] + parameters
+
+
+@needs_triton
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_legacy_machine_code(compiled, tmp_path, world_size):
+    specs = catalogue("legacy", world_size, ["bfloat16"])
+    for spec, artifact in zip(specs, compiled(specs, "sm_90"), strict=True):
+        (ops,) = opcodes(tmp_path, artifact).values()
+        check_memory_accesses(ops)
+        peers = (world_size - 1) * (2 if "two_shot" in spec.name else 1)
+        assert ops.count("STG.E.128.STRONG.SYS") >= peers
+        assert ops.count("LDG.E.128.STRONG.SYS") >= peers
+        assert not {"PREEXIT", "ACQBULK"} & set(ops)  # the protocol leans on launches that do not overlap
+        scalar = [op for op in ops if op in ("LDG.E.U16", "STG.E.U16")]
+        assert bool(scalar) == (not dict(spec.constants)["VECTOR"])
+
+
+@needs_triton
+@pytest.mark.parametrize("theirs", [None, "/theirs"])
+def test_triton_leaves_nothing_behind(tmp_path, monkeypatch, theirs):
+    """Neither in the home directory nor in the environment."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
+    if theirs:
+        monkeypatch.setenv("TRITON_CACHE_DIR", theirs)
+    compile_one(triton_module("one_shot", 2, "float32", True), "sm_90")
+    assert os.environ.get("TRITON_CACHE_DIR") == theirs
+    assert list(tmp_path.iterdir()) == []
+
+
+# -- refusals
+
+
+@pytest.fixture
+def fresh_versions():
+    compiler._version.cache_clear()
+    yield
+    compiler._version.cache_clear()
+
+
+@needs_nvrtc
+def test_the_log_of_nvrtc_is_in_the_error(monkeypatch):
+    source = compiler._cuda_source("one_shot.cu")
+    line = source.count("\n") + 1
+    monkeypatch.setattr(compiler, "_cuda_source", lambda name: source + "int planted = no_such_name;\n")
+    cache = KernelCache(None)
+    with pytest.raises(CompileError, match=rf'one_shot.cu\({line}\): error: identifier "no_such_name"') as caught:
+        build(cuda_module("one_shot", 2), "sm_90", cache)
+    assert "one_shot_ws2 for sm_90" in str(caught.value)
+    monkeypatch.undo()
+    assert build(cuda_module("one_shot", 2), "sm_90", cache)[1] is False  # nothing was kept of the failure
+
+
+@needs_nvrtc
+def test_an_architecture_that_nvrtc_does_not_know():
+    with pytest.raises(CompileError, match="(?s)one_shot_ws2 for sm_999.*gpu-architecture"):
+        compile_one(cuda_module("one_shot", 2), "sm_999")
+
+
+@needs_nvrtc
+def test_a_source_that_is_missing():
+    with pytest.raises(CompileError, match="none.cu"):
+        compile_one(replace(cuda_module("one_shot", 2), source="none.cu"), "sm_90")
+
+
+@needs_triton
+def test_the_message_of_triton_is_in_the_error(monkeypatch):
+    import triton
+    import triton.language as tl
+
+    from allreduce_jit.triton_kernels import legacy
+
+    @triton.jit
+    def planted(
+        x, WORLD: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr, INTERPRET: tl.constexpr
+    ):
+        tl.store(x, no_such_name)  # noqa: F821
+
+    monkeypatch.setattr(legacy, "legacy_one_shot", planted)
+    names = dict.fromkeys(("WORLD", "DTYPE", "BLOCK", "VECTOR", "INTERPRET"), "constexpr")
+    monkeypatch.setattr(legacy, "signature", lambda name: {"x": "i64", **names})
+    with pytest.raises(CompileError, match="(?s)legacy_one_shot_bf16_ws2 for sm_90.*no_such_name"):
+        compile_one(triton_module("one_shot", 2, "bfloat16", False), "sm_90")
+
+
+def test_no_bindings(monkeypatch, fresh_versions):
+    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
+    with pytest.raises(CompileError, match="no NVRTC on this machine: .*cuda.bindings"):
+        compile_one(cuda_module("one_shot", 2), "sm_90")
+
+
+@needs_nvrtc
+def test_no_nvrtc_library(monkeypatch, fresh_versions):
+    from cuda.bindings import nvrtc
+
+    def fail():
+        raise RuntimeError("Failed to dlopen libnvrtc")
+
+    monkeypatch.setattr(nvrtc, "nvrtcVersion", fail)
+    with pytest.raises(CompileError, match="no NVRTC on this machine: Failed to dlopen"):
+        compile_one(cuda_module("one_shot", 2), "sm_90")
+
+
+def test_no_triton(monkeypatch, fresh_versions):
+    def fail(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", fail)
+    with pytest.raises(CompileError, match="no Triton on this machine: .*triton"):
+        compile_one(triton_module("one_shot", 2, "float16", True), "sm_90")
+
+
+@needs_triton
+def test_a_triton_that_does_not_import(monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    with pytest.raises(CompileError, match="legacy_one_shot_fp16_ws2_vector for sm_90: .*triton"):
+        compile_one(triton_module("one_shot", 2, "float16", True), "sm_90")
