@@ -7,11 +7,11 @@ import logging
 import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NoReturn
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 
+from . import groups
 from .agree import require_cpu_group, require_group
 from .errors import ClosedError, InputError, InputTypeError, NotDeterministicError
 from .fallback import TorchEngine
@@ -28,9 +28,6 @@ log = logging.getLogger("allreduce_jit")
 DTYPE_NAMES = {getattr(torch, name): name for name in DTYPES}
 LARGEST_BAND = 1 << 30
 MAX_ROUTES = 4096
-
-# Group -> backend -> a group of the same ranks. Kept, as every group has threads and sockets of its own.
-_siblings: WeakKeyDictionary[dist.ProcessGroup, dict[str, dist.ProcessGroup]] = WeakKeyDictionary()
 
 
 def init(
@@ -104,10 +101,10 @@ class Communicator:
         self._engine = None
         self._routes: dict[tuple[int, torch.dtype], object] = {}
         self.group = group
-        if not _has_backend(group, "cpu:"):
+        if not groups.has_backend(group, "cpu:"):
             if not create_groups:
                 require_cpu_group(group)
-            self.group = _sibling_group(group, "gloo")
+            self.group = groups.sibling(group, "gloo")
         self._ladder = climb(self.group, device, deterministic, highest, lowest)
         self._engine = self._ladder.engine
         self.path = self._ladder.verdict.path
@@ -290,13 +287,12 @@ class Communicator:
     def _fallback(self, original: dist.ProcessGroup, create_groups: bool) -> TorchEngine:
         group, backend = self.group, self._ladder.verdict.backend
         if backend == "nccl":
-            if _has_backend(original, "cuda:nccl"):
+            if groups.has_backend(original, "cuda:nccl"):
                 group = original
+            elif not create_groups or not groups.can_have_sibling(original, backend):
+                backend = "gloo"
             elif self.world_size > 1 and not self.deterministic:  # else it would never be called
-                if create_groups:
-                    group = _sibling_group(original, "nccl")
-                else:
-                    backend = "gloo"
+                group = groups.sibling(original, backend)
         return TorchEngine(group, self.device, self.world_size, backend)
 
     def _route(self, numel: int, dtype: torch.dtype) -> KernelEngine | TorchEngine:
@@ -367,16 +363,3 @@ class Communicator:
 def _packed(x: torch.Tensor) -> torch.Tensor:
     """A contiguous copy that holds the values which ``x`` stands for (views may be strided, or negated)."""
     return torch.empty(x.shape, dtype=x.dtype, device=x.device).copy_(x)
-
-
-def _has_backend(group: dist.ProcessGroup, what: str) -> bool:
-    return what in dist.get_backend_config(group)
-
-
-def _sibling_group(group: dist.ProcessGroup, backend: str) -> dist.ProcessGroup:
-    """A group of the same ranks with another backend; only its members call this."""
-    siblings = _siblings.setdefault(group, {})
-    if backend not in siblings:
-        ranks = dist.get_process_group_ranks(group)
-        siblings[backend] = dist.new_group(ranks, backend=backend, use_local_synchronization=True)
-    return siblings[backend]
