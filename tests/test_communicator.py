@@ -18,10 +18,12 @@ from hypothesis import strategies as st
 
 import allreduce_jit
 from allreduce_jit import communicator, groups, ranks, reference
-from allreduce_jit.communicator import Communicator, as_device
+from allreduce_jit.communicator import Communicator, stretches
 from allreduce_jit.errors import ClosedError, InputError, InputTypeError, NotDeterministicError, SettingsError
+from allreduce_jit.fallback import TorchEngine
+from allreduce_jit.inputs import as_device
 from allreduce_jit.kernel import ITEMSIZE
-from allreduce_jit.plan import Plan, legacy_layout, legacy_plan, v2_layout, v2_plan
+from allreduce_jit.plan import legacy_layout, legacy_plan, v2_layout, v2_plan
 from allreduce_jit.verdict import Path
 
 CPU = torch.device("cpu")
@@ -159,7 +161,9 @@ def bad_calls(comm):
     for out in (x[:4], torch.ones(8, 1), torch.ones(0), x.double(), x.half(), torch.ones(8, device="meta")):
         yield InputError, lambda out=out: comm.all_reduce(x, out=out), "out is", str(out.dtype), "must agree"
     yield InputTypeError, lambda: comm.all_reduce(x, out=[0.0] * 8), "out must be a torch.Tensor", "list"
-    yield InputError, lambda: comm.all_reduce(x, out=torch.zeros(1).expand(8)), "expanded", "clone"
+    wide = torch.zeros(1).expand(8)
+    for given_x in (x, wide):
+        yield InputError, lambda given_x=given_x: comm.all_reduce(given_x, out=wide), "expanded", "clone"
     for first, second in ((0, 1), (1, 0), (0, 7), (5, 3)):
         overlap = (ring[first : first + 8], ring[second : second + 8])
         yield InputError, lambda a=overlap: comm.all_reduce(*a), "overlaps", "out=x", "separate memory"
@@ -458,6 +462,36 @@ def test_the_finaliser_releases_but_never_raises(driven, monkeypatch):
     Communicator.__new__(Communicator).__del__()  # of one that was never built
 
 
+def test_torch_distributed_in_a_capture(world_of_one, monkeypatch):
+    """What cannot be captured says so before anything is launched, and what to do."""
+    capturing = [True]
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
+    x, out = torch.ones(3), torch.zeros(3)
+    nccl, host = (TorchEngine(dist.group.WORLD, torch.device("cuda:0"), 2, backend) for backend in ("nccl", "gloo"))
+    for _ in range(2):
+        raised(InputError, lambda: nccl.all_reduce(x, out), "cuda:0", "CUDA graph", "call warmup() before the capture")
+        raised(InputError, lambda: host.all_reduce(x, out), "cuda:0", "through the host (gloo)", "CUDA graph", "describe()")
+    assert not out.any()
+    capturing[0] = False
+    for engine in (nccl, host):
+        engine.all_reduce(x, out.zero_())
+        assert torch.equal(out, x)
+    capturing[0] = True
+    nccl.all_reduce(x, out.zero_())  # it has been set up by now
+    assert torch.equal(out, x)
+    raised(InputError, lambda: host.all_reduce(x, out), "cuda:0")
+
+
+def test_who_may_make_an_nccl_group(world_of_one, monkeypatch):
+    world = dist.group.WORLD
+    monkeypatch.setattr(dist, "get_world_size", lambda group=None: 4 if group is None else 2)
+    assert groups.can_have_sibling(world, "gloo") and groups.can_have_sibling(world, "nccl")
+    world.bound_device_id = torch.device("cuda:0")
+    assert groups.can_have_sibling(world, "gloo") and not groups.can_have_sibling(world, "nccl")
+    monkeypatch.setattr(dist, "get_world_size", lambda group=None: 4)
+    assert groups.can_have_sibling(world, "nccl")
+
+
 def test_routes_are_few_and_right(driven, monkeypatch):
     monkeypatch.setattr(communicator, "MAX_ROUTES", 5)
     for turn in range(3):
@@ -508,20 +542,12 @@ def test_bands_by_asking_for_every_size(driven, monkeypatch):
 
 
 @hypothesis_settings(max_examples=60, deadline=None)
-@given(edges=st.lists(st.integers(2, 5000), unique=True, max_size=12), largest=st.integers(2500, 5000))
+@given(edges=st.lists(st.integers(2, 300), unique=True, max_size=12), largest=st.integers(1, 300))
 def test_bands_of_any_edges(edges, largest):
-    class Engine:
-        def plan(self, numel, dtype):
-            return Plan("v2", f"number {sum(edge <= numel for edge in edges)}", 1, 32, numel)
-
-    comm = Communicator.__new__(Communicator)
-    comm._engine = Engine()
-    with mock.patch.object(communicator, "LARGEST_BAND", largest * 4):
-        bands = comm._bands(torch.float32)
+    found = list(stretches(lambda n: sum(edge <= n for edge in edges), largest))
     firsts = sorted({1, *(edge for edge in edges if edge <= largest)})
-    assert [b["from_bytes"] for b in bands] == [4 * first for first in firsts]
-    assert [b["to_bytes"] for b in bands] == [4 * (first - 1) for first in firsts[1:]] + [None]
-    comm._engine = None
+    assert [(first, last) for first, last, _ in found] == list(zip(firsts, [*(n - 1 for n in firsts[1:]), None], strict=True))
+    assert [answer for _, _, answer in found] == list(range(len(firsts)))
 
 
 @pytest.mark.parametrize("world_size", range(2, 9))
@@ -537,5 +563,5 @@ def test_no_plan_comes_back_to_one_that_it_has_left(world_size):
                 lambda n, d=dtype, layout=legacy: legacy_plan(world_size, d, n, layout, 4096, 256, False, True),
             ):
                 found = [(p.path, p.algorithm) for p in map(plan, sizes)]
-                stretches = [what for i, what in enumerate(found) if i == 0 or found[i - 1] != what]
-                assert len(stretches) == len(set(stretches)), stretches
+                changes = [what for i, what in enumerate(found) if i == 0 or found[i - 1] != what]
+                assert len(changes) == len(set(changes)), changes
