@@ -5,16 +5,17 @@ from __future__ import annotations
 import contextlib
 import logging
 import sys
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, NoReturn
-from weakref import WeakKeyDictionary
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 
+from . import groups
 from .agree import require_cpu_group, require_group
-from .errors import ClosedError, InputError, InputTypeError, NotDeterministicError
+from .errors import ClosedError, NotDeterministicError
 from .fallback import TorchEngine
+from .inputs import as_device, check_output, packed, refuse
 from .kernel import DTYPES, ITEMSIZE
 from .ladder import climb
 from .plan import Plan
@@ -28,9 +29,6 @@ log = logging.getLogger("allreduce_jit")
 DTYPE_NAMES = {getattr(torch, name): name for name in DTYPES}
 LARGEST_BAND = 1 << 30
 MAX_ROUTES = 4096
-
-# Group -> backend -> a group of the same ranks. Kept, as every group has threads and sockets of its own.
-_siblings: WeakKeyDictionary[dist.ProcessGroup, dict[str, dist.ProcessGroup]] = WeakKeyDictionary()
 
 
 def init(
@@ -60,27 +58,6 @@ def init(
     return Communicator(group, as_device(device), deterministic=deterministic)
 
 
-def as_device(device: torch.device | str | int | None) -> torch.device:
-    """``cpu``, or a CUDA device with its index. None is the current CUDA device, or the CPU; an int a CUDA index.
-
-    A CUDA device need not exist: that is for the ladder to say, on all ranks.
-    """
-    present = torch.cuda.is_available()
-    if device is None:
-        device = "cuda" if present else "cpu"
-    try:
-        device = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
-    except (RuntimeError, TypeError) as e:
-        raise InputError(f"device {device!r}: expected a torch.device, cuda, cuda:<index>, an index, or cpu") from e
-    if device.type not in ("cuda", "cpu"):
-        raise InputError(f"device {device} is neither a CUDA device nor the CPU")
-    if device.type == "cpu":
-        return torch.device("cpu")  # tensors on cpu:0 say cpu
-    if device.index is None:
-        return torch.device("cuda", torch.cuda.current_device() if present else 0)
-    return device
-
-
 class Communicator:
     """All-reduces over one group on one device. Made by ``init``; also a context manager.
 
@@ -104,10 +81,10 @@ class Communicator:
         self._engine = None
         self._routes: dict[tuple[int, torch.dtype], object] = {}
         self.group = group
-        if not _has_backend(group, "cpu:"):
+        if not groups.has_backend(group, "cpu:"):
             if not create_groups:
                 require_cpu_group(group)
-            self.group = _sibling_group(group, "gloo")
+            self.group = groups.sibling(group, "gloo")
         self._ladder = climb(self.group, device, deterministic, highest, lowest)
         self._engine = self._ladder.engine
         self.path = self._ladder.verdict.path
@@ -146,16 +123,17 @@ class Communicator:
             or x.layout is not torch.strided
             or (x.requires_grad and torch.is_grad_enabled())
         ):
-            self._refuse(x)
+            self._check_open()
+            refuse(x, self.device, self.rank)
         dense = x.is_contiguous() and not x.is_neg()
         if out is None:
             if dense:
                 out = torch.empty_like(x)
             else:
-                x = out = _packed(x)
+                x = out = packed(x)
                 dense = True
-        elif out is not x:
-            dense = self._check_output(x, out, dense)
+        elif out is not x or not dense:
+            dense = check_output(x, out, dense, self.rank)
         numel = x.numel()
         if numel == 0:
             return out
@@ -163,9 +141,9 @@ class Communicator:
         if dense:
             engine.all_reduce(x, out)
         else:
-            packed = _packed(x)
-            engine.all_reduce(packed, packed)
-            out.copy_(packed)
+            through = packed(x)
+            engine.all_reduce(through, through)
+            out.copy_(through)
         return out
 
     @contextlib.contextmanager
@@ -266,41 +244,36 @@ class Communicator:
         }
 
     def _bands(self, dtype: torch.dtype) -> list[dict]:
-        """Ranges of sizes that run the same algorithm. Exact, as no plan comes back to one that it has left."""
+        """Ranges of sizes that run the same algorithm, in bytes; both ends belong to the range."""
+        name = DTYPE_NAMES[dtype]
+        size = ITEMSIZE[name]
 
         def what(numel: int) -> tuple[str, str]:
             plan = self.plan(numel, dtype)
             return plan.path, plan.algorithm
 
-        size, last = ITEMSIZE[DTYPE_NAMES[dtype]], LARGEST_BAND // ITEMSIZE[DTYPE_NAMES[dtype]]
-        bands, first = [], 1
-        while first <= last:
-            high = first  # the last size known to run the same as `first`
-            while high < last and what(min(2 * high, last)) == what(first):
-                high = min(2 * high, last)
-            beyond = min(2 * high, last + 1)
-            while beyond - high > 1:
-                middle = (high + beyond) // 2
-                high, beyond = (middle, beyond) if what(middle) == what(first) else (high, middle)
-            path, algorithm = what(first)
-            to_bytes = None if high >= last else high * size
-            bands.append({"dtype": DTYPE_NAMES[dtype], "from_bytes": first * size, "to_bytes": to_bytes,
-                          "path": path, "algorithm": algorithm})
-            first = high + 1
-        return bands
+        return [
+            {
+                "dtype": name,
+                "from_bytes": first * size,
+                "to_bytes": None if last is None else last * size,
+                "path": path,
+                "algorithm": algorithm,
+            }
+            for first, last, (path, algorithm) in stretches(what, LARGEST_BAND // size)
+        ]
 
     # -- internals
 
     def _fallback(self, original: dist.ProcessGroup, create_groups: bool) -> TorchEngine:
         group, backend = self.group, self._ladder.verdict.backend
         if backend == "nccl":
-            if _has_backend(original, "cuda:nccl"):
+            if groups.has_backend(original, "cuda:nccl"):
                 group = original
+            elif not create_groups or not groups.can_have_sibling(original, backend):
+                backend = "gloo"
             elif self.world_size > 1 and not self.deterministic:  # else it would never be called
-                if create_groups:
-                    group = _sibling_group(original, "nccl")
-                else:
-                    backend = "gloo"
+                group = groups.sibling(original, backend)
         return TorchEngine(group, self.device, self.world_size, backend)
 
     def _route(self, numel: int, dtype: torch.dtype) -> KernelEngine | TorchEngine:
@@ -319,47 +292,6 @@ class Communicator:
         self._routes[numel, dtype] = engine
         return engine
 
-    def _refuse(self, x: torch.Tensor) -> NoReturn:
-        """Say what is wrong with ``x``, or with calling at all."""
-        self._check_open()
-        if not isinstance(x, torch.Tensor):
-            raise InputTypeError(f"rank {self.rank}: all_reduce takes a torch.Tensor, not {type(x).__name__}")
-        if x.device != self.device:
-            raise InputError(
-                f"rank {self.rank}: the tensor is on {x.device}, this communicator on {self.device}: move the tensor"
-            )
-        if x.layout is not torch.strided:
-            raise InputError(f"rank {self.rank}: layout {x.layout}: all_reduce takes strided tensors; use to_dense()")
-        raise InputError(
-            f"rank {self.rank}: the tensor requires grad and all_reduce is not differentiable: "
-            "detach it, or call it under torch.no_grad()"
-        )
-
-    def _check_output(self, x: torch.Tensor, out: torch.Tensor, dense: bool) -> bool:
-        """Refuse an ``out`` that does not fit; whether both may be used as they are."""
-        if not isinstance(out, torch.Tensor):
-            raise InputTypeError(f"rank {self.rank}: out must be a torch.Tensor, not {type(out).__name__}")
-        if out.shape != x.shape or out.dtype is not x.dtype or out.device != self.device or out.layout is not x.layout:
-            raise InputError(
-                f"rank {self.rank}: out is {tuple(out.shape)} {out.dtype} {out.layout} on {out.device}, "
-                f"the input {tuple(x.shape)} {x.dtype} {x.layout} on {x.device}: they must agree"
-            )
-        if out.requires_grad and torch.is_grad_enabled():
-            raise InputError(f"rank {self.rank}: out requires grad: detach it, or call under torch.no_grad()")
-        if not out.is_contiguous():
-            if any(stride == 0 and size > 1 for stride, size in zip(out.stride(), out.shape, strict=True)):
-                raise InputError(f"rank {self.rank}: out is an expanded tensor, whose elements share memory: clone it")
-            return False
-        if dense:
-            # Where one of them is strided, the sum passes through a copy and no overlap can spoil it.
-            distance = abs(x.data_ptr() - out.data_ptr())
-            if 0 < distance < x.nbytes:
-                raise InputError(
-                    f"rank {self.rank}: out overlaps the input without being the same view: "
-                    "pass out=x, or separate memory"
-                )
-        return dense and not out.is_neg()
-
     def _capturing(self) -> bool:
         return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
@@ -368,19 +300,20 @@ class Communicator:
             raise ClosedError(f"rank {self.rank}: this communicator is closed: build a new one")
 
 
-def _packed(x: torch.Tensor) -> torch.Tensor:
-    """A contiguous copy that holds the values which ``x`` stands for (views may be strided, or negated)."""
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device).copy_(x)
+def stretches(what: Callable[[int], object], last: int) -> Iterator[tuple[int, int | None, object]]:
+    """(first, last, answer) for every stretch of 1 … ``last`` with one answer; the final one has no end (None).
 
-
-def _has_backend(group: dist.ProcessGroup, what: str) -> bool:
-    return what in dist.get_backend_config(group)
-
-
-def _sibling_group(group: dist.ProcessGroup, backend: str) -> dist.ProcessGroup:
-    """A group of the same ranks with another backend; only its members call this."""
-    siblings = _siblings.setdefault(group, {})
-    if backend not in siblings:
-        ranks = dist.get_process_group_ranks(group)
-        siblings[backend] = dist.new_group(ranks, backend=backend, use_local_synchronization=True)
-    return siblings[backend]
+    ``what`` must not come back to an answer that it has left, and no plan does.
+    """
+    first = 1
+    while first <= last:
+        answer = what(first)
+        high = first  # the last number known to have the answer
+        while high < last and what(min(2 * high, last)) == answer:
+            high = min(2 * high, last)
+        beyond = min(2 * high, last + 1)
+        while beyond - high > 1:
+            middle = (high + beyond) // 2
+            high, beyond = (middle, beyond) if what(middle) == answer else (high, middle)
+        yield first, (None if high == last else high), answer
+        first = high + 1

@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 
 from .agree import require_cpu_group
-from .communicator import Communicator, as_device
+from .communicator import Communicator
+from .inputs import as_device
 from .ladder import survey, v2_is_on
 from .tuning import V2_TABLES
 from .verdict import Path

@@ -32,14 +32,14 @@ class TorchEngine:
         if self.world_size > 1 and not self._warm:
             self._refuse_capture("NCCL sets itself up in its first call", "call warmup() before the capture")
             self._warm = True
-        if out is not x:
+        if out.data_ptr() != x.data_ptr() or out.is_conj() != x.is_conj():
             out.copy_(x)
         if self.world_size > 1:
             dist.all_reduce(out, group=self.group)
 
     def _reduce_through_host(self, x: torch.Tensor, out: torch.Tensor) -> None:
         self._refuse_capture("this group all-reduces through the host (gloo)", "describe() says why; call it eagerly")
-        host = x.cpu()
+        host = x.cpu().resolve_conj()
         dist.all_reduce(host, group=self.group)
         out.copy_(host)
 

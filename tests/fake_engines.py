@@ -10,14 +10,14 @@ import torch
 import torch.distributed as dist
 from fakes import MACHINES, look
 
-from allreduce_jit import communicator, ladder, reference
+from allreduce_jit import groups, ladder, reference
 from allreduce_jit.kernel import ITEMSIZE
 from allreduce_jit.plan import Plan
 
 STAGES = ("construct", "compile", "load", "allocate", "connect", "verify")
 # First number of elements -> algorithm; odd on purpose.
-SWITCHES = {1: "one_shot", 1001: "two_shot", 70_003: "pipelined"}
-LIMIT = 100_003  # elements from which the fake legacy hands over to torch.distributed
+SWITCHES = {1: "one_shot", 1001: "two_shot", 20_001: "pipelined"}
+LIMIT = 30_003  # elements from which the fake legacy hands over to torch.distributed
 
 
 class FakeEngine:
@@ -111,7 +111,7 @@ def fake_gpus(group, machine="h200-x4", fails=None, change=lambda caps: caps):
         for owner, name, value in (
             (ladder, "probe", lambda device: change(look(MACHINES[machine], rank))),
             (ladder, "_engine", engine),
-            (communicator, "_sibling_group", sibling),
+            (groups, "sibling", sibling),
             (torch.cuda, "device", lambda device: nullcontext()),
             (torch.cuda, "synchronize", lambda *device: None),
         ):

@@ -67,7 +67,7 @@ def test_falsy_values_survive(results):
 
 def test_subgroup(results):
     assert results[0]["subgroup"] == results[2]["subgroup"] == [payload(0), payload(2)]
-    assert results[1]["subgroup"] == "InputError: this rank is not a member of the group"
+    assert results[1]["subgroup"] == "InputError: this rank is not a member of the group (global rank 1): its members alone call"
     assert [r["alone"] for r in results] == [[payload(rank)] for rank in range(RANKS)]
 
 

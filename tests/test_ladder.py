@@ -224,7 +224,7 @@ CASES = [
 
 
 def test_four_ranks():
-    assert len(ranks.run(suite, CASES, cpu=4, deadline=100).value) == len(CASES)
+    assert len(ranks.run(suite, CASES, cpu=4, deadline=200).value) == len(CASES)
 
 
 def test_a_rank_that_leaves_keeps_nobody_waiting(monkeypatch):

@@ -12,12 +12,12 @@ block to every peer (zeros past the end, and for empty parts too) and waits for 
  - a program in epoch e+2 has, in epoch e+1, received from q's program of epoch e+1;
  - that ran after q's launch of epoch e was complete, its poisoning included;
  - so the slots that q read in epoch e are poisoned, and nobody still reads them.
-It leans on the boundary between launches: one stream, and *no* programmatic dependent launch.
+It leans on the boundary between launches: one stream, and *no* programmatic dependent launch. Program p waits for
+the peers' programs p alone, but all of a grid should fit on the GPU at once: nothing promises the order of dispatch.
 
 Failure. A wait that outlasts its deadline, or finds the poison flag set, ends. Its program runs on to the end but
 pushes no more, nor does any later launch: a rank that no longer waits could overtake its peers, and they would read
-two epochs mixed. They run into their own deadlines instead. What has not arrived is read as the sentinel: the
-affected elements of `out` are NaN, never a plausible number.
+two epochs mixed. They run into their own deadlines instead. What such a program writes to `out` is NaN throughout.
 
 Numbers. fp32 sum in rank order 0..WORLD-1, begun with rank 0's value (so -0 + -0 = -0), rounded once. The own
 addend takes its place in that order in its encoded form, so all ranks add the same bits.
@@ -30,8 +30,10 @@ import triton.language as tl
 
 BLOCK_BYTES = 2048  # what one program sends to one peer in one phase: 16 bytes a thread
 NUM_WARPS = 4
+MAX_REGISTERS = 168  # compile option `maxnreg`: left to itself ptxas spills a register or two in a few variants
 
 _CHECK_EVERY = tl.constexpr(64)  # looks at the staging memory between two looks at the clock
+_ONE_SHOT, _TWO_SHOT = tl.constexpr(3), tl.constexpr(4)  # algorithms, as reports name them
 
 _ARGUMENTS = {
     "table": "i64",
@@ -64,7 +66,7 @@ def legacy_one_shot(
     out,  # address of the output; may equal x
     epoch,  # address of int32[grid]: the parity of each channel, local, zero at first
     control,  # address of the local control block: int32 poison flag, int64 at byte 8 deadline in ns (0: none)
-    report,  # address of int32[8]: {1 once valid, source waited for, algorithm, phase}
+    report,  # address of int32[8]: {1 once valid, source waited for, 3 one-shot or 4 two-shot, phase 1 or 2}
     numel,  # elements of x and out
     rank,
     capacity,  # bytes of one slot, at least grid * BLOCK_BYTES
@@ -89,9 +91,9 @@ def legacy_one_shot(
     mine = _read(x, channel, numel, WORD, BLOCK, VECTOR)
     for step in tl.static_range(1, WORLD):
         _push(regions[step], slots + rank * capacity, channel, mine, stop, WORD, BLOCK)
-    blocks, stop = _receive(regions[0], slots, channel, mine, rank, capacity, stop, control, report, 3, 1,
+    blocks, stop = _receive(regions[0], slots, channel, mine, rank, capacity, stop, control, report, _ONE_SHOT, 1,
                             WORLD, WORD, BLOCK, INTERPRET)
-    _write(out, channel, numel, _sum(blocks, WORLD, DTYPE, WORD), WORD, BLOCK, VECTOR)
+    _write(out, channel, numel, _sum(blocks, WORLD, DTYPE, WORD), stop, WORD, BLOCK, VECTOR)
     _flip(epoch, channel, parity)
 
 
@@ -133,16 +135,16 @@ def legacy_two_shot(
         parts = parts + (_read(x, (rank + step) % WORLD * stride + channel, numel, WORD, BLOCK, VECTOR),)
     for step in tl.static_range(1, WORLD):
         _push(regions[step], scatter + rank * capacity, channel, parts[step], stop, WORD, BLOCK)
-    addends, stop = _receive(regions[0], scatter, channel, parts[0], rank, capacity, stop, control, report, 4, 1,
+    addends, stop = _receive(regions[0], scatter, channel, parts[0], rank, capacity, stop, control, report, _TWO_SHOT, 1,
                              WORLD, WORD, BLOCK, INTERPRET)
 
     reduced = _sum(addends, WORLD, DTYPE, WORD)
     for step in tl.static_range(1, WORLD):
         _push(regions[step], gather + rank * capacity, channel, reduced, stop, WORD, BLOCK)
-    blocks, stop = _receive(regions[0], gather, channel, reduced, rank, capacity, stop, control, report, 4, 2,
+    blocks, stop = _receive(regions[0], gather, channel, reduced, rank, capacity, stop, control, report, _TWO_SHOT, 2,
                             WORLD, WORD, BLOCK, INTERPRET)
     for source in tl.static_range(WORLD):
-        _write(out, source * stride + channel, numel, blocks[source], WORD, BLOCK, VECTOR)
+        _write(out, source * stride + channel, numel, blocks[source], stop, WORD, BLOCK, VECTOR)
     _flip(epoch, channel, parity)
 
 
@@ -197,9 +199,10 @@ def _read(x, block, numel, WORD: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.c
 
 
 @triton.jit
-def _write(out, block, numel, bits, WORD: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr):
+def _write(out, block, numel, bits, stop, WORD: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr):
+    """Block of the output; NaN once this rank has stopped waiting, for then even what has arrived may be stale."""
     pointers, exist = _user(out, block, numel, WORD, BLOCK, VECTOR)
-    tl.store(pointers, bits, mask=exist)
+    tl.store(pointers, tl.where(stop == 0, bits, -1), mask=exist)
 
 
 @triton.jit
@@ -220,6 +223,7 @@ def _look(region, slots, channel, mine, rank, capacity, stop,
     verdict = 2 * (1 + highest source with an element missing, or 0 if none is) + stop.
     `stop` comes from a clock and a flag that each thread reads for itself, so threads may differ. They may not differ
     in leaving a loop with barriers in it: all control flow hangs on the verdict, which the reduction makes one value.
+    Where only threads whose elements are not the latest have seen the stop, it takes effect at the next check.
     """
     late = tl.zeros([BLOCK], tl.int32)
     blocks = ()

@@ -1,0 +1,72 @@
+"""What calls are given: devices, and the tensors that an all-reduce takes, refuses or has to pack first."""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+import torch
+
+from .errors import InputError, InputTypeError
+
+
+def as_device(device: torch.device | str | int | None) -> torch.device:
+    """``cpu``, or a CUDA device with its index. None is the current CUDA device, or the CPU; an int a CUDA index.
+
+    A CUDA device need not exist: that is for the ladder to say, on all ranks.
+    """
+    present = torch.cuda.is_available()
+    if device is None:
+        device = "cuda" if present else "cpu"
+    try:
+        device = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+    except (RuntimeError, TypeError) as e:
+        raise InputError(f"device {device!r}: expected a torch.device, cuda, cuda:<index>, an index, or cpu") from e
+    if device.type not in ("cuda", "cpu"):
+        raise InputError(f"device {device} is neither a CUDA device nor the CPU")
+    if device.type == "cpu":
+        return torch.device("cpu")  # tensors on cpu:0 say cpu
+    if device.index is None:
+        return torch.device("cuda", torch.cuda.current_device() if present else 0)
+    return device
+
+
+def refuse(x: object, device: torch.device, rank: int) -> NoReturn:
+    """Say what is wrong with an input that is no strided tensor on ``device``, or that requires grad."""
+    if not isinstance(x, torch.Tensor):
+        raise InputTypeError(f"rank {rank}: all_reduce takes a torch.Tensor, not {type(x).__name__}")
+    if x.device != device:
+        raise InputError(f"rank {rank}: the tensor is on {x.device}, this communicator on {device}: move the tensor")
+    if x.layout is not torch.strided:
+        raise InputError(f"rank {rank}: layout {x.layout}: all_reduce takes strided tensors; use to_dense()")
+    raise InputError(
+        f"rank {rank}: the tensor requires grad and all_reduce is not differentiable: "
+        "detach it, or call it under torch.no_grad()"
+    )
+
+
+def check_output(x: torch.Tensor, out: torch.Tensor, dense: bool, rank: int) -> bool:
+    """Refuse an ``out`` that does not fit ``x``; whether both can be used as they are (``dense``: ``x`` can)."""
+    if not isinstance(out, torch.Tensor):
+        raise InputTypeError(f"rank {rank}: out must be a torch.Tensor, not {type(out).__name__}")
+    if out.shape != x.shape or out.dtype is not x.dtype or out.device != x.device or out.layout is not x.layout:
+        raise InputError(
+            f"rank {rank}: out is {tuple(out.shape)} {out.dtype} {out.layout} on {out.device}, "
+            f"the input {tuple(x.shape)} {x.dtype} {x.layout} on {x.device}: they must agree"
+        )
+    if out.requires_grad and torch.is_grad_enabled():
+        raise InputError(f"rank {rank}: out requires grad: detach it, or call under torch.no_grad()")
+    if not out.is_contiguous():
+        if any(stride == 0 and size > 1 for stride, size in zip(out.stride(), out.shape, strict=True)):
+            raise InputError(f"rank {rank}: out is an expanded tensor, whose elements share memory: clone it")
+        return False
+    # Where one of the two is strided, the sum passes through a copy and no overlap can spoil it.
+    if dense and 0 < abs(x.data_ptr() - out.data_ptr()) < x.nbytes:
+        raise InputError(
+            f"rank {rank}: out overlaps the input without being the same view: pass out=x, or separate memory"
+        )
+    return dense and not out.is_neg()
+
+
+def packed(x: torch.Tensor) -> torch.Tensor:
+    """A contiguous copy that holds the values which ``x`` stands for (views may be strided, or negated)."""
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device).copy_(x)

@@ -1,0 +1,403 @@
+"""The legacy kernels in Triton's interpreter: one process a rank, staging in shared memory, every bit checked.
+
+As a module: the scenario's types, the exact reference, and `Stage`, which has scenarios played in another process.
+As a script: reads a scenario a line from standard input and prints its `Outcome`, both as JSON.
+
+The interpreter wants one process a rank (its state is global) and TRITON_INTERPRET set before Triton is imported,
+hence the other process, which imports everything once and forks. The interpreter's one defect that matters here,
+bf16 casts that truncate, is repaired on the way in.
+"""
+
+import dataclasses
+import importlib.util
+import itertools
+import json
+import mmap
+import os
+import random
+import select
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+KERNELS = {"one_shot": "legacy_one_shot", "two_shot": "legacy_two_shot"}
+WORDS = {"float32": np.uint32, "float16": np.uint16, "bfloat16": np.uint16}
+CANARY = 0xA5
+GUARD = 64  # bytes of canary on either side of every tensor
+
+
+def source() -> Path:
+    """The kernels' source file: of this checkout, else of the installed package."""
+    here = Path(__file__).parents[1] / "kernels/triton/legacy.py"
+    return here if here.exists() else Path(importlib.util.find_spec("allreduce_jit.triton_kernels.legacy").origin)
+
+
+@dataclass
+class Call:
+    """One all-reduce. `data`: normal, specials or bits; `offset`: elements by which the tensors miss alignment."""
+
+    algorithm: str
+    dtype: str
+    numel: int
+    data: str = "normal"
+    in_place: bool = False
+    offset: int = 0
+
+
+@dataclass
+class Scenario:
+    """The calls of one communicator and what befalls its ranks.
+
+    Attributes:
+        jitter: how likely a rank pauses at a store or a look; stores are then torn into two random halves as well.
+        slow: a rank that dawdles before it looks at what has arrived.
+        absent: a rank that takes no part.
+        dies: a rank that ends after its first push.
+        poisoned: a rank whose host has set its poison flag beforehand.
+        deadline: looks after which a wait gives up.
+    """
+
+    world: int
+    calls: list[Call]
+    seed: int = 0
+    jitter: float = 0.0
+    slow: int | None = None
+    absent: int | None = None
+    dies: int | None = None
+    poisoned: int | None = None
+    deadline: int = 20_000
+    block_bytes: int = 256
+    source: str = field(default_factory=lambda: str(source()))
+
+
+@dataclass
+class Outcome:
+    """`wrong`: everything that differs from the contract, in words. The rest: per rank, as the host would see it."""
+
+    wrong: list[str]
+    reports: list[list[int]]
+    poisoned: list[int]
+    all_nan: list[bool]  # every output element of the rank's last call is NaN
+    pushed: list[int]  # bytes in the rank's staging that are not poison
+
+
+class Stage:
+    """The process that plays scenarios. After a hang it is replaced."""
+
+    def __init__(self):
+        self.process = None
+
+    def run(self, scenario: Scenario, timeout: float = 60) -> Outcome:
+        """Plays a scenario. Raises TimeoutError if it hangs, AssertionError if a rank raises."""
+        if self.process is None:
+            self.process = subprocess.Popen(
+                [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
+                env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+            )
+            assert self.process.stdout.readline() == b"ready\n"
+        self.process.stdin.write(json.dumps(dataclasses.asdict(scenario)).encode() + b"\n")
+        self.process.stdin.flush()
+        if not select.select([self.process.stdout], [], [], timeout)[0]:
+            self.close()
+            raise TimeoutError(f"no outcome after {timeout} s of {scenario}")
+        answer = json.loads(self.process.stdout.readline())
+        assert "error" not in answer, answer["error"]
+        return Outcome(**answer)
+
+    def close(self) -> None:
+        if self.process is not None:
+            os.killpg(self.process.pid, signal.SIGKILL)  # its own session: itself and its ranks
+            self.process.communicate()
+            self.process = None
+
+
+# The exact reference, on bit patterns.
+
+
+def widen(bits: np.ndarray, dtype: str) -> np.ndarray:
+    if dtype == "float32":
+        return bits.view(np.float32)
+    if dtype == "float16":
+        return bits.view(np.float16).astype(np.float32)
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def narrow(values: np.ndarray, dtype: str) -> np.ndarray:
+    """fp32 to dtype, to nearest even."""
+    if dtype == "float32":
+        return values.view(np.uint32)
+    if dtype == "float16":
+        return values.astype(np.float16).view(np.uint16)
+    bits = values.view(np.uint32)
+    nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    return np.where(np.isnan(values), bits >> 16 | 0x40, nearest).astype(np.uint16)
+
+
+def reference(addends: list[np.ndarray], dtype: str) -> np.ndarray:
+    """fp32 sum in rank order, begun with rank 0, rounded once."""
+    total = widen(addends[0], dtype)
+    for addend in addends[1:]:
+        total = total + widen(addend, dtype)
+    return narrow(total, dtype)
+
+
+def make_data(kind: str, dtype: str, numel: int, rng: np.random.Generator) -> np.ndarray:
+    word = np.dtype(WORDS[dtype])
+    if kind == "normal":
+        spread = rng.standard_normal(numel) * 2.0 ** rng.integers(-6, 7, numel)
+        return narrow(spread.astype(np.float32), dtype)
+    anything = rng.integers(0, 2 ** (8 * word.itemsize), numel, dtype=np.uint64).astype(word)
+    if kind == "bits":
+        return anything
+    sign, ones = 1 << (8 * word.itemsize - 1), (1 << (8 * word.itemsize)) - 1
+    infinity = int(narrow(np.array([np.inf], np.float32), dtype)[0])
+    positive = [0, 1, 2, (infinity & -infinity) - 1, infinity & -infinity, infinity - 1, infinity, infinity + 1]
+    specials = [p | s for p in positive for s in (0, sign)] + [ones, ones - 1, ones & ~sign] + 4 * [sign, 0]
+    return rng.choice(np.array(specials, word), numel)
+
+
+# The communicator, as a host would build it, in memory that all ranks share at one address.
+
+
+class Memory:
+    def __init__(self, nbytes: int):
+        self.all = np.frombuffer(mmap.mmap(-1, nbytes), np.uint8)
+        self.used = 0
+
+    def take(self, nbytes: int, fill: int) -> np.ndarray:
+        start, self.used = self.used, (self.used + nbytes + 255) & ~255
+        assert self.used <= self.all.size, "the arena is too small for this scenario"
+        self.all[start:start + nbytes] = fill
+        return self.all[start:start + nbytes]
+
+
+class Communicator:
+    """Memory of all ranks: staging, epochs, control, reports and every call's tensors."""
+
+    def __init__(self, scenario: Scenario):
+        self.scenario, world = scenario, scenario.world
+        self.memory = Memory(256 << 20)
+        bytes_of = [call.numel * np.dtype(WORDS[call.dtype]).itemsize for call in scenario.calls]
+        self.capacity = (max(bytes_of, default=1) // scenario.block_bytes + 1) * scenario.block_bytes
+        channels = self.capacity // scenario.block_bytes
+        slots = {"one_shot": 2 * world, "two_shot": 4 * world}
+        self.staging = {a: [self.take(n * self.capacity, 0xFF) for _ in range(world)] for a, n in slots.items()}
+        self.table = {a: self.take(8 * world, 0) for a in slots}
+        for algorithm, regions in self.staging.items():
+            self.table[algorithm].view(np.int64)[:] = [address(region) for region in regions]
+        self.epoch = {a: [self.take(4 * channels, 0) for _ in range(world)] for a in slots}
+        self.control = [self.take(16, 0) for _ in range(world)]
+        self.report = [self.take(32, 0) for _ in range(world)]
+        for control in self.control:
+            control.view(np.int64)[1] = scenario.deadline
+        if scenario.poisoned is not None:
+            self.control[scenario.poisoned].view(np.int32)[0] = 1
+        rng = np.random.default_rng(scenario.seed)
+        self.inputs, self.x, self.out = [], [], []
+        for call in scenario.calls:
+            inputs = [make_data(call.data, call.dtype, call.numel, rng) for _ in range(world)]
+            x = [self.tensor(call, bits) for bits in inputs]
+            self.inputs.append(inputs)
+            self.x.append(x)
+            self.out.append(x if call.in_place else [self.tensor(call, None) for _ in range(world)])
+
+    def take(self, nbytes: int, fill: int) -> np.ndarray:
+        return self.memory.take(nbytes, fill)
+
+    def tensor(self, call: Call, bits: np.ndarray | None) -> np.ndarray:
+        word = np.dtype(WORDS[call.dtype])
+        first = GUARD + call.offset * word.itemsize
+        whole = self.take(first + call.numel * word.itemsize + GUARD, CANARY)
+        tensor = whole[first:len(whole) - GUARD].view(word)
+        if bits is not None:
+            tensor[:] = bits
+        return tensor
+
+    def play(self, rank: int, module, tl) -> None:
+        for call, x, out in zip(self.scenario.calls, self.x, self.out):
+            self.launch(rank, call, x[rank], out[rank], module, tl)
+
+    def launch(self, rank: int, call: Call, x: np.ndarray, out: np.ndarray, module, tl) -> None:
+        world, block = self.scenario.world, self.scenario.block_bytes // x.itemsize
+        part = -(-call.numel // (world * block)) * block
+        arguments = dict(
+            table=address(self.table[call.algorithm]), x=address(x), out=address(out),
+            epoch=address(self.epoch[call.algorithm][rank]), control=address(self.control[rank]),
+            report=address(self.report[rank]), numel=call.numel, rank=rank, capacity=self.capacity,
+        )
+        grid = -(-call.numel // block)
+        if call.algorithm == "two_shot":
+            arguments["part"], grid = part, part // block
+        aligned = not (address(x) | address(out) | call.numel * x.itemsize) % 16
+        kernel = getattr(module, KERNELS[call.algorithm])
+        constants = dict(WORLD=world, DTYPE=getattr(tl, call.dtype), BLOCK=block, VECTOR=aligned, INTERPRET=True)
+        assert list(module.signature(kernel.__name__)) == list(arguments | constants)
+        kernel[(grid,)](**arguments, **constants)
+
+    def outcome(self) -> Outcome:
+        scenario = self.scenario
+        wrong = []
+        for number, (call, inputs, outs) in enumerate(zip(scenario.calls, self.inputs, self.out)):
+            want = reference(inputs, call.dtype)
+            for rank, out in enumerate(outs):
+                differ = count_different(out, want, call.dtype)
+                if differ:
+                    wrong.append(f"call {number} {call}: {differ} of {call.numel} elements wrong on rank {rank}")
+                if not np.array_equal(out, outs[0]):
+                    wrong.append(f"call {number} {call}: ranks 0 and {rank} differ")
+        for rank in range(scenario.world):
+            for algorithm, regions in self.staging.items():
+                left = np.count_nonzero(regions[rank] != 0xFF)
+                if left:
+                    wrong.append(f"{left} bytes of the {algorithm} staging of rank {rank} are not poisoned")
+            if self.control[rank].view(np.int32)[0]:
+                wrong.append(f"rank {rank} is poisoned: report {self.report[rank].view(np.int32)[:4]}")
+        wrong += self.overruns()
+        last, dtype = self.out[-1], scenario.calls[-1].dtype
+        return Outcome(
+            wrong=wrong,
+            reports=[report.view(np.int32)[:4].tolist() for report in self.report],
+            poisoned=[int(control.view(np.int32)[0]) for control in self.control],
+            all_nan=[bool(np.isnan(widen(out, dtype)).all()) for out in last],
+            pushed=[sum(int(np.count_nonzero(regions[rank] != 0xFF)) for regions in self.staging.values())
+                    for rank in range(scenario.world)],
+        )
+
+    def overruns(self) -> list[str]:
+        """Tensors that were written beyond their ends."""
+        found = []
+        for number, tensors in enumerate(self.out):
+            for rank, tensor in enumerate(tensors):
+                start = address(tensor) - address(self.memory.all)
+                edges = self.memory.all[start - GUARD:start], self.memory.all[start + tensor.nbytes:][:GUARD]
+                if any((edge != CANARY).any() for edge in edges):
+                    found.append(f"call {number} wrote past the end of out on rank {rank}")
+        return found
+
+
+def address(array: np.ndarray) -> int:
+    return array.ctypes.data
+
+
+def count_different(out: np.ndarray, want: np.ndarray, dtype: str) -> int:
+    """Elements that differ in bits; a NaN may be any NaN but the sentinel."""
+    nan = np.isnan(widen(want, dtype))
+    is_nan = np.isnan(widen(out, dtype)) & (out != np.iinfo(out.dtype).max)
+    return int(np.count_nonzero(np.where(nan, ~is_nan, out != want)))
+
+
+# What the interpreter's memory accesses are put through.
+
+
+def repair_bf16(interpreter) -> None:
+    def convert(data, from_type, to_type, _rounding):
+        names = {"bf16": "bfloat16", "fp32": "float32"}
+        if to_type.name == "fp32":
+            return widen(data.astype(np.uint16), names[from_type.name]).view(np.uint32)
+        return narrow(np.ascontiguousarray(data), names[to_type.name])
+
+    interpreter._convert_float = convert
+
+
+def patch_once(interpreter) -> None:
+    """The interpreter patches triton.language again at every call of a helper, to no effect but time."""
+    patched = set()
+
+    def call(self, *args, **kwargs):
+        if self.fn not in patched:
+            patched.add(self.fn)
+            interpreter._patch_lang(self.fn)
+        return self.rewrite()(*args, **kwargs)
+
+    interpreter.InterpretedFunction.__call__ = call
+
+
+def disturb(interpreter, scenario: Scenario, rank: int) -> None:
+    """Pauses, torn stores, slowness and death at the points where ranks meet: block stores and volatile looks."""
+    builder, rng = interpreter.InterpreterBuilder, random.Random(f"{scenario.seed} {rank}")
+    looks = itertools.count()
+    whole_load, whole_store = builder.create_masked_load, builder.create_masked_store
+
+    def pause():
+        if rng.random() < scenario.jitter:
+            time.sleep(rng.random() * 2e-3)
+
+    def load(self, pointers, mask, other, cache, eviction, volatile):
+        if volatile and pointers.data.size > 1:
+            if rank == scenario.dies:
+                os._exit(0)
+            dawdles = rank == scenario.slow and next(looks) < 60  # enough to be overtaken; a hang need not be slow
+            time.sleep(20e-3 if dawdles else 2e-4)  # in any case, as ranks share few cores, let the others get on
+            pause()
+        return whole_load(self, pointers, mask, other, cache, eviction, volatile)
+
+    def store(self, pointers, value, mask, cache, eviction):
+        if not scenario.jitter or pointers.data.size == 1:
+            return whole_store(self, pointers, value, mask, cache, eviction)
+        half = np.random.default_rng(rng.getrandbits(32)).random(pointers.data.shape) < 0.5
+        for piece in (half, ~half):
+            pause()
+            torn = interpreter.TensorHandle(mask.data & piece, mask.dtype)
+            whole_store(self, pointers, value, torn, cache, eviction)
+
+    builder.create_masked_load, builder.create_masked_store = load, store
+
+
+def play(scenario: Scenario, interpreter, tl) -> Outcome:
+    spec = importlib.util.spec_from_file_location("legacy_under_test", scenario.source)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    communicator = Communicator(scenario)
+    ranks = [
+        fork(lambda: (disturb(interpreter, scenario, rank), communicator.play(rank, module, tl)))
+        for rank in range(scenario.world) if rank != scenario.absent
+    ]
+    failed = sum(os.waitpid(rank, 0)[1] != 0 for rank in ranks)
+    assert not failed, f"{failed} ranks raised"
+    return communicator.outcome()
+
+
+def fork(work) -> int:
+    child = os.fork()
+    if child == 0:
+        try:
+            work()
+            sys.stdout.flush()
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+    return child
+
+
+def main() -> None:
+    import torch  # noqa: F401: the interpreter imports it at the first launch, once here rather than in every rank
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    np.seterr(all="ignore")
+    repair_bf16(interpreter)
+    patch_once(interpreter)
+    print("ready", flush=True)
+
+    def answer(scenario):
+        try:
+            print(json.dumps(dataclasses.asdict(play(scenario, interpreter, tl))))
+        except Exception:
+            print(json.dumps({"error": traceback.format_exc()}))
+
+    for line in sys.stdin:
+        spec = json.loads(line)
+        spec["calls"] = [Call(**call) for call in spec["calls"]]
+        # A process of its own for each, so that nothing of it, its memory above all, outlasts the scenario.
+        os.waitpid(fork(lambda: answer(Scenario(**spec))), 0)
+
+
+if __name__ == "__main__":
+    main()
