@@ -64,7 +64,7 @@ class Communicator:
     Calls must come in the same order, with the same shape and dtype, on all ranks.
 
     Attributes:
-        group: the CPU-capable group that set-up was agreed over.
+        group: the CPU-capable group that set-up was agreed over; None once closed.
         device: this rank's device.
         rank: this rank in the group.
         world_size: number of ranks.
@@ -179,6 +179,8 @@ class Communicator:
         self._closed = True
         engine, self._engine = self._engine, None
         self._routes.clear()
+        # A group that outlives destroy_process_group can abort the process at exit.
+        self.group = self._torch = None
         if engine is not None:
             with torch.cuda.device(self.device):
                 try:
@@ -217,6 +219,7 @@ class Communicator:
 
     def plan(self, numel: int, dtype: torch.dtype) -> Plan:
         """What a call with ``numel`` elements of ``dtype`` would run."""
+        self._check_open()
         name = DTYPE_NAMES.get(dtype)
         if numel == 0:
             return Plan(self.path.value, "none", 0, 0, 0)

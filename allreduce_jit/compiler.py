@@ -124,6 +124,6 @@ def _triton_compile(spec: KernelSpec, arch: str) -> Artifact:
         getattr(legacy, spec.source), signature=legacy.signature(spec.source), constexprs=constants
     )
     target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
-    compiled = triton.compile(source, target=target, options={"num_warps": legacy.NUM_WARPS})
+    compiled = triton.compile(source, target=target, options={"num_warps": legacy.NUM_WARPS, "maxnreg": legacy.MAX_REGISTERS})
     meta = compiled.metadata
     return Artifact(spec.name, arch, 32 * meta.num_warps, meta.shared, compiled.asm["cubin"])

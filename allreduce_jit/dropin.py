@@ -147,6 +147,7 @@ class _CustomAllReduce:
     def close(self) -> None:
         """Release everything; idempotent, also after the process group is gone."""
         self.disabled = True
+        self.group = None  # see Communicator.close
         self._comm.close()
 
 

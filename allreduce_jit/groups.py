@@ -22,6 +22,7 @@ def sibling(group: dist.ProcessGroup, backend: str) -> dist.ProcessGroup:
     ``dist.new_group`` will not do. All ranks of the job have to call it; with ``use_local_synchronization`` its
     members find each other by a count of groups that need not be the same on all of them, and wait for ever if not.
     The name of ``group`` is the same on all. What is made stays: a group has threads and sockets of its own.
+    It takes functions that torch keeps to itself; where they have changed, ``new_group`` has to do.
     """
     from torch.distributed import distributed_c10d as c10d
 
@@ -30,14 +31,17 @@ def sibling(group: dist.ProcessGroup, backend: str) -> dist.ProcessGroup:
     if known is not None:
         return known
     ranks = dist.get_process_group_ranks(group)
-    made, _ = c10d._new_process_group_helper(
-        len(ranks),
-        dist.get_rank(group),
-        ranks,
-        dist.Backend(backend),
-        c10d._get_default_store(),
-        name,
-        timeout=c10d._get_default_timeout(dist.Backend(backend)),
-    )
+    try:
+        made, _ = c10d._new_process_group_helper(
+            len(ranks),
+            dist.get_rank(group),
+            ranks,
+            dist.Backend(backend),
+            c10d._get_default_store(),
+            name,
+            timeout=c10d._get_default_timeout(dist.Backend(backend)),
+        )
+    except (AttributeError, TypeError):
+        return dist.new_group(ranks, backend=backend, use_local_synchronization=True)
     c10d._world.pg_group_ranks[made] = {rank: place for place, rank in enumerate(ranks)}
     return made

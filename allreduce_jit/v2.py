@@ -9,7 +9,7 @@ import torch
 from .driver import Launch
 from .engine import DTYPE_NAMES, KernelEngine, EngineConfig
 from .kernel import DTYPES
-from .plan import PACKET, Plan, v2_layout, v2_plan, v2_shape
+from .plan import Plan, v2_layout, v2_plan, v2_shape
 
 MAX_PLANS = 4096
 

@@ -133,6 +133,18 @@ def groups(place):
         comm.close()
 
 
+def siblings(place):
+    """What a group lacks is made: NCCL beside gloo for calls without a kernel, gloo beside NCCL to agree over."""
+    for backend in ("gloo", "nccl"):
+        group = dist.new_group(backend=backend)
+        with allreduce_jit.init(group, place.device) as comm:
+            expect_path(comm, Path.V2)
+            assert comm.describe()["backend"] == "nccl"
+            check(place, comm, 1000, torch.bfloat16, 1)
+            whole = comm.all_reduce(torch.full((5,), place.rank, dtype=torch.int64, device=place.device))
+            assert whole.tolist() == [sum(range(place.world_size))] * 5
+
+
 def bad_input(place):
     """An error on the calling rank, nothing launched, and the communicator stays usable."""
     with allreduce_jit.init(device=place.device, deterministic=True) as comm:

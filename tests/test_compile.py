@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.metadata
+import importlib.util
 import multiprocessing
 import os
 import re
@@ -132,14 +133,18 @@ def test_v2_machine_code(compiled, tmp_path, world_size):
     for algorithm, spec, artifact in zip(ALGORITHMS, specs, compiled(specs, "sm_90"), strict=True):
         code = opcodes(tmp_path, artifact)
         assert set(code) == set(spec.entries)
-        for entry, ops in code.items():
-            check_memory_accesses(ops)
-            peers = PHASES[algorithm] * (world_size - 1)
-            assert ops.count("STG.E.128.STRONG.SYS") >= peers, entry
-            assert ops.count("LDG.E.128.STRONG.SYS") >= peers, entry
-            # Dependent launch: the next kernel may start at once, this one touches no memory before it may.
-            accesses = [i for i, op in enumerate(ops) if re.match(r"(LD|ST|LDG|STG|ATOMG?|RED|MEMBAR)\b", op)]
-            assert ops.index("PREEXIT") < ops.index("ACQBULK") < min(accesses), entry
+        for ops in code.values():
+            check_v2(ops, PHASES[algorithm] * (world_size - 1))
+
+
+def check_v2(ops, packets):
+    """``packets``: how many a thread pushes, and how many it waits for."""
+    check_memory_accesses(ops)
+    assert ops.count("STG.E.128.STRONG.SYS") >= packets
+    assert ops.count("LDG.E.128.STRONG.SYS") >= packets
+    # Dependent launch: the next kernel may start at once, this one touches no memory before it may.
+    accesses = [i for i, op in enumerate(ops) if re.match(r"(LD|ST|LDG|STG|ATOMG?|RED|MEMBAR)\b", op)]
+    assert "ACQBULK" in ops and ops.index("PREEXIT") < ops.index("ACQBULK") < min(accesses)
 
 
 def check_memory_accesses(ops):
@@ -147,6 +152,28 @@ def check_memory_accesses(ops):
     loads = [op for op in ops if re.match(r"LDG?\b", op)]
     assert loads and not [op for op in loads if {"CONSTANT", "CI"} & set(op.split("."))]
     assert not [op for op in ops if op.startswith("MEMBAR.SC")]
+
+
+@needs_nvrtc
+@pytest.mark.parametrize(
+    ("instruction", "mistake"),
+    [
+        ("ld.relaxed.sys.global.v4", "ld.global.nc.v4"),  # may read a stale line for ever
+        ("st.relaxed.sys.global.v4", "st.global.v4"),  # may never leave this GPU
+        ("fence.acq_rel.sys", "fence.sc.sys"),
+        ("griddepcontrol.wait", "griddepcontrol.launch_dependents"),
+    ],
+)
+def test_the_check_sees_a_planted_mistake(monkeypatch, tmp_path, instruction, mistake):
+    source = compiler._cuda_source("one_shot.cu")
+    for text in (source, source.replace(instruction, mistake)):
+        monkeypatch.setattr(compiler, "_cuda_source", lambda name, text=text: text)
+        ops = opcodes(tmp_path, compile_one(cuda_module("one_shot", 4), "sm_90"))["one_shot_bf16_ws4"]
+        if text is source:
+            check_v2(ops, 3)
+        else:
+            with pytest.raises(AssertionError):
+                check_v2(ops, 3)
 
 
 @needs_nvrtc

@@ -33,7 +33,7 @@ def test_torch_by_the_switch(n, monkeypatch):
 
 @pytest.mark.parametrize("n", WORLDS)
 def test_ladder(n):
-    run(n, "without_nvlink", "failures_step_down", "late_peer")
+    run(n, "siblings", "without_nvlink", "failures_step_down", "late_peer")
 
 
 @pytest.mark.gpus(4)
