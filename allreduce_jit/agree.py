@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 from typing import Any
 
@@ -89,4 +90,4 @@ def _gather_bytes(group: Any, data: bytes) -> list[bytes]:
     mine = torch.frombuffer(bytearray(data.ljust(longest, b"\0")), dtype=torch.uint8)
     parts = [torch.empty_like(mine) for _ in ranks]
     dist.all_gather(parts, mine, group=group)
-    return [bytes(part[:size].tolist()) for part, size in zip(parts, sizes)]
+    return [ctypes.string_at(part.data_ptr(), size) for part, size in zip(parts, sizes)]

@@ -16,7 +16,7 @@ from allreduce_jit.plan import Plan
 
 STAGES = ("construct", "compile", "load", "allocate", "connect", "verify")
 # First number of elements -> algorithm; odd on purpose.
-SWITCHES = {1: "one_shot", 1001: "two_shot", 20_001: "pipelined"}
+SWITCHES = {1: "one_shot", 1001: "two_shot", 20_001: "three_shot"}
 LIMIT = 30_003  # elements from which the fake legacy hands over to torch.distributed
 
 
