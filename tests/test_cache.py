@@ -22,7 +22,7 @@ from cuda.core.utils import FileStreamProgramCache
 
 from allreduce_jit import compiler
 from allreduce_jit.cache import Artifact, KernelCache, decode, encode
-from allreduce_jit.kernel import cuda_module, triton_module
+from allreduce_jit.kernel import catalogue, cuda_module, triton_module
 
 KEY = "a" * 64
 SMALL = Artifact("one_shot_ws2", "sm_90", 128, 2048, b"\x7fELF" + bytes(range(48)))
@@ -396,8 +396,8 @@ def test_keys_tell_modules_apart(monkeypatch):
     assert keys == [compiler._key(spec, arch) for spec in specs for arch in ("sm_80", "sm_90", "sm_100")]
     monkeypatch.setattr(compiler, "_triton_source", lambda: "text")
     monkeypatch.setattr(compiler, "_version", lambda language: f"{language} 1.0")
-    specs = [triton_module(name, 2, dtype, v) for name in ("one_shot", "two_shot") for dtype in ("float16", "float32") for v in (True, False)]
-    assert len({compiler._key(spec, "sm_90") for spec in specs}) == 8
+    specs = catalogue("legacy", 2)
+    assert len({compiler._key(spec, "sm_90") for spec in specs}) == len(specs) == 12
 
 
 def test_keys_change_with_constants_compiler_and_package(monkeypatch):

@@ -240,7 +240,7 @@ def all_properties(f, case):
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 def test_all_hold(world_size):
-    hold(all_properties, examples=10_000 if os.environ.get("LONG") else 400, world_sizes=[world_size])
+    hold(all_properties, examples=5000 if os.environ.get("LONG") else 400, world_sizes=[world_size])
 
 
 # -- and can fail
@@ -446,7 +446,8 @@ def test_legacy_launches_cover_the_tensor(world_size):
         subject = object.__new__(LegacyEngine)
         subject.config, subject._prepared = SimpleNamespace(world_size=world_size), prepared
         bases = [(1 << 40) + offset // itemsize * itemsize for offset in (source, target)]
-        x, out = (SimpleNamespace(dtype=TORCH_DTYPES[case.dtype], data_ptr=lambda b=b: b, numel=lambda: case.numel) for b in bases)
+        common = {"dtype": TORCH_DTYPES[case.dtype], "numel": lambda: case.numel}
+        x, out = (SimpleNamespace(data_ptr=lambda b=b: b, **common) for b in bases)
         subject._run(plan, x, out, 0)
 
         done = 0
