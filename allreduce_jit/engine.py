@@ -57,19 +57,19 @@ class KernelEngine:
 
     # -- construction, in the order in which the ladder calls it
 
-    def compile(self, cache: KernelCache) -> dict[str, str]:
-        """Build, or fetch from the cache, this rank's share of the modules: name -> artifact in base64."""
-        share = {}
+    def compile(self, cache: KernelCache) -> list[str]:
+        """Build, or fetch from the cache, this rank's share of the modules; returns them in base64."""
+        share = []
         for spec in catalogue(self.path, self.config.world_size)[self.config.rank :: self.config.world_size]:
             artifact, was_cached = build(spec, self.config.arch, cache)
             self.cached += was_cached
             self.compiled += not was_cached
-            share[spec.name] = base64.b64encode(encode(artifact)).decode()
+            share.append(base64.b64encode(encode(spec.name, artifact)).decode())
         return share
 
-    def load(self, shares: Sequence[dict[str, str]]) -> None:
+    def load(self, shares: Sequence[Sequence[str]]) -> None:
         """Load every kernel that a plan can pick, from the shares of all ranks."""
-        artifacts = {name: decode(base64.b64decode(text)) for share in shares for name, text in share.items()}
+        artifacts = dict(decode(base64.b64decode(text)) for share in shares for text in share)
         for spec in catalogue(self.path, self.config.world_size):
             module = Module(artifacts[spec.name].cubin)
             for entry in spec.entries:

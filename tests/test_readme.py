@@ -33,7 +33,7 @@ def test_plain(tmp_path):
 
 @pytest.mark.gpus(2)
 def test_graph(tmp_path):
-    assert torchrun(EXAMPLES[1], tmp_path).split() == ["4.0", "4.0"]
+    assert torchrun(EXAMPLES[1], tmp_path).count("4.0") == 2
 
 
 def test_sglang(tmp_path):
