@@ -176,7 +176,8 @@ def _stage(group, ladder: Ladder, timing: str, code: str, work: Callable[[], obj
     result = problem = None
     waited = False
     try:
-        with torch.cuda.device(device):
+        # Whatever device the caller has made the default one, what engines check against is on the CPU.
+        with torch.cuda.device(device), torch.device("cpu"):
             result = work()
     except Exception as e:  # noqa: BLE001 - whatever it is, the peers must hear of it
         problem, waited = f"{type(e).__name__}: {e}", isinstance(e, PeerTimeout)

@@ -56,6 +56,13 @@ def healthy(place):
     assert (config.rank, config.world_size, config.arch, config.nvlink) == (place.rank, place.world_size, "sm_90", True)
 
 
+def under_other_defaults(place):
+    """Model code builds its layers with a default device, or in inference mode."""
+    with torch.device("meta"), torch.inference_mode(), fake_gpus(place.control):
+        assert agreed(place, climb(place.control, CPU)) == (Path.V2, ["full-nvlink"], [None])
+        assert torch.empty(0).device.type == "meta"
+
+
 def every_stage_on_every_kind_of_rank(place):
     errors = itertools.cycle(ODD)
     for stage, who in itertools.product(STAGES, ({0}, {2}, {1, 3}, {0, 1, 2, 3})):
@@ -208,6 +215,7 @@ def interrupted_on_one_rank(place):
 
 CASES = [
     healthy,
+    under_other_defaults,
     every_stage_on_every_kind_of_rank,
     both_rungs_fail,
     different_stages_on_different_ranks,
