@@ -1,7 +1,6 @@
 """Compiled kernels on disk: a hint that may be missing, damaged or read-only, never a reason to fail.
 
-Storage (atomic replacement, size cap, several processes) is cuda.core's ``FileStreamProgramCache``. Each
-value carries a header with its digest, since a cubin with a flipped bit may well load and run.
+Each value carries a header with its digest, since a cubin with a flipped bit may well load and run.
 """
 
 from __future__ import annotations
@@ -9,9 +8,10 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from .store import FileStore
 
 log = logging.getLogger("allreduce_jit")
 
@@ -75,9 +75,7 @@ class KernelCache:
             self.problem = "no cache directory"
             return
         try:
-            from cuda.core.utils import FileStreamProgramCache
-
-            self._disk = FileStreamProgramCache(self.directory, max_size_bytes=MAX_BYTES)
+            self._disk = FileStore(self.directory, MAX_BYTES)
         except Exception as e:  # noqa: BLE001 - whatever is wrong with a home directory must not fail a call
             self._give_up_disk(e)
 
@@ -117,14 +115,15 @@ class KernelCache:
     def entries(self) -> list[tuple[str, int]]:
         """(name and arch, bytes) of every intact artifact on disk, sorted."""
         found = []
-        for path in self._paths():
-            try:
-                if not path.is_file():
+        try:
+            for path in self._disk.files() if self._disk is not None else ():
+                try:
+                    _, artifact = decode(path.read_bytes())
+                except (OSError, ValueError):
                     continue
-                _, artifact = decode(path.read_bytes())
-            except (OSError, ValueError):
-                continue
-            found.append((f"{artifact.name} {artifact.arch}", len(artifact.cubin)))
+                found.append((f"{artifact.name} {artifact.arch}", len(artifact.cubin)))
+        except OSError as e:
+            log.debug("kernel cache: %s", e)
         return sorted(found)
 
     def clear(self) -> int:
@@ -137,11 +136,6 @@ class KernelCache:
             except Exception as e:  # noqa: BLE001
                 self._give_up_disk(e)
         return count
-
-    def _paths(self):
-        if self._disk is None:
-            return []
-        return [Path(folder, name) for folder, _, names in os.walk(self.directory) for name in names]
 
     def _drop(self, key: str) -> None:
         try:

@@ -17,6 +17,7 @@ from .kernel import ITEMSIZE, KernelSpec
 
 log = logging.getLogger("allreduce_jit")
 
+TRITON_ARCHS = ("sm_80", "sm_86", "sm_87", "sm_89", "sm_90", "sm_100", "sm_120")
 _INCLUDE = re.compile(r'^#include "([^"]+)"\n', re.M)
 
 
@@ -116,6 +117,9 @@ def _triton_compile(spec: KernelSpec, arch: str) -> Artifact:
 
     from .triton_kernels import legacy
 
+    # Triton's LLVM does not refuse an architecture that it does not know: it aborts the process.
+    if arch not in TRITON_ARCHS:
+        raise CompileError(f"Triton is not known to compile for {arch}, only for {', '.join(TRITON_ARCHS)}")
     constants = dict(spec.constants)
     constants["BLOCK"] = legacy.BLOCK_BYTES // ITEMSIZE[constants["DTYPE"]]
     constants["DTYPE"] = getattr(triton.language, constants["DTYPE"])

@@ -69,6 +69,7 @@ class KernelEngine:
 
     def load(self, shares: Sequence[Sequence[str]]) -> None:
         """Load every kernel that a plan can pick, from the shares of all ranks."""
+        torch.cuda.synchronize(self.config.device)  # the driver's calls need a context, and do not make one
         artifacts = dict(decode(base64.b64decode(text)) for share in shares for text in share)
         for spec in catalogue(self.path, self.config.world_size):
             module = Module(artifacts[spec.name].cubin)
@@ -144,10 +145,14 @@ class KernelEngine:
 
     def close(self) -> None:
         """Free everything. No kernel of this engine may be in flight, no graph with one replayed again."""
-        for part in (self.memory, self.state):
-            if part is not None:
-                part.close()
+        memory, state = self.memory, self.state
         self.memory = self.state = None
+        try:
+            if memory is not None:
+                memory.close()
+        finally:
+            if state is not None:
+                state.close()
 
     # -- for subclasses
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 import torch
 import torch.distributed as dist
 
+from . import __version__
 from .agree import all_gather_json
 from .dispatch import decide
 from .errors import InputError, PeerTimeout, SettingsError
@@ -103,7 +104,8 @@ def climb(group: dist.ProcessGroup, device: torch.device, deterministic: bool = 
         highest: no rung above it is tried.
         lowest: below it there is torch.distributed alone.
     """
-    request = {"deterministic": deterministic, "highest": highest, "lowest": lowest}
+    # Another version may lay its memory out otherwise.
+    request = {"package": __version__, "deterministic": deterministic, "highest": highest, "lowest": lowest}
     ladder = survey(group, device, request=request)
     verdict = ladder.verdict
     if verdict.path is Path.V2 and highest is not Path.V2:

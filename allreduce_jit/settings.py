@@ -79,7 +79,10 @@ def _path(name: str, text: str) -> str:
 def _directory(name: str, text: str) -> Path:
     if not text.strip():
         raise SettingsError(f"{name} is empty: expected a directory")
-    return Path(text).expanduser()
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as e:
+        raise SettingsError(f"{name}={text!r}: {e}") from e
 
 
 def _seconds(name: str, text: str) -> float:

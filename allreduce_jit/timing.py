@@ -15,6 +15,8 @@ import torch
 from .place import Place
 
 CALLS = 20  # in one timed burst: their common start-up is divided by this
+CALLS_SMALL = 100  # of small messages, which take no longer than that start-up
+SMALL_BYTES = 256 << 10
 ROTATE = 4  # inputs taken in turn, so that no call finds its own data in a cache
 
 
@@ -41,12 +43,17 @@ class Workload:
     inputs: list[torch.Tensor]
     sources: list[torch.Tensor]
 
+    @property
+    def calls(self) -> int:
+        """Calls in one burst."""
+        return CALLS_SMALL if self.inputs[0].nbytes <= SMALL_BYTES else CALLS
+
     def refill(self) -> None:
         for tensor, source in zip(self.inputs, self.sources):
             tensor.copy_(source)
 
     def burst(self) -> None:
-        for i in range(CALLS):
+        for i in range(self.calls):
             self.call(self.inputs[i % len(self.inputs)])
 
 
@@ -65,7 +72,7 @@ def eager(place: Place, load: Workload, repetitions: int, warmup: int) -> list[f
         start = time.perf_counter()
         load.burst()
         place.synchronize()
-        samples.append((time.perf_counter() - start) * 1e6 / CALLS)
+        samples.append((time.perf_counter() - start) * 1e6 / load.calls)
     return samples[warmup:]
 
 
@@ -92,7 +99,7 @@ def replays(
         graph.replay()
         end.record()
     place.synchronize()
-    return [start.elapsed_time(end) * 1e3 / CALLS for start, end in marks[warmup:]]
+    return [start.elapsed_time(end) * 1e3 / load.calls for start, end in marks[warmup:]]
 
 
 def slowest(place: Place, samples: list[float]) -> Timing:

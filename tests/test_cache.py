@@ -16,13 +16,10 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("cuda.core.utils", reason="the disk cache is cuda.core's")
-
-from cuda.core.utils import FileStreamProgramCache
-
 from allreduce_jit import compiler
 from allreduce_jit.cache import Artifact, KernelCache, decode, encode
 from allreduce_jit.kernel import catalogue, cuda_module, triton_module
+from allreduce_jit.store import FileStore
 
 KEY = "a" * 64
 SMALL = Artifact("one_shot_ws2", "sm_90", 128, 2048, b"\x7fELF" + bytes(range(48)))
@@ -122,7 +119,7 @@ FOREIGN = {
 def check_replaced(path, blob, log):
     """A file with ``blob`` in an entry's place: no load, no trouble, and room for the right one."""
     path.write_bytes(blob)
-    root = path.parents[2]
+    root = path.parents[1]
     cache = KernelCache(root)
     assert cache.get(KEY) is None
     assert not path.exists()
@@ -230,12 +227,12 @@ ERRORS = [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT, errno.EIO, errn
 
 
 @pytest.mark.parametrize("code", ERRORS, ids=errno.errorcode.get)
-@pytest.mark.parametrize("where", ["__init__", "__getitem__", "__setitem__"])
+@pytest.mark.parametrize("where", ["__init__", "get", "__setitem__"])
 def test_the_system_refuses(tmp_path, monkeypatch, warnings, where, code):
     def refuse(*args, **kwargs):
         raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr(FileStreamProgramCache, where, refuse)
+    monkeypatch.setattr(FileStore, where, refuse)
     cache = KernelCache(tmp_path)
     check_memory_only(cache, warnings)
     assert os.strerror(code) in cache.problem
@@ -246,8 +243,8 @@ def test_one_warning_whatever_follows(tmp_path, monkeypatch, warnings):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     cache = KernelCache(tmp_path)
-    for name in ("__setitem__", "__getitem__", "clear"):
-        monkeypatch.setattr(FileStreamProgramCache, name, refuse)
+    for name in ("__setitem__", "get", "clear"):
+        monkeypatch.setattr(FileStore, name, refuse)
     cache.put(KEY, SMALL)
     assert cache.get("b" * 64) is None
     cache.clear()
@@ -263,7 +260,7 @@ def test_the_system_refuses_to_remove(tmp_path, monkeypatch, code):
     path.write_bytes(b"damage")
     cache = KernelCache(tmp_path)
     for name in ("__delitem__", "clear"):
-        monkeypatch.setattr(FileStreamProgramCache, name, refuse)
+        monkeypatch.setattr(FileStore, name, refuse)
     assert cache.get(KEY) is None and cache.clear() == 0
 
 
@@ -274,7 +271,7 @@ def test_a_read_only_directory_is_still_read(tmp_path, monkeypatch, warnings):
     def refuse(*args, **kwargs):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
-    monkeypatch.setattr(FileStreamProgramCache, "__setitem__", refuse)
+    monkeypatch.setattr(FileStore, "__setitem__", refuse)
     cache = KernelCache(tmp_path)
     cache.put("b" * 64, OTHER)
     assert cache.get(KEY) == SMALL and cache.get("b" * 64) is OTHER
@@ -363,6 +360,31 @@ def test_eight_processes_at_once(tmp_path):
     cache = KernelCache(tmp_path)
     for key in KEYS:
         assert cache.get(key) in [None, *_versions(key)]
+
+
+# -- size
+
+
+def test_what_was_written_first_goes_first(tmp_path):
+    store = FileStore(tmp_path, 1000)
+    for age, key in enumerate("abcd"):
+        store[key] = bytes(300)
+        os.utime(store.path(key), (age, age))
+    store["e"] = bytes(300)
+    assert [key for key in "abcde" if store.get(key)] == ["c", "d", "e"]
+
+
+def test_unfinished_writes_are_swept_once_they_are_old(tmp_path):
+    store = FileStore(tmp_path, 1000)
+    store["a"] = b"x"
+    old, young = (store.path("a").parent / f".tmp-{name}" for name in ("old", "young"))
+    for path in (old, young):
+        path.write_bytes(b"half")
+    os.utime(old, (0, 0))
+    store["b"] = b"y"
+    assert young.exists() and not old.exists()
+    store.clear()
+    assert files(tmp_path) == []
 
 
 # -- listing and clearing

@@ -30,6 +30,7 @@ def make(cls, rank, world_size):
 def built(cls, world_size, monkeypatch):
     """The engines of all ranks after loading what all ranks compiled."""
     monkeypatch.setattr(engines, "Module", FakeModule)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     FakeModule.loaded = []
     ranks = [make(cls, rank, world_size) for rank in range(world_size)]
     cache = KernelCache(None)

@@ -1,0 +1,87 @@
+"""Blobs by key in a directory: written whole or not at all, by any number of processes at once.
+
+cuda.core's ``FileStreamProgramCache`` does as much, but importing cuda.core takes longer than all else that a
+construction with a warm cache does; here it is imported only where something has to be compiled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+_TEMPORARY = ".tmp-"
+_STALE_S = 3600.0  # a temporary file of a writer that has died
+
+
+class FileStore:
+    """All methods raise ``OSError`` where the file system refuses.
+
+    Args:
+        directory: made if it does not exist; other files in it are left alone.
+        max_bytes: beyond that, what was written longest ago goes.
+    """
+
+    def __init__(self, directory: Path, max_bytes: int):
+        self.directory = directory
+        self.max_bytes = max_bytes
+        directory.mkdir(parents=True, exist_ok=True)
+
+    def path(self, key: str) -> Path:
+        name = hashlib.sha256(key.encode()).hexdigest()
+        return self.directory / name[:2] / name[2:]
+
+    def get(self, key: str) -> bytes | None:
+        try:
+            return self.path(key).read_bytes()
+        except FileNotFoundError:
+            return None
+
+    def __setitem__(self, key: str, blob: bytes) -> None:
+        path = self.path(key)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(prefix=_TEMPORARY, dir=path.parent)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(blob)
+            os.replace(temporary, path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+        self._shrink()
+
+    def __delitem__(self, key: str) -> None:
+        self.path(key).unlink(missing_ok=True)
+
+    def clear(self) -> None:
+        for path in self.files():
+            path.unlink(missing_ok=True)
+
+    def files(self) -> Iterator[Path]:
+        """All files of this store, those of unfinished writes among them."""
+        for folder in self.directory.glob("[0-9a-f][0-9a-f]"):
+            for path in folder.iterdir():
+                if path.name.startswith(_TEMPORARY) or len(path.name) == 62:
+                    yield path
+
+    def _shrink(self) -> None:
+        found, now = [], time.time()
+        for path in self.files():
+            try:
+                status = path.stat()
+            except FileNotFoundError:  # another process was quicker
+                continue
+            if path.name.startswith(_TEMPORARY):
+                if now - status.st_mtime > _STALE_S:
+                    path.unlink(missing_ok=True)
+            else:
+                found.append((status.st_mtime, status.st_size, path))
+        excess = sum(size for _, size, _ in found) - self.max_bytes
+        for _, size, path in sorted(found):
+            if excess <= 0:
+                break
+            path.unlink(missing_ok=True)
+            excess -= size
