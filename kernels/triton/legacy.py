@@ -13,7 +13,8 @@ block to every peer (zeros past the end, and for empty parts too) and waits for 
  - that ran after q's launch of epoch e was complete, its poisoning included;
  - so the slots that q read in epoch e are poisoned, and nobody still reads them.
 It leans on the boundary between launches: one stream, and *no* programmatic dependent launch. Program p waits for
-the peers' programs p alone, but all of a grid should fit on the GPU at once: nothing promises the order of dispatch.
+the peers' programs p alone. A grid may be larger than what fits on the GPU at once, as blocks start in the order of
+their index (an assumption: docs/protocol.md).
 
 Failure. A wait that outlasts its deadline, or finds the poison flag set, ends. Its program runs on to the end but
 pushes no more, nor does any later launch: a rank that no longer waits could overtake its peers, and they would read
