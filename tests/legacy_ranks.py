@@ -305,6 +305,23 @@ def repair_bf16(interpreter) -> None:
     interpreter._convert_float = convert
 
 
+def repair_masks(interpreter, boolean) -> None:
+    """Comparing scalars gives int32 in the interpreter, which newer versions refuse as a mask."""
+    builder = interpreter.InterpreterBuilder
+    whole_load, whole_store = builder.create_masked_load, builder.create_masked_store
+
+    def repaired(mask):
+        return interpreter.TensorHandle(mask.data.astype(bool), boolean)
+
+    def load(self, pointers, mask, *rest):
+        return whole_load(self, pointers, repaired(mask), *rest)
+
+    def store(self, pointers, value, mask, *rest):
+        return whole_store(self, pointers, value, repaired(mask), *rest)
+
+    builder.create_masked_load, builder.create_masked_store = load, store
+
+
 def patch_once(interpreter) -> None:
     """The interpreter patches triton.language again at every call of a helper, to no effect but time."""
     patched = set()
@@ -328,23 +345,24 @@ def disturb(interpreter, scenario: Scenario, rank: int) -> None:
         if rng.random() < scenario.jitter:
             time.sleep(rng.random() * 2e-3)
 
-    def load(self, pointers, mask, other, cache, eviction, volatile):
-        if volatile and pointers.data.size > 1:
+    # How the cache policy is passed depends on Triton's version; volatile comes last in all of them.
+    def load(self, pointers, mask, other, *policy):
+        if policy[-1] and pointers.data.size > 1:
             if rank == scenario.dies:
                 os._exit(0)
             dawdles = rank == scenario.slow and next(looks) < 60  # enough to be overtaken; a hang need not be slow
             time.sleep(20e-3 if dawdles else 2e-4)  # in any case, as ranks share few cores, let the others get on
             pause()
-        return whole_load(self, pointers, mask, other, cache, eviction, volatile)
+        return whole_load(self, pointers, mask, other, *policy)
 
-    def store(self, pointers, value, mask, cache, eviction):
+    def store(self, pointers, value, mask, *policy):
         if not scenario.jitter or pointers.data.size == 1:
-            return whole_store(self, pointers, value, mask, cache, eviction)
+            return whole_store(self, pointers, value, mask, *policy)
         half = np.random.default_rng(rng.getrandbits(32)).random(pointers.data.shape) < 0.5
         for piece in (half, ~half):
             pause()
             torn = interpreter.TensorHandle(mask.data & piece, mask.dtype)
-            whole_store(self, pointers, value, torn, cache, eviction)
+            whole_store(self, pointers, value, torn, *policy)
 
     builder.create_masked_load, builder.create_masked_store = load, store
 
@@ -383,6 +401,7 @@ def main() -> None:
 
     np.seterr(all="ignore")
     repair_bf16(interpreter)
+    repair_masks(interpreter, tl.int1)
     patch_once(interpreter)
     print("ready", flush=True)
 
