@@ -135,7 +135,7 @@ def test_nobody_outlives_the_parent(tmp_path, end):
     try:
         wait_for(lambda: (folder / "child").exists())
         parent.send_signal(end)
-        parent.wait(timeout=20)
+        parent.wait(timeout=100)
         if end == signal.SIGINT:
             assert alive(folder) == []
             assert errors.read_text().count("KeyboardInterrupt") == 1, errors.read_text()
