@@ -103,7 +103,7 @@ def work(place: Place, options: Options, init: Callable[..., Any] | None) -> dic
         from . import init
     with init(device=place.device) as communicator:
         communicator.warmup()
-        light, no_light = floor.measure(place, communicator, agreed)
+        light, no_light = floor.measure(place, communicator)
         bench = _Bench(place, communicator, options, light)
         try:
             rows = [bench.row(mode, size) for mode in bench.modes() for size in bench.sizes]
@@ -149,7 +149,7 @@ class _Bench:
             reference.values(self.options.seed + i, self.place.rank, numel, self.dtype, self.place.device)
             for i in range(timing.ROTATE)
         ]
-        ours, with_out, peers = self._times(mode, numel, sources)
+        ours, besides, peers = self._times(mode, numel, sources)
         sol_us = self.floor.sol_us(nbytes, n) if self.floor else None
         algbw = nbytes / ours.p50_us / 1e3
         return {
@@ -161,7 +161,7 @@ class _Bench:
             "path": report.word(plan.path),
             "algorithm": plan.algorithm,
             **asdict(ours),
-            "with_out": asdict(with_out) if with_out else None,
+            **besides,
             "sol_us": sol_us,
             "sol_ratio": ours.p50_us / sol_us if sol_us else None,
             "algbw_gbs": algbw,
@@ -172,8 +172,11 @@ class _Bench:
 
     def _times(
         self, mode: str, numel: int, sources: list[torch.Tensor]
-    ) -> tuple[timing.Timing, timing.Timing | None, dict[str, Any]]:
-        """Ours, ours into an output that is given (eager only), and every peer: its timing or its reason."""
+    ) -> tuple[timing.Timing, dict[str, Any], dict[str, Any]]:
+        """Ours, what the row says besides, and every peer: its timing or its reason.
+
+        Besides: calls in a burst, and ours with an output that is given (eager only; in a graph nobody allocates).
+        """
         all_reduce, inputs = self.communicator.all_reduce, [source.clone() for source in sources]
         ours = [timing.Workload(all_reduce, inputs, sources)]
         if mode == "eager":
@@ -197,7 +200,8 @@ class _Bench:
             name: {"reason": reasons[name]} if reasons[name] else asdict(timing.slowest(self.place, times))
             for name, times in theirs.items()
         }
-        return summary[0], summary[1] if len(summary) > 1 else None, peers
+        with_out = asdict(summary[1]) if len(summary) > 1 else None
+        return summary[0], {"calls": ours[0].calls, "with_out": with_out}, peers
 
     def _turns(self) -> Iterator[tuple[int, int]]:
         """(timed bursts, bursts of warm-up) of every turn."""
@@ -260,8 +264,8 @@ def render(document: dict[str, Any]) -> str:
         f"# {report.headline(document['machine'])}",
         f"# {facts['world_size']} ranks, path {facts['path']}; {'; '.join(report.reasons(facts['reasons']))}",
         f"# {document['unit']}; NVLink multicast {document['multicast']}",
+        f"# {_speed_of_light(document)}",
     ]
-    lines.append(f"# {speed_of_light(document)}")
     peers = document["peers"].items()
     lines += [f"# peer {name}: {'ok' if why is None else 'unavailable: ' + why}" for name, why in peers]
     names = [name for name, why in peers if why is None]
@@ -278,7 +282,7 @@ def render(document: dict[str, Any]) -> str:
     return "\n".join([*lines, f"# Avg bus bandwidth    : {average:.4g} GB/s"])
 
 
-def speed_of_light(document: dict[str, Any]) -> str:
+def _speed_of_light(document: dict[str, Any]) -> str:
     """The floor of a document in one line, or why it has none."""
     light = document.get("floor", {"reason": "not measured"})
     if "reason" in light:

@@ -150,7 +150,7 @@ def _figure(series: list[Series], unit: str, caption: str, one: bool = False) ->
     if one:
         parts.append(f'<line class="one" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(1):.1f}" y2="{y(1):.1f}"/>')
     parts += [_line(s, x, y, unit) for s in series]
-    keys = (f'<span class="key"><i style="{_stroke(s, "border")}"></i>{escape(s.name)}</span>' for s in series)
+    keys = (f'<span class="key"><i style="{_key(s)}"></i>{escape(s.name)}</span>' for s in series)
     return f"<figure>{''.join(keys)}\n{''.join(parts)}</svg>\n<figcaption>{escape(caption)}</figcaption></figure>"
 
 
@@ -168,8 +168,8 @@ def _line(s: Series, x: _Scale, y: _Scale, unit: str) -> str:
     return "".join(parts)
 
 
-def _stroke(s: Series, prefix: str) -> str:
-    return f"{prefix}-color: var(--c{s.colour}); {prefix}-style: {'dashed' if s.dashed else 'solid'}"
+def _key(s: Series) -> str:
+    return f"border-top-color: var(--c{s.colour}); border-top-style: {'dashed' if s.dashed else 'solid'}"
 
 
 class _Scale:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import statistics
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 
 from . import timing
+from .bench_peers import agreed
 from .errors import PeerTimeout, SetupError
 from .kernel import KernelSpec
 from .place import Place
@@ -83,14 +83,13 @@ def module(world_size: int) -> KernelSpec:
     return KernelSpec(f"floor_ws{world_size}", "cuda", "floor.cu", (("WORLD_SIZE", world_size),), ENTRIES)
 
 
-def measure(place: Place, communicator: Any, agreed: Callable[..., Any]) -> tuple[Floor | None, str | None]:
+def measure(place: Place, communicator: Any) -> tuple[Floor | None, str | None]:
     """The floor, or why there is none; the same answer on all ranks. Collective.
 
     Args:
         place: where this rank stands.
         communicator: over the same ranks; its path decides whether there is a floor, its ``all_reduce`` lines
             the GPUs up.
-        agreed: ``bench_peers.agreed``.
     """
     if place.device.type != "cuda":
         return None, "the ranks are on the CPU"
@@ -120,6 +119,7 @@ class _Probe:
         n = place.world_size
         self.packets = EGRESS_BYTES // 16 // (n - 1)
         self.egress_bytes = self.packets * 16 * (n - 1)
+        self.nbytes = FLAGS_BYTES + n * self.packets * 16
         self.memory: Any = None
         self.graphs: list[tuple[torch.cuda.CUDAGraph, int]] = []
 
@@ -139,7 +139,7 @@ class _Probe:
         loaded = Module(artifact.cubin)
         self.kernels = {name: loaded.kernel(name) for name in ENTRIES}
         self.state = torch.zeros(2, dtype=torch.int32, device=self.place.device)
-        self.memory = StagingMemory(FLAGS_BYTES + self.place.world_size * self.packets * 16, self.place.rank)
+        self.memory = StagingMemory(self.nbytes, self.place.rank)
         return self.memory.handle()
 
     def connect(self, handles: list[str]) -> None:

@@ -263,7 +263,7 @@ class TestBench:
         assert {row["mode"] for row in rows} == {"eager"}
         for row in rows:
             assert row["count"] * 2 == row["bytes"] and row["wrong"] == 0
-            assert 0 < row["p50_us"] <= row["p99_us"]
+            assert 0 < row["p50_us"] <= row["p99_us"] and row["calls"] == 2
             assert row["algbw_gbs"] == pytest.approx(row["bytes"] / row["p50_us"] / 1000)
             assert row["busbw_gbs"] == pytest.approx(row["algbw_gbs"] * 4 / 3)
         busbw = [row["busbw_gbs"] for row in rows]
@@ -288,6 +288,13 @@ class TestBench:
 
     def test_eager_rows_time_a_given_output_too(self, documents):
         assert all(0 < row["with_out"]["p50_us"] <= row["with_out"]["p99_us"] for row in documents["bench"]["rows"])
+
+    def test_everybody_gets_bursts_of_one_length(self):
+        """Short messages in long bursts; always whole rounds of the inputs."""
+        loads = [timing.Workload(None, [torch.empty(1 << shift, dtype=torch.uint8)], []) for shift in range(10, 28)]
+        calls = [load.calls for load in loads]
+        assert calls == sorted(calls, reverse=True) and calls[0] == 100 and calls[-1] == 8
+        assert not [n for n in calls if n % timing.ROTATE]
 
     def test_turns_share_all_bursts_out(self):
         for iters, warmup in ((1, 0), (2, 1), (20, 5), (7, 3)):

@@ -42,7 +42,28 @@ def test_json_has_everything_that_sol_is_made_of():
 def test_no_floor_has_a_reason(device, path, reason):
     place = SimpleNamespace(device=torch.device(device))
     communicator = SimpleNamespace(describe=lambda: {"path": path})
-    assert floor.measure(place, communicator, agreed=None) == (None, reason)
+    assert floor.measure(place, communicator) == (None, reason)
+
+
+@pytest.mark.parametrize("n", WORLD_SIZES)
+def test_stores_stay_inside_the_memory_and_off_each_other(n):
+    """By the addresses of floor.cu: packets of source s at data[owner] + s * packets * 16."""
+    bases, regions = [(owner + 1) << 40 for owner in range(n)], set()
+    for rank in range(n):
+        probe = floor._Probe(SimpleNamespace(world_size=n, rank=rank), None)
+        probe.state = torch.zeros(2, dtype=torch.int32)
+        probe.memory = SimpleNamespace(connect=lambda handles: None, addresses=bases)
+        probe.connect([])
+        nbytes = probe.args.packets * 16
+        assert probe.egress_bytes == nbytes * (n - 1) <= floor.EGRESS_BYTES < probe.egress_bytes + 16 * n
+        for owner in set(range(n)) - {rank}:
+            flag = probe.args.flags[owner] + rank * floor.FLAG_STRIDE
+            data = probe.args.data[owner] + rank * nbytes
+            assert bases[owner] <= flag < bases[owner] + floor.FLAGS_BYTES <= data
+            assert data % 16 == 0 and data + nbytes <= bases[owner] + probe.nbytes
+            regions |= {(flag, flag + 4), (data, data + nbytes)}
+    ordered = sorted(regions)
+    assert len(ordered) == 2 * n * (n - 1) and all(a[1] <= b[0] for a, b in zip(ordered, ordered[1:]))
 
 
 def test_no_engine_uses_the_kernels():

@@ -38,15 +38,17 @@ extern "C" __global__ void floor_empty(const __grid_constant__ Floor a) {
 // written holds -1; the first epoch is 1.
 extern "C" __global__ void floor_flag(const __grid_constant__ Floor a) {
     griddepcontrol_launch_dependents();
+    const u32 peer = threadIdx.x < WORLD_SIZE ? threadIdx.x : a.rank;
+    u64 to = a.flags[peer] + a.rank * FLAG_STRIDE, from = a.flags[a.rank] + peer * FLAG_STRIDE;
+    asm volatile("" : "+l"(to), "+l"(from));  // computed while the epoch is on its way, not after
     griddepcontrol_wait();  // the epoch is written by the kernel before
     const u64 state = ld_relaxed_gpu_u64(a.state);
     if (state >> 32) return;
-    const u32 epoch = u32(state) + 1, peer = threadIdx.x;
-    if (peer < WORLD_SIZE && peer != a.rank) {
-        st_relaxed_sys_u32(a.flags[peer] + a.rank * FLAG_STRIDE, epoch);
-        const u64 flag = a.flags[a.rank] + peer * FLAG_STRIDE;
+    const u32 epoch = u32(state) + 1;
+    if (peer != a.rank) {
+        st_relaxed_sys_u32(to, epoch);
         u64 started = 0;
-        for (u32 spins = 1; int(load_flag(flag) - epoch) < 0; spins++) {
+        for (u32 spins = 1; int(load_flag(from) - epoch) < 0; spins++) {
             if (spins % 64) continue;
             const u64 now = globaltimer();
             if (started == 0) started = now;
