@@ -22,12 +22,6 @@ struct State {
 
 constexpr u32 FLAG_STRIDE = 128;  // a line each
 
-__device__ inline u32 load_flag(u64 address) {
-    u32 v;
-    asm volatile("ld.relaxed.sys.global.u32 %0, [%1];" : "=r"(v) : "l"(address) : "memory");
-    return v;
-}
-
 extern "C" __global__ void floor_empty(const __grid_constant__ Floor a) {
     griddepcontrol_launch_dependents();
     griddepcontrol_wait();
@@ -35,7 +29,7 @@ extern "C" __global__ void floor_empty(const __grid_constant__ Floor a) {
 
 // One flag to every peer, and wait for theirs. A flag is its sender's epoch, which only grows: nothing is ever
 // cleared, and a peer that is already in the next epoch has arrived in this one, too. Memory that nobody has
-// written holds -1; the first epoch is 1.
+// written holds 0 or -1; the first epoch is 1.
 extern "C" __global__ void floor_flag(const __grid_constant__ Floor a) {
     griddepcontrol_launch_dependents();
     const u32 peer = threadIdx.x < WORLD_SIZE ? threadIdx.x : a.rank;
@@ -48,7 +42,7 @@ extern "C" __global__ void floor_flag(const __grid_constant__ Floor a) {
     if (peer != a.rank) {
         st_relaxed_sys_u32(to, epoch);
         u64 started = 0;
-        for (u32 spins = 1; int(load_flag(from) - epoch) < 0; spins++) {
+        for (u32 spins = 1; int(ld_relaxed_sys_u32(from) - epoch) < 0; spins++) {
             if (spins % 64) continue;
             const u64 now = globaltimer();
             if (started == 0) started = now;
