@@ -65,7 +65,7 @@ struct Report {
     u32 mine[2], theirs[2];  // signatures, if they differ
 };
 
-#define FIELD(type, member) __builtin_offsetof(type, member)
+#define FIELD(type, member) reinterpret_cast<u64>(&reinterpret_cast<type *>(0)->member)
 
 // Source's place among a rank's slots: its own is left out.
 __device__ inline u32 place(u32 source, u32 owner) { return source - (source > owner); }
