@@ -21,12 +21,12 @@ INITIAL = INIT
 def ptx_functions(text: str) -> dict[str, str]:
     """Functions of ptx.cuh that touch memory or order accesses to it, and the mnemonic of each."""
     found = {}
-    for name, body in re.findall(r"__device__ inline [\w ]+?(\w+)\([^)]*\) \{(.*?)^\}", text, re.S | re.M):
-        statement = re.search(r'asm(?: volatile)?\((.*?)\)?;\n', body, re.S)
-        if not statement or "volatile" not in body:
+    for function in text.split("__device__ inline ")[1:]:
+        asm = re.search(r'asm volatile\(\s*"\s*([a-z][\w.]+)', function)
+        if not asm:
             continue  # plain arithmetic
-        (mnemonic,) = re.findall(r'"\s*([a-z][\w.:]+)', statement[1])[:1]
-        if not mnemonic.startswith("mov."):  # a special register
+        name, mnemonic = re.match(r"[\w ]+?(\w+)\(", function)[1], asm[1]
+        if not mnemonic.startswith(("mov.", "nanosleep.")):
             found[name] = mnemonic
     return found
 
@@ -147,6 +147,12 @@ PUBLISHED = [
     Case("R+fence.sc", "forbidden", "a == 0",
          {"g0": "st.relaxed.sys [x], 1; fence.sc.sys; st.relaxed.sys [y], 1", "g1": "st.relaxed.sys [y], 2; fence.sc.sys; ld.relaxed.sys a, [x]"},
          final={"y": 2}, source=RC11),
+    Case("MP+atom", "forbidden", "a == 1 and d == 0",
+         mp("st.weak [x], 42; st.release.gpu [y], 1", "atom.add.relaxed.gpu a, [y], 1; fence.acq_rel.gpu; ld.weak d, [x]", "b1"),
+         source="PTX ISA 8.11.1"),
+    Case("MP+red", "allowed", "d == 0",
+         mp("st.weak [x], 42; st.release.gpu [y], 1", "red.add.relaxed.gpu [y], 1; fence.acq_rel.gpu; ld.weak d, [x]", "b1"),
+         final={"y": 2}, source="PTX ISA 8.11.1"),
     Case("two increments", "forbidden", "a == 0 and b == 0",
          {"g0": "atom.add.relaxed.sys a, [x], 1", "g1": "atom.add.relaxed.sys b, [x], 1"}, source=ISA),
     Case("two increments, scopes too small", "allowed", "a == 0 and b == 0",
@@ -274,13 +280,15 @@ OURS = [
          {"g0:b0": "st_relaxed_gpu_u32 [epoch], 1", "g0:b1": "ld_relaxed_gpu_u32 e, [epoch]; ld_relaxed_gpu_u32 f, [epoch]"}),
     Case("epoch: the next kernel reads the new word", "forbidden", "e == 0",
          {"g0:k0": "st_relaxed_gpu_u32 [epoch], 1", "g0:k1": "griddepcontrol_wait; ld_relaxed_gpu_u32 e, [epoch]"}),
-    # Leaving a wait.
+    # Leaving a wait. `abort` is a word in the staging memory that peers write as well.
+    Case("give up: the first cause counts", "forbidden", "a == 0 and b == 0",
+         {"g0:b0": "atom_cas_relaxed_sys_u32 a, [abort], 0, 7", "g0:b1": "atom_cas_relaxed_sys_u32 b, [abort], 0, 8"}),
     Case("give up: one thread reports", "forbidden", "a == 0 and b == 0",
-         {"g0:b0": "atom_exch_relaxed_gpu_u32 a, [control], 1", "g0:b1": "atom_exch_relaxed_gpu_u32 b, [control], 1"}),
-    Case("give up: later kernels do not push", "forbidden", "alive == 0",
-         {"g0:k0": "atom_exch_relaxed_gpu_u32 a, [control], 1", "g0:k1:b1": "griddepcontrol_wait; ld_relaxed_gpu_u32 alive, [control]"}),
-    Case("give up: a thread that saw the word sees it again", "forbidden", "a == 1 and b == 0",
-         {"g0:b0": "atom_exch_relaxed_gpu_u32 x, [control], 1", "g0:b1": "ld_relaxed_gpu_u32 a, [control]; ld_relaxed_gpu_u32 b, [control]"}),
+         {"g0:b0": "atom_exch_relaxed_gpu_u32 a, [reported], 1", "g0:b1": "atom_exch_relaxed_gpu_u32 b, [reported], 1"}),
+    Case("give up: later kernels do not push", "forbidden", "abort == 0",
+         {"g0:k0": "atom_cas_relaxed_sys_u32 a, [abort], 0, 7", "g0:k1:b1": "griddepcontrol_wait; ld_relaxed_sys_u32 abort, [abort]"}),
+    Case("give up: a thread that saw a peer's abort sees it again", "forbidden", "a != 0 and b == 0",
+         {"g1": "st_relaxed_sys_u32 [abort], 7", "g0": "ld_relaxed_sys_u32 a, [abort]; ld_relaxed_sys_u32 b, [abort]"}),
     Case("give up: the host sees a whole report", "forbidden", "expired == 1 and source == 0",
          {"g0": "st_relaxed_sys_u32 [source], 3; fence_acq_rel_sys; st_relaxed_sys_u32 [expired], 1",
           "host": "ld.acquire.sys expired, [expired]; ld.weak source, [source]"}),
@@ -290,6 +298,19 @@ OURS = [
          {"g0:b1": "st.relaxed.gpu.u64 [deadline], 7 8", "g0:b0": "ld_relaxed_gpu_u64 d, [deadline]"}),
     Case("deadline: torn, if the host changes it meanwhile (the scope does not include the host)", "allowed", "d0 == 7 and d1 == 0",
          {"host": "st.relaxed.sys.u64 [deadline], 7 8", "g0": "ld_relaxed_gpu_u64 d, [deadline]"}),
+    # kernels/cuda/guard.cuh
+    Case("signature: each half proves itself", "forbidden", "s1 == 9 and s0 != 5 or s3 == 9 and s2 != 6",
+         {"g1": "st_relaxed_sys_v2_u64 [signature], 5 9 6 9", "g0": "ld_relaxed_sys_v2_u64 s, [signature]"}),
+    Case("signature: one half does not prove the other", "allowed", "s1 == 9 and s2 != 6",
+         {"g1": "st_relaxed_sys_v2_u64 [signature], 5 9 6 9", "g0": "ld_relaxed_sys_v2_u64 s, [signature]"}),
+    Case("in flight: of two calls at once, one sees the other", "forbidden", "a == 0 and b == 0",
+         {"g0:b0": "atom_add_relaxed_gpu_u32 a, [in_flight], 1", "g0:b1": "atom_add_relaxed_gpu_u32 b, [in_flight], 1"}),
+    Case("in flight: who left is not counted in the next kernel", "forbidden", "a != 0",
+         {"g0:k0": "red_add_relaxed_gpu_u32 [in_flight], -1", "g0:k1": "griddepcontrol_wait; atom_add_relaxed_gpu_u32 a, [in_flight], 1"},
+         {"in_flight": 1}),
+    Case("in flight: none is lost when one enters and another leaves", "forbidden", "True",
+         {"g0:b0": "atom_add_relaxed_gpu_u32 a, [in_flight], 1", "g0:b1": "red_add_relaxed_gpu_u32 [in_flight], -1"},
+         {"in_flight": 1}, {"in_flight": 0}),
     # Work before griddepcontrol.wait in a kernel whose predecessor triggers only after its own wait: the predecessor's
     # predecessor has completed, but what it wrote is ordered only by a release fence before the trigger.
     Case("before the wait: input written two kernels earlier", "allowed", "d0 == 0",
@@ -298,9 +319,12 @@ OURS = [
     Case("before the wait: input written two kernels earlier, fence before the trigger", "forbidden", "d0 == 0",
          {"g0:k0": "st_global_v4 [x], 1", "g0:k1": "griddepcontrol_wait; fence.acq_rel.gpu; griddepcontrol_launch_dependents",
           "g0:k2": "ld_global_v4 d, [x]"}),
-    Case("before the wait: the word that says to push no more", "allowed", "alive == 0",
-         {"g0:k0": "atom_exch_relaxed_gpu_u32 a, [control], 1", "g0:k1": "griddepcontrol_wait; griddepcontrol_launch_dependents",
-          "g0:k2": "ld_relaxed_gpu_u32 alive, [control]"}),
+    Case("before the wait: the word that says to push no more", "allowed", "abort == 0",
+         {"g0:k0": "atom_cas_relaxed_sys_u32 a, [abort], 0, 7", "g0:k1": "griddepcontrol_wait; griddepcontrol_launch_dependents",
+          "g0:k2": "ld_relaxed_sys_u32 abort, [abort]"}),
+    Case("before the wait: the word that says to push no more, fence before the trigger", "forbidden", "abort == 0",
+         {"g0:k0": "atom_cas_relaxed_sys_u32 a, [abort], 0, 7", "g0:k1": "griddepcontrol_wait; fence.acq_rel.gpu; griddepcontrol_launch_dependents",
+          "g0:k2": "ld_relaxed_sys_u32 abort, [abort]"}),
 ]  # fmt: skip
 
 CASES = PUBLISHED + SIGNALS + OURS

@@ -40,7 +40,9 @@ class Event:
     words: tuple[str, ...] = ()  # the 4-byte words accessed
     registers: tuple[str, ...] = ()
     operand: tuple[str, ...] = ()  # of a store, per word: an expression over registers; of assume: the condition
-    add: bool = False
+    add: bool = False  # an atomic addition; otherwise an exchange, or a comparison with `expected` and exchange
+    expected: str = ""
+    red: bool = False  # a reduction: forms no acquire pattern (8.11.1)
 
     reads = property(lambda self: self.kind in ("ld", "atom"))
     writes = property(lambda self: self.kind in ("st", "atom"))
@@ -49,7 +51,9 @@ class Event:
 
 ORDERS = ("relaxed", "acquire", "release", "acq_rel", "sc")
 SCOPES = ("cta", "gpu", "sys")
-IGNORED = {"global", "u32", "b32", "s32", "f32", "u64", "b64", "b128", "v2", "v4", "exch", "add", "weak", "ld", "st", "atom", "fence"}
+KINDS = ("ld", "st", "atom", "red", "fence")
+TYPES = {"u32", "b32", "u64", "b64", "b128", "v2", "v4"}
+KNOWN = {*KINDS, *ORDERS, *SCOPES, *TYPES, "global", "weak", "volatile", "exch", "cas", "add"}
 
 
 def parse_instruction(thread: str, step: int, text: str, vector: int = 4) -> list[Event]:
@@ -63,26 +67,29 @@ def parse_instruction(thread: str, step: int, text: str, vector: int = 4) -> lis
         return [Event(thread, step, {"wait": "wait", "launch_dependents": "trigger"}[mnemonic.split(".")[1]])]
     parts = mnemonic.split(".")
     kind = parts[0]
-    if kind not in ("ld", "st", "atom", "fence"):
+    if kind not in KINDS:
         raise ValueError(f"not in the model: {text}")
     # A volatile operation is a relaxed one of system scope (8.4.2).
     order = next((p for p in parts if p in ORDERS), "weak")
     scope = next((p for p in parts if p in SCOPES), "")
     if "volatile" in parts:
         order, scope = "relaxed", "sys"
-    if unknown := set(parts) - IGNORED - {*ORDERS, *SCOPES, "volatile"}:
+    if unknown := set(parts) - KNOWN:
         raise ValueError(f"not in the model: {sorted(unknown)} of {text}")
-    if kind == "atom" and order == "weak":
-        order, scope = "relaxed", scope or "gpu"
     if (order != "weak") != bool(scope):
         raise ValueError(f"strong operations have a scope, and no others: {text}")
     if kind == "fence":
         return [Event(thread, step, kind, order, scope)]
 
     match = re.fullmatch(r"(?:(\w+), )?\[(\w+)\](?:, (.+))?", operands)
-    if not match or (kind != "st") != bool(match[1]) or (kind != "ld") != bool(match[3]):
+    if not match or (kind in ("ld", "atom")) != bool(match[1]) or (kind != "ld") != bool(match[3]):
         raise ValueError(f"malformed: {text}")
     register, address, value = match.groups()
+    if kind == "red":
+        return [Event(thread, step, "atom", order, scope, (address,), (f"{thread} {step}",), (value,), "add" in parts, red=True)]
+    if "cas" in parts:
+        expected, _, value = value.partition(", ")
+        return [Event(thread, step, kind, order, scope, (address,), (register,), (value,), expected=expected)]
     elements = next((min(n, vector) for n in (2, 4) if f"v{n}" in parts), 1)
     size = 4 if "b128" in parts else 2 if {"u64", "b64"} & set(parts) else 1  # words of a scalar
     total = elements * size
@@ -188,10 +195,17 @@ def witness(program: Program, condition: str, final: Mapping[str, int] | None = 
 
 def values_written(program: Program, registers: Mapping[str, int]) -> dict[tuple[int, int], int]:
     """The value of each (write, word)."""
-    return {
-        (i, w): (registers[e.registers[w]] if e.add else 0) + eval(e.operand[w], {}, dict(registers))
-        for i, e in enumerate(program.events) if e.writes for w in range(len(e.words))
-    }  # fmt: skip
+    return {(i, w): written(e, w, registers) for i, e in enumerate(program.events) if e.writes for w in range(len(e.words))}
+
+
+def written(e: Event, w: int, registers: Mapping[str, int]) -> int:
+    """A comparison that fails counts as a write of what was there."""
+    value = eval(e.operand[w], {}, dict(registers))
+    if e.add:
+        return registers[e.registers[w]] + value
+    if e.expected and registers[e.registers[w]] != int(e.expected):
+        return registers[e.registers[w]]
+    return value
 
 
 def candidates(program: Program) -> Iterator[tuple[dict[str, int], dict[tuple[int, int], int]]]:
@@ -242,8 +256,7 @@ def candidates(program: Program) -> Iterator[tuple[dict[str, int], dict[tuple[in
                     source = rf[i, w]
                     registers[register] = (
                         program.init.get(events[i].words[w].split(".")[0], 0) if source == INIT
-                        else (registers[events[source].registers[w]] if events[source].add else 0)
-                        + eval(events[source].operand[w], {}, dict(registers))
+                        else written(events[source], w, registers)
                     )  # fmt: skip
         if all(eval(e.operand[0], {}, dict(registers)) for e in assumptions):
             yield registers, rf
@@ -305,7 +318,7 @@ def acquire_patterns(program: Program, read: int) -> list[int]:
     """The last operations of the acquire patterns (8.8) that begin with ``read``."""
     found = []
     for i, e in enumerate(program.events):
-        acquires = e.order in ("acquire", "acq_rel", "sc")
+        acquires = e.order in ("acquire", "acq_rel", "sc") and not program.events[read].red
         if acquires and (i == read or ((read, i) in program.po and program.events[read].strong)):
             if e.kind == "fence" or (e.reads and e.words == program.events[read].words):
                 found.append(i)

@@ -60,7 +60,7 @@ def strength_removed(case):
             if parts[0] in ("ld", "st") and "relaxed" in parts:
                 weak = [p for p in parts if p not in ("relaxed", "gpu", "sys")]
                 yield without(threads, thread, step, [f"{'.'.join(weak)} {operands}"])
-            if parts[0] == "atom":
+            if parts[0] in ("atom", "red"):
                 yield without(threads, thread, step, [re.sub("gpu|sys", "cta", FUNCTIONS.get(name, name)) + " " + operands])
             if parts[0] == "st" and re.search(r", [a-z]\w*$", operands):
                 yield without(threads, thread, step, [f"{name} {re.sub(r', .*', ', 1', operands)}"])
@@ -89,8 +89,8 @@ def test_every_function_of_ptx_cuh_has_a_case():
 
 def uncovered(source: str) -> set[str]:
     functions = ptx_functions(source)
-    # Nothing in asm escapes the parser but arithmetic, which is not volatile, and the clock.
-    assert len(functions) == len(re.findall(r"asm volatile", source)) - source.count("%%globaltimer")
+    # Nothing in asm escapes the parser but arithmetic, which is not volatile, the clock and the alarm.
+    assert len(functions) == len(re.findall(r"asm volatile", source)) - len(re.findall(r"%%globaltimer|nanosleep\.", source))
     return set(functions) - {name for case in CASES for name in case.functions(functions)}
 
 
@@ -105,12 +105,13 @@ def test_functions_are_named_after_their_instruction(name):
 def test_nothing_but_ptx_cuh_has_instructions_of_its_own():
     for path in PTX_CUH.parent.glob("*.cu*"):
         if path != PTX_CUH:
-            assert not re.search(r"\basm\b|\bvolatile\b|__ld\w+|__st\w+|\batomic\w+\(|__threadfence", path.read_text()), path
+            # An empty asm only holds the compiler.
+            assert not re.search(r"\basm volatile\(\"[^\"]|\bvolatile \w|__ld\w+|__st\w+|\batomic\w+\(|__threadfence", path.read_text()), path
 
 
 def weaker_forms(mnemonic: str):
     if ".relaxed" in mnemonic:
-        yield re.sub(r"\.relaxed\.(gpu|sys)", "", mnemonic) if not mnemonic.startswith("atom") else mnemonic.replace("gpu", "cta")
+        yield re.sub(r"\.relaxed\.(gpu|sys)", "", mnemonic) if mnemonic[:2] in ("ld", "st") else re.sub("gpu|sys", "cta", mnemonic)
     if mnemonic.startswith(("ld.relaxed.sys", "st.relaxed.sys", "fence.acq_rel.sys")):
         yield mnemonic.replace("sys", "gpu")
     if mnemonic.startswith("griddepcontrol"):
@@ -155,7 +156,7 @@ def test_the_outcomes_that_must_be_possible_are():
 
 @pytest.mark.parametrize(
     "text",
-    ["ld.relaxed r, [x]", "ld.sys r, [x]", "st.relaxed.sys [x]", "ld.global.nc.u32 r, [x]", "red.relaxed.sys [x], 1",
+    ["ld.relaxed r, [x]", "ld.sys r, [x]", "st.relaxed.sys [x]", "ld.global.nc.u32 r, [x]", "red.max.relaxed.sys [x], 1",
      "fence.proxy.async", "st.relaxed.cluster [x], 1", "ld.weak [x]", "cp.async.bulk [x], 1"],
 )  # fmt: skip
 def test_what_the_model_does_not_know_is_refused(text):
