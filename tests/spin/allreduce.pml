@@ -18,18 +18,20 @@
 #ifndef N
 #define N 4             /* ranks: 2 to 4 */
 #endif
+#ifndef CALLS
 #define CALLS 3
+#endif
 #ifndef STREAMS
 #define STREAMS 0       /* whether calls may be streamed; otherwise, whether this channel may be idle */
 #endif
 #ifndef FAILURES
 #define FAILURES 0      /* whether every rank may give up, and rank 0 die, at any moment */
 #endif
-#ifndef LAUNCHES
-#define LAUNCHES 4      /* of a streamed call */
+#ifndef LENGTH
+#define LENGTH 0        /* launches of a streamed call; 0: 2, 3 or 5 */
 #endif
 #ifndef SCATTERS
-#define SCATTERS 4      /* its buffers; launch i uses number i mod SCATTERS ... */
+#define SCATTERS 3      /* its buffers; launch i uses number i mod SCATTERS ... */
 #endif
 #ifndef GATHERS
 #define GATHERS 2       /* ... and i mod GATHERS */
@@ -37,22 +39,23 @@
 
 /* Planted mistakes, by -DMUTANT=... */
 #define NONE 0
-#define ONE_PARITY 1                /* one-shot has one buffer instead of two */
-#define SCATTER_WITHOUT_PARITY 2    /* two-shot scatters through one buffer */
-#define NO_POISON 3                 /* slots are not poisoned after reading */
-#define PUSH_BEFORE_WAIT 4          /* every kernel pushes before its griddepcontrol.wait */
-#define STALE_EPOCH 5               /* a rank reads the epoch before the wait */
-#define SHARED_SLOTS 6              /* one-shot and two-shot use the same slots, each with its own epoch */
-#define SILENT_RANK 7               /* the last rank has nothing to add, says nothing, and nobody waits for it */
-#define GATHER_FIRST 8              /* the gathered packet does not wait for the scattered ones */
-#define POISON_AFTER_KERNEL 9       /* a kernel counts as complete before it has poisoned */
-#define IDLE_ADVANCES 10            /* one rank counts a call in which it is idle as an epoch */
-#define WRONG_PARITY 11             /* gathered packets of a single launch go where the next scattered ones will */
-#define TRIGGER_FIRST 12            /* launches trigger before their wait */
-#define NOBODY_ACTIVE 13            /* launches in which no channel is active */
-#define KEEPS_PUSHING 14            /* a rank that gave up goes on pushing */
-#define NO_DEADLINE 15              /* nobody gives up */
-#define REJOINS 16                  /* a rank that gave up takes part again in the next kernel */
+#define ONE_PARITY 1            /* one-shot has one buffer instead of two */
+#define SCATTER_WITHOUT_PARITY 2/* two-shot scatters through one buffer */
+#define NO_POISON 3             /* slots are not poisoned after reading */
+#define PUSH_BEFORE_WAIT 4      /* every kernel pushes before its griddepcontrol.wait */
+#define STALE_EPOCH 5           /* a rank reads the epoch before the wait */
+#define SHARED_SLOTS 6          /* one-shot and two-shot use the same slots, each with its own epoch */
+#define SILENT_RANK 7           /* the last rank has nothing to add, says nothing, and nobody waits for it */
+#define GATHER_FIRST 8          /* the gathered packet does not wait for the scattered ones */
+#define POISON_AFTER_KERNEL 9   /* a kernel counts as complete before it has poisoned */
+#define IDLE_ADVANCES 10        /* one rank counts a call in which it is idle as an epoch */
+#define WRONG_PARITY 11         /* gathered packets of a single launch go where the next scattered ones will */
+#define TRIGGER_FIRST 12        /* launches trigger before their wait */
+#define TRIGGER_AFTER_WAIT 13   /* launches trigger after their wait, but before they have received anything */
+#define NOBODY_ACTIVE 14        /* launches in which no channel is active */
+#define KEEPS_PUSHING 15        /* a rank that gave up goes on pushing */
+#define REJOINS 16              /* a rank that gave up takes part again in the next kernel */
+#define NO_DEADLINE 17          /* nobody gives up */
 #ifndef MUTANT
 #define MUTANT NONE
 #endif
@@ -75,23 +78,32 @@
 #define SECOND_BUFFER(k) \
     (form[k] == STREAM -> 5 + SCATTERS + launch[k] % GATHERS : (MUTANT == WRONG_PARITY -> 3 - two_parity : 4))
 
-#define KERNELS (CALLS * (STREAMS * (LAUNCHES - 1) + 1))
+#if !STREAMS
+#define KERNELS CALLS
+#elif LENGTH
+#define KERNELS (CALLS * LENGTH)
+#else
+#define KERNELS (CALLS * 5)
+#endif
 byte form[KERNELS];
 byte launch[KERNELS];   /* place in the streamed call */
 byte kernels;           /* how many there are */
 byte slot[N * BUFFERS * N];
 byte waited[N];         /* the last kernel whose wait a rank passed, plus one: all before it are complete there */
+byte started[N];        /* the last kernel that runs, at least up to its wait, plus one */
 byte ended;
 
 #define ALL ((1 << N) - 1)
+#define EVERYBODY_STARTED(k) (started[0] > k && started[1] > k && started[2 % N] > k && started[3 % N] > k)
 #define MUTE(rank) (MUTANT == SILENT_RANK && (rank) == N - 1)
 #define HERE(source, buffer) (source >= N || source == me || MUTE(source) || SLOT(me, buffer, source % N) != 0)
 #define ARRIVED(buffer) (HERE(0, buffer) && HERE(1, buffer) && HERE(2, buffer) && HERE(3, buffer))
 #define EVERYBODY_WAITED(k) (waited[0] > k && waited[1] > k && waited[2 % N] > k && waited[3 % N] > k)
 
-/* The kernel after the running one may push before its wait, once its predecessor has triggered. */
+/* The kernel after the running one may push before its wait, once its predecessor has triggered: a thread of every
+ * block, of whatever channel, has passed the wait there and has received a packet of every peer. */
 #define EARLY(k) (form[k] == STREAM && launch[k] > 0 || form[k] != IDLE && form[k] != RIDE && MUTANT == PUSH_BEFORE_WAIT)
-#define TRIGGERED(k) (waited[me] == k + 1 || MUTANT == TRIGGER_FIRST)
+#define TRIGGERED(k) (MUTANT == TRIGGER_FIRST || waited[me] == k + 1 && (MUTANT == TRIGGER_AFTER_WAIT || EVERYBODY_STARTED(k)))
 
 /* Where a rank is in kernel k. */
 #define FIRST 0         /* waits for the first packets */
@@ -150,9 +162,9 @@ inline start() {
     od;
     if
     :: k == kernels -> step = OVER; settle()
-    :: k < kernels && form[k] == RIDE -> waited[me] = k + 1; step = OTHERS
+    :: k < kernels && form[k] == RIDE -> waited[me] = k + 1; started[me] = k + 1; step = OTHERS
     :: k < kernels && form[k] != RIDE ->
-        waited[me] = k + 1;
+        waited[me] = k + 1; started[me] = k + 1;
         step = FIRST;
         buffer = FIRST_BUFFER(k);
         if
@@ -221,7 +233,8 @@ proctype rank(byte me) {
     /* The next kernel runs already, and pushes before its griddepcontrol.wait. */
     :: d_step { pushed > k && pushed < kernels && EARLY(pushed) && TRIGGERED(pushed - 1) ->
             target = FIRST_BUFFER(pushed); push(pushed, target); target = 0;
-            pushed++
+            pushed++;
+            started[me] = pushed
         }
 
     :: d_step { step == FIRST && ARRIVED(buffer) ->
@@ -255,26 +268,32 @@ inline add(what, place) {
 }
 
 init {
-    byte i, busy;
-    byte call;
+    byte i, busy, length, call;
     atomic {
         for (call : 1 .. CALLS) {
             if
             :: add(ONE_SHOT, 0)
             :: add(TWO_SHOT, 0)
             :: !STREAMS -> add(IDLE, 0)
-            :: STREAMS -> /* this channel is active in the first launches only, or in all */
+            :: STREAMS ->
                 if
-                :: busy = 1
-                :: busy = LAUNCHES - 1
-                :: busy = LAUNCHES
+                :: !LENGTH -> length = 2
+                :: !LENGTH -> length = 3
+                :: !LENGTH -> length = 5
+                :: LENGTH -> length = LENGTH
                 fi;
-                for (i : 0 .. LAUNCHES - 1) {
+                if /* this channel is active in the first launches only, or in all */
+                :: busy = 1
+                :: length > 2 -> busy = length - 1
+                :: busy = length
+                fi;
+                for (i : 0 .. length - 1) {
                     if
                     :: i < busy -> add(STREAM, i)
                     :: else -> add(RIDE, i)
                     fi
-                }
+                };
+                busy = 0; length = 0
             fi
         }
         run rank(0);
