@@ -37,7 +37,7 @@ __device__ inline void one_shot(const Args &a) {
 #pragma unroll
     for (u32 k = 0; k < PACKETS; k++) {
         Packet peers[PEERS], v[WORLD_SIZE];
-        ok = receive<0>(a, parity, channel, first + k * WARP, ok, peers);
+        ok = receive<0>(a, parity, first + k * WARP, ok, peers);
         in_rank_order(peers, own[k], a.rank, v);
         out.store(first + k * WARP, sum<T>(v));
         poison(a, parity, first + k * WARP);

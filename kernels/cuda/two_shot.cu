@@ -65,7 +65,7 @@ __device__ inline void two_shot(const Args &a) {
     for (u32 k = 0; k < PACKETS; k++) {
         const u32 packet = first + k * WARP;
         Packet v[WORLD_SIZE];
-        ok = receive<SLEEP_NS>(a, scatter, channel, packet, ok, peers);
+        ok = receive<SLEEP_NS>(a, scatter, packet, ok, peers);
         if (STREAM && k == 0) griddepcontrol_launch_dependents();
         in_rank_order(peers, own[k], a.rank, v);
         own[k] = sum<T>(v);
@@ -78,7 +78,7 @@ __device__ inline void two_shot(const Args &a) {
 #pragma unroll
     for (u32 k = 0; k < PACKETS; k++) {
         const u32 packet = first + k * WARP;
-        ok = receive<SLEEP_NS>(a, gather, channel, packet, ok, peers);
+        ok = receive<SLEEP_NS>(a, gather, packet, ok, peers);
 #pragma unroll
         for (u32 j = 0; j < PEERS; j++)
             if (packet < part) out.store(source_at(j, a.rank) * part + packet, peers[j]);
