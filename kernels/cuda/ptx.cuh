@@ -116,6 +116,9 @@ __device__ inline u64 globaltimer() {
     return t;
 }
 
+// The value is computed here, whatever a later branch may do with it.
+__device__ inline void materialize(u64 &value) { asm volatile("" : "+l"(value)); }
+
 __device__ inline void nanosleep(u32 ns) {
     asm volatile("nanosleep.u32 %0;" ::"r"(ns));
 }

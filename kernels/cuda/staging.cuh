@@ -66,25 +66,40 @@ struct Report {
 __device__ inline u32 place(u32 source, u32 owner) { return source - (source > owner); }
 __device__ inline u32 source_at(u32 place, u32 owner) { return place + (place >= owner); }
 
-__device__ inline u64 slot(const Args &a, u64 staging, u32 buffer, u32 place, u32 index) {
-    return staging + a.slots + (u64(buffer * PEERS + place) * a.capacity + index) * 16;
-}
-
 // Peer number k, 0 <= k < PEERS: every rank and block begins with another one, so that no link is flooded.
 __device__ inline u32 target(const Args &a, u32 k) {
     u32 peer = a.rank + 1 + (k + blockIdx.x) % PEERS;
     return peer >= WORLD_SIZE ? peer - WORLD_SIZE : peer;
 }
 
+// Where a thread reads and pushes: the slots of buffer 0 at `index`. Computed before the loads return that decide
+// which buffer is next, so that nothing but an addition is left to do then.
+struct Slots {
+    u64 mine, stride;  // bytes from one place to the next
+    u64 to[PEERS];     // at target(k)
+
+    __device__ Slots(const Args &a, u32 index) : mine(a.own + a.slots + index * 16ull), stride(a.capacity * 16ull) {
+#pragma unroll
+        for (u32 k = 0; k < PEERS; k++) {
+            const u32 peer = target(a, k);
+            to[k] = a.staging[peer] + a.slots + (u64(place(a.rank, peer)) * a.capacity + index) * 16;
+            materialize(to[k]);
+        }
+        materialize(mine);
+    }
+
+    __device__ u64 buffer(u32 number) const { return number * stride * PEERS; }
+};
+
 __device__ inline bool arrived(Packet p) {
     return p.w[0] != EMPTY && p.w[1] != EMPTY && p.w[2] != EMPTY && p.w[3] != EMPTY;
 }
 
 // 0xFFFFFFFF is one fp32 NaN or two 16-bit NaNs; ...FE is NaN as well, in every dtype.
-__device__ inline void push(const Args &a, u32 to, u32 buffer, u32 index, Packet p) {
+__device__ inline void push(u64 slot, Packet p) {
 #pragma unroll
     for (u32 i = 0; i < 4; i++) p.w[i] = min(p.w[i], EMPTY - 1);
-    st_relaxed_sys_v4(slot(a, a.staging[to], buffer, place(a.rank, to), index), p);
+    st_relaxed_sys_v4(slot, p);
 }
 
 // A rank that stopped waiting must stop pushing as well, now and in later kernels: it could overtake a peer
@@ -132,16 +147,16 @@ __device__ __noinline__ u64 keep_waiting(const Args &a, u64 since, u32 buffer, u
     return 0;
 }
 
-// Wait for the packet of every peer, u[place]. All loads first, then all checks, so that the round trips
-// overlap. Returns whether all arrived; words that did not are EMPTY. SLEEP_NS > 0 polls less often.
+// Wait for the packet of every peer, u[place], in the slots from `first` on. All loads first, then all checks, so
+// that the round trips overlap. Returns whether all arrived; words that did not are EMPTY. SLEEP_NS > 0 polls less
+// often. `buffer` is for the report.
 template <u32 SLEEP_NS>
-__device__ inline bool receive(const Args &a, u32 buffer, u32 index, bool alive, Packet (&u)[PEERS]) {
+__device__ inline bool receive(const Args &a, u64 first, u64 stride, u32 buffer, bool alive, Packet (&u)[PEERS]) {
     if (!alive) {
 #pragma unroll
         for (u32 j = 0; j < PEERS; j++) u[j] = NOTHING;
         return false;
     }
-    const u64 first = slot(a, a.own, buffer, 0, index), stride = u64(a.capacity) * 16;
 #pragma unroll
     for (u32 j = 0; j < PEERS; j++) u[j] = ld_relaxed_sys_v4(first + j * stride);
     u64 since = 0;
@@ -151,15 +166,14 @@ __device__ inline bool receive(const Args &a, u32 buffer, u32 index, bool alive,
         for (u32 j = 0; j < PEERS; j++) missing |= u32(!arrived(u[j])) << j;
         if (!missing) return true;
         if (SLEEP_NS) nanosleep(SLEEP_NS);
+        if (spins % 64 == 0 && (since = keep_waiting(a, since, buffer, missing)) == 0) return false;
 #pragma unroll
         for (u32 j = 0; j < PEERS; j++)
             if (missing >> j & 1) u[j] = ld_relaxed_sys_v4(first + j * stride);
-        if (spins % 64 == 0 && (since = keep_waiting(a, since, buffer, missing)) == 0) return false;
     }
 }
 
-__device__ inline void poison(const Args &a, u32 buffer, u32 index) {
-    const u64 first = slot(a, a.own, buffer, 0, index), stride = u64(a.capacity) * 16;
+__device__ inline void poison(u64 first, u64 stride) {
 #pragma unroll
     for (u32 j = 0; j < PEERS; j++) st_relaxed_sys_v4(first + j * stride, NOTHING);
 }
