@@ -23,8 +23,9 @@ _HEAD = struct.Struct("<q")
 _FIRST = 16 << 10  # bytes of the first message: the length, and as much of the payload as fits
 _MOST = 1 << 30
 
-# Messages of exchanges that failed here. A peer that comes later must get them: it is to blame whom we blame, not us.
-_unsent: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+# What exchanges that failed here left under way, by group. A peer that comes later must still get our messages, and gloo may close the
+# connection of a receive that is dropped: the peer is to blame whom we blame, not us.
+_under_way: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 
 
 def require_group(group: Any) -> None:
@@ -115,6 +116,7 @@ class _Exchange:
         self.timeout_s = timeout_s
         self.end = time.monotonic() + (timeout_s or _FOREVER_S)
         self.sends: dict[int, list[Any]] = {rank: [] for rank in self.peers}
+        self.receives: list[Any] = []
         self.problems: dict[int, Exception] = {}
 
     def all_gather(self, data: bytes) -> list[bytes]:
@@ -124,7 +126,7 @@ class _Exchange:
         lengths = {rank: _HEAD.unpack_from(part)[0] for rank, part in arrived.items()}
         for rank, length in lengths.items():
             if not 0 <= length <= _MOST:
-                _unsent[self.group] = self.sends
+                _under_way[self.group] = self.sends, self.receives
                 raise InputError(f"rank {rank} of the group sent no exchange of this package (a length of {length})")
         left = {rank: length - (_FIRST - _HEAD.size) for rank, length in lengths.items()}
         tails = self._receive({rank: size for rank, size in left.items() if size > 0}, ())
@@ -150,6 +152,7 @@ class _Exchange:
                 if rank in buffers:
                     received = buffers[rank]
                     waits[rank] = [(dist.irecv(received, group=self.group, group_src=rank, tag=_TAG), received)]
+                    self.receives += waits[rank]
             except RuntimeError as e:
                 self.problems[rank] = e
         self._wait(waits)
@@ -167,7 +170,7 @@ class _Exchange:
                 self.problems[rank] = e
         if self.problems:
             expired = time.monotonic() >= self.end
-            _unsent[self.group] = self.sends
+            _under_way[self.group] = self.sends, self.receives
             raise missing(self.rank, self.problems, self.timeout_s if expired else None)
 
 

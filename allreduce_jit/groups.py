@@ -51,10 +51,16 @@ def sibling(group: dist.ProcessGroup, backend: str) -> dist.ProcessGroup:
     except (AttributeError, TypeError):
         return dist.new_group(ranks, backend=backend, use_local_synchronization=True)
     except RuntimeError as e:
-        absent = {rank: e for rank in range(len(ranks)) if not store.check([f"{name}/{rank}"])}
-        raise missing(place, absent, timeout.total_seconds()) from e
+        raise missing(place, dict.fromkeys(_absent(store, name, len(ranks)), e), timeout.total_seconds()) from e
     c10d._world.pg_group_ranks[made] = {rank: place for place, rank in enumerate(ranks)}
     return made
+
+
+def _absent(store: dist.Store, name: str, world_size: int) -> list[int]:
+    try:
+        return [rank for rank in range(world_size) if not store.check([f"{name}/{rank}"])]
+    except RuntimeError:  # it went with the rank that served it
+        return []
 
 
 def _setup_timeout(usual: timedelta) -> timedelta:

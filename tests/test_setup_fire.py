@@ -96,13 +96,14 @@ class Fuse:
 
 def scene(rank, pipe, port, victim, at, deed, timeout_s):
     """One rank: a healthy climb, then one in which ``victim`` does ``deed`` to itself at operation ``at``."""
-    os.environ["ALLREDUCE_JIT_SETUP_TIMEOUT"] = str(timeout_s)
+    os.environ["ALLREDUCE_JIT_SETUP_TIMEOUT"] = "60"
     bare = census()
     join(rank, port)
     assert climb_once()[0].verdict.path is Path.V2
     before = census()
     pipe.send(ENTERED)
     pipe.recv()  # all ranks are here; a barrier of gloo's would not survive the victim's death right after it
+    os.environ["ALLREDUCE_JIT_SETUP_TIMEOUT"] = str(timeout_s)
     if rank == victim:
         Fuse(at, lambda: os.kill(os.getpid(), deed))
     start = time.monotonic()
@@ -118,6 +119,7 @@ def scene(rank, pipe, port, victim, at, deed, timeout_s):
     pipe.send(story)
     pipe.recv()  # who takes its group down earlier is missing, too, for those who come later
     # The process lives on: the survivors build anew without the victim.
+    os.environ["ALLREDUCE_JIT_SETUP_TIMEOUT"] = "60"
     dist.destroy_process_group()
     after_group = settled(bare)
     survivors = [r for r in range(N) if r != victim]
