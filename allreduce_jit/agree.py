@@ -23,8 +23,8 @@ _HEAD = struct.Struct("<q")
 _FIRST = 16 << 10  # bytes of the first message: the length, and as much of the payload as fits
 _MOST = 1 << 30
 
-# What exchanges that failed here left under way, by group. A peer that comes later must still get our messages, and gloo may close the
-# connection of a receive that is dropped: the peer is to blame whom we blame, not us.
+# What exchanges that failed here left under way, by group. A peer that comes later must still get our messages, and
+# gloo may close the connection of a receive that is dropped: the peer is to blame whom we blame, not us.
 _under_way: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 
 

@@ -290,8 +290,8 @@ class _Soak:
             wrong, seconds = sum(count for _, count, _ in everyone), max(spent for _, _, spent in everyone)
             calls = self.done.total()
             progress(f"soak: {calls:,} calls in {seconds:.0f} s, {wrong} wrong elements")
-            options = self.options
-            if self.errors or wrong or calls >= (options.calls or calls + 1) or seconds >= (options.seconds or seconds + 1):
+            enough = calls >= (self.options.calls or calls + 1) or seconds >= (self.options.seconds or seconds + 1)
+            if self.errors or wrong or enough:
                 break
         progress.done()
         self.seconds = seconds

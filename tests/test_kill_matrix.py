@@ -1,4 +1,4 @@
-"""The kill matrix itself, with stand-in communicators on the CPU: it passes who tells in time, and fails who does not."""
+"""The kill matrix itself, with stand-ins on the CPU: it passes who tells in time, and fails who does not."""
 
 from __future__ import annotations
 

@@ -177,15 +177,15 @@ def spread(step):
 
 def test_a_rank_that_is_killed_at_any_step():
     """Known by the connection, at once but for one that waits for somebody else first."""
-    cases = [(victim, at, signal.SIGKILL) for victim, at in spread(2)]
+    cases = [(victim, at, signal.SIGKILL) for victim, at in spread(3)]
     for case, stories in play(cases, 60):
         check(case, stories, 0.0, DEADLINE_S + SLACK_S, most=N - 1)
-    assert len(cases) >= 10
+    assert {at // OPERATIONS for _, at, _ in cases} == set(range(len(EXCHANGES)))
 
 
 def test_a_rank_that_stalls_at_any_step():
     """Known at the deadline, and not before."""
-    cases = [(victim, at, signal.SIGSTOP) for victim, at in spread(3)]
+    cases = [(victim, at, signal.SIGSTOP) for victim, at in spread(5)]
     for case, stories in play(cases, 60):
         # The others are told up to one exchange apart.
         check(case, stories, DEADLINE_S - 0.1, 2 * DEADLINE_S + SLACK_S, most=N - 1)
@@ -300,7 +300,7 @@ def test_an_absurd_length(exchange, length):
         ranks.collect(set(range(N)), 1, 60)
         for rank in (0, 2):
             ((kind, text),) = ranks.said[rank]
-            assert kind == "InputError" and f"rank 1 of the group sent no exchange of this package (a length of {length})" in text
+            assert kind == "InputError" and f"rank 1 of the group sent no exchange of this package (a length of {length}" in text
         assert ranks.said[1][0][0] == "PeerTimeout"
 
 
