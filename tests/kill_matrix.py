@@ -93,6 +93,7 @@ def act(rank: int, pipe: Any, job: Job) -> None:
     os.environ.update(
         GLOO_SOCKET_IFNAME="lo",
         ALLREDUCE_JIT_TIMEOUT=str(job.deadline_s),
+        ALLREDUCE_JIT_FIRST_TIMEOUT=str(job.deadline_s),
         ALLREDUCE_JIT_SETUP_TIMEOUT=str(job.deadline_s + 1 if job.case and job.case.phase == "construction" else 60),
         ALLREDUCE_JIT_CACHE_DIR=job.cache,
     )
