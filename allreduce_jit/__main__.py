@@ -55,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="allreduce-jit",
         description="Check, explain and measure the all-reduce of this machine's GPUs.",
-        epilog="'allreduce-jit COMMAND --help' tells more. Started by torchrun, selftest and bench use its ranks.",
+        epilog="'allreduce-jit COMMAND --help' tells more. Started by torchrun, selftest, soak and bench use its ranks.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -66,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
         return sub
 
     _selftest_arguments(command("selftest", _selftest, "compare every bit of many all-reduces with the exact sum"))
+    _soak_arguments(command("soak", _soak, "run verified traffic for long, under load and stalls if wanted"))
     command("doctor", _doctor, "say what this machine is, which path would run and why")
     _bench_arguments(command("bench", _bench, "time all-reduces of growing size, other libraries' beside them"))
     _warmup_arguments(command("warmup", _warmup, "compile the kernels into the cache ahead of time"))
@@ -78,6 +79,18 @@ def _selftest_arguments(parser: argparse.ArgumentParser) -> None:
     _rank_arguments(parser)
     parser.add_argument("--max-bytes", type=_size, metavar="SIZE", help="largest tensor (default 64M, on the CPU 1M)")
     parser.add_argument("--seed", type=int, default=0, help="of the inputs (default 0)")
+
+
+def _soak_arguments(parser: argparse.ArgumentParser) -> None:
+    _rank_arguments(parser)
+    add = parser.add_argument
+    add("--calls", type=_from(1), metavar="N", help="calls to make at least (default 100000, without --seconds)")
+    add("--seconds", type=float, metavar="S", help="how long to go on at most")
+    add("--max-bytes", type=_size, metavar="SIZE", help="largest tensor (default 1M, on the CPU 16K)")
+    add("--seed", type=int, default=0, help="of sizes and inputs (default 0)")
+    add("--gemm", action="store_true", help="matrix products on another stream keep all multiprocessors busy")
+    add("--nccl", action="store_true", help="NCCL all-reduces on another stream and group alongside")
+    add("--stalls", action="store_true", help="random pauses of hosts and devices")
 
 
 def _bench_arguments(parser: argparse.ArgumentParser) -> None:
@@ -123,6 +136,12 @@ def _selftest(args: argparse.Namespace, init: _Init | None) -> int:
     from . import selftest
 
     return selftest.run(args, init)
+
+
+def _soak(args: argparse.Namespace, init: _Init | None) -> int:
+    from . import soak
+
+    return soak.run(args, init)
 
 
 def _doctor(args: argparse.Namespace, init: _Init | None) -> int:

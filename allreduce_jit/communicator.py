@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,7 @@ from .kernel import DTYPES, ITEMSIZE
 from .ladder import climb
 from .plan import Plan
 from .verdict import Path
+from .watcher import Watch, watch
 
 if TYPE_CHECKING:
     from .engine import KernelEngine
@@ -91,9 +93,12 @@ class Communicator:
             if not create_groups:
                 require_cpu_group(group)
             self.group = groups.sibling(group, "gloo")
+        self._watch: Watch | None = None
         self._ladder = climb(self.group, device, deterministic, highest, lowest, max_ctas)
         self._engine = self._ladder.engine
         self.path = self._ladder.verdict.path
+        if self._engine is not None:
+            self._watch_peers(self._engine)
         if deterministic and self._engine is None and self.world_size > 1:
             raise NotDeterministicError(
                 f"rank {self.rank}: deterministic=True needs a kernel path, but {self.reason}; "
@@ -197,6 +202,8 @@ class Communicator:
         if local and self._engine is not None:
             self._engine.abort()
         self._closed = True
+        if self._watch is not None:
+            self._watch.close()
         engine, self._engine = self._engine, None
         self._routes.clear()
         # A group that outlives destroy_process_group can abort the process at exit.
@@ -262,6 +269,7 @@ class Communicator:
             "bands": [band for dtype in DTYPE_NAMES for band in self._bands(dtype)],
             "staging_bytes": engine.memory.nbytes if engine else 0,
             "device_bytes": engine.memory.nbytes + engine.state.nbytes if engine else 0,
+            "watched": list(self._watch.watched) if self._watch else [],
             "timings": {name: round(seconds, 4) for name, seconds in self._ladder.timings.items()},
             "kernels": {"compiled": engine.compiled, "cached": engine.cached} if engine else {"compiled": 0, "cached": 0},
         }
@@ -287,6 +295,19 @@ class Communicator:
         ]
 
     # -- internals
+
+    def _watch_peers(self, engine: KernelEngine) -> None:
+        """Have ``engine`` told when a peer's process ends."""
+        reference = weakref.ref(engine)  # the watch must not keep alive what closes it
+
+        def on_death(rank: int) -> None:
+            engine = reference()
+            if engine is not None:
+                engine.lost(rank)
+
+        peers = {rank: process for rank, process in enumerate(self._ladder.processes) if rank != self.rank}
+        self._watch = watch(peers, on_death)
+        engine.watched = self._watch.watched
 
     def _fallback(self, original: dist.ProcessGroup, create_groups: bool) -> TorchEngine:
         group, backend = self.group, self._ladder.verdict.backend

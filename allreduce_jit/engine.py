@@ -65,8 +65,8 @@ class KernelEngine:
         self.memory: StagingMemory | None = None
         self.state: LocalState | None = None
         self.side: SideChannel | None = None
-        self.dead: set[int] = set()  # ranks whose process has ended
-        self.watched = False  # whether the others are known to live
+        self.dead: list[int] = []  # ranks whose process has ended, the first one first
+        self.watched: tuple[int, ...] = ()  # ranks whose end would be noticed
         self._failure: CommunicatorFailed | None = None
         self._raised = False
         self._stream: int | None = None
@@ -171,8 +171,11 @@ class KernelEngine:
         rank = self.config.rank
         code = abort_code(kind, rank if culprit is None else culprit, rank)
         # One's own first: a kernel here may wait for somebody whose memory cannot be reached any more.
-        addresses = self.memory.addresses
-        self.side.write([addresses[rank], *(a for r, a in enumerate(addresses) if r != rank and r not in self.dead)], code)
+        memory, side = self.memory, self.side
+        if memory is None or side is None:
+            return
+        own, others = memory.addresses[rank], enumerate(memory.addresses)
+        side.write([own, *(address for r, address in others if r != rank and r not in self.dead)], code)
         if kind is Kind.ABORTED:
             self._fail(code)
 
@@ -181,14 +184,15 @@ class KernelEngine:
 
         Calls that completed before stay valid: ``check`` raises only once a kernel was stopped.
         """
-        self.dead.add(rank)
-        self.abort(Kind.LOST, rank)
+        self.dead.append(rank)
+        if len(self.dead) == 1:  # others may end because of it
+            self.abort(Kind.LOST, rank)
 
     def _refuse(self) -> None:
         if self._raised:
             raise Poisoned(str(self._failure), self._failure.ranks, self._failure.report) from self._failure
         if not self.state.words[0]:  # nothing was hurt so far
-            self._fail(abort_code(Kind.LOST, min(self.dead), self.config.rank))
+            self._fail(abort_code(Kind.LOST, self.dead[0], self.config.rank))
         self.check()
 
     def _fail(self, code: int) -> None:
@@ -199,7 +203,7 @@ class KernelEngine:
     def _alive(self, rank: int) -> bool | None:
         if rank in self.dead:
             return False
-        return True if self.watched or rank == self.config.rank else None
+        return True if rank in self.watched or rank == self.config.rank else None
 
     def _order(self, stream: int) -> None:
         """Calls of one communicator share slots and epochs: what moves to another stream waits for the one before.

@@ -22,6 +22,7 @@ class Args(ctypes.Structure):
 
     _fields_ = [
         ("staging", ctypes.c_uint64 * 8),
+        ("own", ctypes.c_uint64),
         ("input", ctypes.c_uint64),
         ("output", ctypes.c_uint64),
         ("numel", ctypes.c_uint64),
@@ -125,6 +126,7 @@ class V2Engine(KernelEngine):
         step = Step()
         for i, piece in enumerate(launches(plan, numel, name, world_size)):
             args = Args(
+                own=self.memory.addresses[self.config.rank],
                 numel=piece.numel,
                 total=numel,
                 slots=region.offset,

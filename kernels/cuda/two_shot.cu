@@ -37,6 +37,8 @@ __device__ inline void two_shot(const Args &a) {
     const u32 part = (in.packets + WORLD_SIZE - 1) / WORLD_SIZE;
     if (first - lane >= part) return;  // an idle channel, on every rank
 
+    const Slots slots(a, first);
+    const u64 epoch = a.epochs + channel * 4;
     // Before this, an earlier kernel of the stream may still be writing the input, the epoch or the slots. A launch
     // that follows reads an input that was complete before the call's first launch went on.
     if (!follows) griddepcontrol_wait();
@@ -49,40 +51,42 @@ __device__ inline void two_shot(const Args &a) {
 #pragma unroll
         for (u32 j = 0; j < PEERS; j++) theirs[k][j] = packet < part ? in.load(target(a, j) * part + packet) : ZEROS;
     }
-    const u64 epoch = a.epochs + channel * 4;
     bool ok = alive(a);
     const u32 parity = STREAM ? 0 : ld_relaxed_gpu_u32(epoch) & 1;
     const u32 scatter = STREAM ? a.launch % 3 : parity, gather = GATHER + (STREAM ? a.launch % 2 : 0);
+    const u64 scattered = slots.buffer(scatter), gathered = slots.buffer(gather);
 #pragma unroll
     for (u32 k = 0; k < PACKETS; k++)
 #pragma unroll
         for (u32 j = 0; j < PEERS; j++)
-            if (ok) push(a, target(a, j), scatter, first + k * WARP, theirs[k][j]);
+            if (ok) push(slots.to[j] + scattered + k * WARP * 16, theirs[k][j]);
     if (follows) griddepcontrol_wait();
 
     Packet peers[PEERS];
 #pragma unroll
     for (u32 k = 0; k < PACKETS; k++) {
         const u32 packet = first + k * WARP;
+        const u64 mine = slots.mine + scattered + k * WARP * 16;
         Packet v[WORLD_SIZE];
-        ok = receive<SLEEP_NS>(a, scatter, channel, packet, ok, peers);
+        ok = receive<SLEEP_NS>(a, mine, slots.stride, scatter, ok, peers);
         if (STREAM && k == 0) griddepcontrol_launch_dependents();
         in_rank_order(peers, own[k], a.rank, v);
         own[k] = sum<T>(v);
 #pragma unroll
         for (u32 j = 0; j < PEERS; j++)
-            if (ok) push(a, target(a, j), gather, packet, own[k]);
+            if (ok) push(slots.to[j] + gathered + k * WARP * 16, own[k]);
         if (packet < part) out.store(a.rank * part + packet, own[k]);
-        poison(a, scatter, packet);
+        poison(mine, slots.stride);
     }
 #pragma unroll
     for (u32 k = 0; k < PACKETS; k++) {
         const u32 packet = first + k * WARP;
-        ok = receive<SLEEP_NS>(a, gather, channel, packet, ok, peers);
+        const u64 mine = slots.mine + gathered + k * WARP * 16;
+        ok = receive<SLEEP_NS>(a, mine, slots.stride, gather, ok, peers);
 #pragma unroll
         for (u32 j = 0; j < PEERS; j++)
             if (packet < part) out.store(source_at(j, a.rank) * part + packet, peers[j]);
-        poison(a, gather, packet);
+        poison(mine, slots.stride);
     }
     __syncwarp();  // every lane has read the epoch
     if (lane > 0) return;
