@@ -89,8 +89,10 @@ def test_every_function_of_ptx_cuh_has_a_case():
 
 def uncovered(source: str) -> set[str]:
     functions = ptx_functions(source)
-    # Nothing in asm escapes the parser but arithmetic, which is not volatile, the clock and the alarm.
-    assert len(functions) == len(re.findall(r"asm volatile", source)) - len(re.findall(r"%%globaltimer|nanosleep\.", source))
+    # Nothing in asm escapes the parser but arithmetic, which is not volatile, the clock, the alarm and what
+    # only holds the compiler.
+    others = re.findall(r'%%globaltimer|nanosleep\.|asm volatile\(""', source)
+    assert len(functions) == len(re.findall(r"asm volatile", source)) - len(others)
     return set(functions) - {name for case in CASES for name in case.functions(functions)}
 
 
