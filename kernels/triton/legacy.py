@@ -197,6 +197,7 @@ def _guard(link, total, in_place, WORLD: tl.constexpr, INTERPRET: tl.constexpr):
     stop = _stopped(staging)
     sequence = tl.load(_words(control, _SEQUENCE, tl.int32)) + 1  # from 1: the header holds zeros at first
     number = sequence.to(tl.int64) << 32
+    total = total.to(tl.int64)
     first = number | (total & 0xFFFFFFFF)
     second = number | tag | tl.where(in_place, _IN_PLACE, 0) | ((total >> 32) << 16)
     parity = _SIGNATURES + (sequence & 1) * _RANKS * _SIGNATURE
