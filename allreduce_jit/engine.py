@@ -7,21 +7,22 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import ctypes
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from . import reference
 from .cache import Artifact, KernelCache, decode, encode
 from .compiler import build
-from .driver import Module, call
+from .driver import Launch, Module, call
 from .errors import CommunicatorFailed, Poisoned, SetupError
 from .failure import SIGNATURES, SIGNATURES_AT, Kind, abort_code, explain, heard
 from .kernel import DTYPES, KernelSpec, catalogue
 from .memory import LocalState, SideChannel, StagingMemory
-from .plan import Layout, Plan
+from .plan import PACKET, Layout, Plan
 from .settings import Settings
 from .tuning import Bands
 
@@ -29,6 +30,7 @@ TORCH_DTYPES = {name: getattr(torch, name) for name in DTYPES}
 DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 VERIFY_BYTES = 64 << 10
 VERIFY_SECONDS = 10.0
+MAX_SHAPES = 4096  # Control.met of staging.cuh
 _NO_TIMING = 2  # CU_EVENT_DISABLE_TIMING
 
 
@@ -52,6 +54,26 @@ class EngineConfig:
     tuned: Bands | None = None
 
 
+@dataclass
+class Step:
+    """The launches of one shape of call: each with its arguments for input and output, and where it begins, in bytes.
+
+    Attributes:
+        whole: for tensors at addresses that are multiples of 16.
+        ragged: for any others.
+    """
+
+    whole: list[tuple[Launch, ctypes._SimpleCData, ctypes._SimpleCData, int]] = field(default_factory=list)
+    ragged: list[tuple[Launch, ctypes._SimpleCData, ctypes._SimpleCData, int]] = field(default_factory=list)
+
+    def fire(self, source: int, target: int, stream: int) -> None:
+        """Launch from and to these addresses."""
+        for launch, x, out, offset in self.ragged if (source | target) % PACKET else self.whole:
+            x.value = source + offset
+            out.value = target + offset
+            launch(stream)
+
+
 class KernelEngine:
     """A path with kernels of our own. Subclasses say which kernels, which layout, and how to launch."""
 
@@ -70,6 +92,7 @@ class KernelEngine:
         self._failure: CommunicatorFailed | None = None
         self._raised = False
         self._stream: int | None = None
+        self._steps: dict[tuple[int, torch.dtype], Step] = {}
         # Two threads may call, and the launches of one call belong together.
         self._lock = threading.Lock()
 
@@ -246,7 +269,19 @@ class KernelEngine:
 
     def run(self, plan: Plan, x: torch.Tensor, out: torch.Tensor) -> None:
         """Launch ``plan`` on the current stream, whatever the tables would have picked."""
-        raise NotImplementedError
+        with torch.cuda.device(self._raw_device):
+            step = self._step(plan, x.numel(), x.dtype, config=0)
+            step.fire(x.data_ptr(), out.data_ptr(), torch._C._cuda_getCurrentRawStream(self._raw_device))
+
+    def _launch(self, x: torch.Tensor, out: torch.Tensor, stream: int) -> None:
+        key = (x.numel(), x.dtype)
+        step = self._steps.get(key)
+        if step is None:
+            if len(self._steps) >= MAX_SHAPES - 1:
+                self._steps.clear()
+            plan = self.plan(key[0], DTYPE_NAMES[x.dtype])
+            step = self._steps[key] = self._step(plan, *key, config=len(self._steps) + 1)
+        step.fire(x.data_ptr(), out.data_ptr(), stream)
 
     def _register(self, spec: KernelSpec, entry: str, artifact: Artifact, kernel) -> None:
         raise NotImplementedError
@@ -257,5 +292,6 @@ class KernelEngine:
     def _verification_plans(self, numel: int, dtype: torch.dtype) -> list[Plan]:
         raise NotImplementedError
 
-    def _launch(self, x: torch.Tensor, out: torch.Tensor, stream: int) -> None:
+    def _step(self, plan: Plan, numel: int, dtype: torch.dtype, config: int) -> Step:
+        """Prepare a call; ``config``: which flag of ``Control.met`` is that of its shape."""
         raise NotImplementedError

@@ -13,7 +13,7 @@ from .tuning import LEGACY_TABLES, NEVER, V2_TABLES, Band, Bands
 PACKET = 16
 WARP = 32
 MAX_BLOCK = 512
-HEADER_BYTES = 4096  # kernels/cuda: Header, before the slots
+HEADER_BYTES = 4096  # Header of kernels/cuda/staging.cuh, before the slots
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Plan:
     Attributes:
         path: ``v2``, ``legacy`` or ``torch.distributed``.
         algorithm: kernel name without dtype and world size; for torch.distributed the backend.
-        grid: blocks of a launch that move data (V2 adds a guard to the first).
+        grid: blocks of a launch that move data; a guard may come on top.
         block: threads per block.
         chunk: elements of one launch; a larger tensor takes several.
     """
