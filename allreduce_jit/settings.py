@@ -31,6 +31,7 @@ class Settings:
         timeout_s: seconds that a kernel waits for a peer before it gives up; 0 = for ever.
         first_timeout_s: the same in the first call of a shape, when peers may still compile or load a model.
         staging_mb: upper bound of staging memory per rank, in MiB.
+        tuning: use the table that ``allreduce-jit tune`` measured on this machine, where there is one.
         pdl: launch kernels with programmatic dependent launch where the GPU has it.
     """
 
@@ -40,6 +41,7 @@ class Settings:
     timeout_s: float = 30.0
     first_timeout_s: float = 600.0
     staging_mb: int = 32
+    tuning: bool = True
     pdl: bool = True
 
     @classmethod
@@ -111,5 +113,6 @@ VARIABLES = {
     "ALLREDUCE_JIT_TIMEOUT": ("timeout_s", _seconds),
     "ALLREDUCE_JIT_FIRST_TIMEOUT": ("first_timeout_s", _seconds),
     "ALLREDUCE_JIT_STAGING_MB": ("staging_mb", _megabytes),
+    "ALLREDUCE_JIT_TUNING": ("tuning", parse_bool),
     "ALLREDUCE_JIT_PDL": ("pdl", parse_bool),
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass, field
+from itertools import chain
 
 import torch
 
@@ -65,9 +66,10 @@ class V2Engine(KernelEngine):
     path = "v2"
 
     def __init__(self, config: EngineConfig):
-        self.bands = v2_bands(config.world_size, config.max_ctas, config.tuned)
-        layout = v2_layout(config.world_size, config.settings.staging_mb << 20, self.bands, config.max_ctas)
-        super().__init__(config, layout)
+        tuned = config.tuned or {}
+        self.bands = {dtype: v2_bands(config.world_size, config.max_ctas, tuned.get(dtype)) for dtype in ITEMSIZE}
+        bands = chain.from_iterable(self.bands.values())
+        super().__init__(config, v2_layout(config.world_size, config.settings.staging_mb << 20, bands, config.max_ctas))
         # A launch that starts early occupies multiprocessors beside the one before it.
         early = config.max_ctas is None and int(config.arch.removeprefix("sm_")) >= 90
         self._pdl = config.settings.pdl and early
@@ -76,7 +78,7 @@ class V2Engine(KernelEngine):
         self._shapes: dict[tuple[int, torch.dtype], int] = {}
 
     def plan(self, numel: int, dtype: str) -> Plan:
-        return v2_plan(self.config.world_size, dtype, numel, self.bands, self.layout)
+        return v2_plan(self.config.world_size, dtype, numel, self.bands[dtype], self.layout)
 
     def takes(self, numel: int, dtype: str) -> bool:
         return True
@@ -110,7 +112,7 @@ class V2Engine(KernelEngine):
 
     def _step(self, plan: Plan, numel: int, dtype: torch.dtype, config: int) -> Step:
         name, world_size = DTYPE_NAMES[dtype], self.config.world_size
-        region = self.layout.regions[plan.algorithm]
+        region, stream = self.layout.regions[plan.algorithm], V2_ALGORITHMS[plan.algorithm].stream
         step = Step()
         parts = launches(plan, numel, name, world_size)
         for i, (start, count, blocks) in enumerate(parts):
@@ -126,7 +128,7 @@ class V2Engine(KernelEngine):
                 tag=tag(plan.algorithm, name),
                 config=config,
                 launch=i,
-                last=i == len(parts) - 1,
+                last=not stream or i == len(parts) - 1,  # launches that do not overlap are calls of their own to the guard
             )
             args.staging[:world_size] = self.memory.addresses
             for whole, found in ((True, step.whole), (False, step.ragged)):

@@ -16,6 +16,7 @@ TRUE = ["1", "true", "True", "TRUE", "yes", "YES", "on", "On", " 1 "]
 FALSE = ["0", "false", "False", "FALSE", "no", "No", "off", "OFF", " off\n"]
 VALID = {
     V2_SWITCH: [(t, True) for t in TRUE] + [(t, False) for t in FALSE],
+    "ALLREDUCE_JIT_TUNING": [(t, True) for t in TRUE] + [(t, False) for t in FALSE],
     "ALLREDUCE_JIT_PDL": [(t, True) for t in TRUE] + [(t, False) for t in FALSE],
     "ALLREDUCE_JIT_PATH": [("auto", "auto"), ("Legacy", "legacy"), (" TORCH ", "torch")],
     "ALLREDUCE_JIT_CACHE_DIR": [("/tmp/x", Path("/tmp/x")), ("rel", Path("rel"))],
@@ -25,6 +26,7 @@ VALID = {
 NOT_BOOL = ["", "2", "tru", "enable", "none", "-1"]
 INVALID = {
     V2_SWITCH: NOT_BOOL,
+    "ALLREDUCE_JIT_TUNING": NOT_BOOL,
     "ALLREDUCE_JIT_PDL": NOT_BOOL,
     "ALLREDUCE_JIT_PATH": ["", "v2", "nccl", "legacy,torch"],
     "ALLREDUCE_JIT_CACHE_DIR": ["", "  "],

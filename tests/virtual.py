@@ -9,7 +9,7 @@ from allreduce_jit.compiler import build
 from allreduce_jit.driver import Launch, Module
 from allreduce_jit.engine import DTYPE_NAMES
 from allreduce_jit.failure import Kind, abort_code, tag
-from allreduce_jit.kernel import cuda_module, entry, v2_algorithms
+from allreduce_jit.kernel import V2_ALGORITHMS, cuda_module, entry, v2_algorithms
 from allreduce_jit.memory import LocalState
 from allreduce_jit.plan import HEADER_BYTES, PACKET, v2_layout
 from allreduce_jit.tuning import Band
@@ -66,7 +66,8 @@ class VirtualWorld:
             for rank in range(self.world_size):
                 args = self._args(rank, plan.algorithm, dtype)
                 args.input, args.output = (t[rank].data_ptr() + start * itemsize for t in (inputs, outs))
-                args.numel, args.total, args.launch, args.last = count, numel, i, i == len(parts) - 1
+                args.numel, args.total, args.launch = count, numel, i
+                args.last = not V2_ALGORITHMS[plan.algorithm].stream or i == len(parts) - 1
                 args.tag = (tags or {}).get(rank, args.tag)
                 table += bytes(args)
             arguments = torch.frombuffer(bytearray(table), dtype=torch.uint8).cuda()
