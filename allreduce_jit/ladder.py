@@ -31,7 +31,8 @@ log = logging.getLogger("allreduce_jit")
 class Ladder:
     """What was agreed: the engine (None = torch.distributed), why, and how long each stage took in seconds.
 
-    ``tuned``: V2's tables per dtype as measured on this machine, ``tuning`` the file they are from; None = the package's.
+    ``tuned``: V2's tables per dtype as measured on this machine, ``tuning`` the file they are from; None = the
+    package's.
     """
 
     verdict: Verdict

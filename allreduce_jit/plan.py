@@ -76,8 +76,10 @@ def v2_bands(world_size: int, max_ctas: int | None = None, tuned: Bands | None =
 
 
 def v2_layout(world_size: int, staging_bytes: int, bands: Iterable[Band], max_ctas: int | None = None) -> Layout:
-    """A region for every algorithm of ``bands`` (of all tables there are), together at most ``staging_bytes``: as large as
-    its largest message, but no more than a quarter (one-shot) or half (two-shot) of the memory; the last one gets the rest.
+    """A region for every algorithm of ``bands`` (of all tables there are), together at most ``staging_bytes``.
+
+    Each is as large as its largest message, but no more than a quarter (one-shot) or half (two-shot) of the memory; the
+    last one gets the rest.
     """
     bands = tuple(bands)
     used = {band.algorithm for band in bands}

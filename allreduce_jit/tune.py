@@ -19,7 +19,7 @@ from .kernel import ITEMSIZE, V2_ALGORITHMS, WORLD_SIZES, v2_algorithms
 from .ladder import climb
 from .place import Place
 from .plan import MAX_BLOCK, v2_layout, v2_shape
-from .tuning import BLOCKS, NEVER, STREAM_FROM, Band, Bands
+from .tuning import BLOCKS, NEVER, STREAM_FROM, V2_TABLES, Band, Bands
 from .verdict import Path
 
 SIZES = tuple(1 << shift for shift in range(10, 27))  # 1 KB to 64 MB
@@ -104,7 +104,8 @@ def candidates(world_size: int, dtype: str, nbytes: int, staging_bytes: int) -> 
     for name in names:
         if V2_ALGORITHMS[name].stream and nbytes <= STREAM_FROM:
             continue
-        layout = v2_layout(world_size, staging_bytes, (Band(nbytes, name, MAX_BLOCK), Band(NEVER, names[-1], MAX_BLOCK)))
+        bands = (Band(nbytes, name, MAX_BLOCK), Band(NEVER, names[-1], MAX_BLOCK))
+        layout = v2_layout(world_size, staging_bytes, bands)
         numel = nbytes // ITEMSIZE[dtype]
         if name == names[-1] or v2_shape(name, MAX_BLOCK, world_size, dtype, numel, layout).chunk == numel:
             yield name
@@ -141,7 +142,8 @@ def derive(world_size: int, times: Mapping[int, Mapping[Choice, float]]) -> Band
 
 
 class Meter:
-    """µs per call of one algorithm, by explicit plans on a private engine whose staging memory is all its own.
+    """µs per call of one algorithm, by explicit plans on a private engine, whose staging memory is the algorithm's but for the
+    room of those before it in the package's table.
 
     Collective, as is every call; ``close`` it before the next one is built, and all stays within the staging limit.
 
@@ -154,9 +156,11 @@ class Meter:
     """
 
     def __init__(self, place: Place, algorithm: str):
-        small = Band(STREAM_FROM, "one_shot", 64)  # the barrier's; a stream cannot be that short
-        bands = (small, Band(NEVER, algorithm, MAX_BLOCK))
-        ladder = climb(place.control, place.device, highest=Path.V2, lowest=Path.V2, tables=dict.fromkeys(ITEMSIZE, bands))
+        order = v2_algorithms(place.world_size).index
+        before = [band for band in V2_TABLES[place.world_size] if order(band.algorithm) < order(algorithm)]
+        bands = (*before, Band(NEVER, algorithm, MAX_BLOCK))
+        tables = dict.fromkeys(ITEMSIZE, bands)
+        ladder = climb(place.control, place.device, highest=Path.V2, lowest=Path.V2, tables=tables)
         if ladder.engine is None:
             reasons = "; ".join(reason.text for reason in ladder.verdict.reasons)
             raise InputError(f"only V2 has tables, and {place.world_size} ranks cannot have it here: {reasons}")

@@ -128,7 +128,7 @@ class V2Engine(KernelEngine):
                 tag=tag(plan.algorithm, name),
                 config=config,
                 launch=i,
-                last=not stream or i == len(parts) - 1,  # launches that do not overlap are calls of their own to the guard
+                last=not stream or i == len(parts) - 1,  # launches with a guard of their own are calls to it
             )
             args.staging[:world_size] = self.memory.addresses
             for whole, found in ((True, step.whole), (False, step.ragged)):
