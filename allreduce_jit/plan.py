@@ -105,11 +105,11 @@ def v2_layout(world_size: int, staging_bytes: int, bands: Iterable[Band], max_ct
 def v2_plan(world_size: int, dtype: str, numel: int, bands: Bands, layout: Layout) -> Plan:
     """The V2 plan of ``numel`` > 0 elements of ``dtype`` (``float32``, ``float16``, ``bfloat16``).
 
-    What needs several launches goes to the next band that is better at it: one that streams, or has the room.
+    What needs several launches goes to the next algorithm, if there is one: it streams, or has more room.
     """
-    nbytes = numel * ITEMSIZE[dtype]
+    nbytes, plan = numel * ITEMSIZE[dtype], None
     for band in bands:
-        if nbytes <= band.up_to:
+        if nbytes <= band.up_to and (plan is None or band.algorithm != plan.algorithm):
             plan = v2_shape(band.algorithm, band.block, world_size, dtype, numel, layout)
             if plan.chunk == numel or V2_ALGORITHMS[band.algorithm].stream:
                 break

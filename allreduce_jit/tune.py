@@ -142,8 +142,9 @@ def derive(world_size: int, times: Mapping[int, Mapping[Choice, float]]) -> Band
 
 
 class Meter:
-    """µs per call of one algorithm, by explicit plans on a private engine, whose staging memory is the algorithm's but for the
-    room of those before it in the package's table.
+    """µs per call of one algorithm, by explicit plans on a private engine.
+
+    All of its staging memory is the algorithm's, but for the room of those before it in the package's table.
 
     Collective, as is every call; ``close`` it before the next one is built, and all stays within the staging limit.
 
@@ -168,7 +169,7 @@ class Meter:
         self.staging_bytes = ladder.settings.staging_mb << 20
         self.fingerprint = tuned.fingerprint(ladder.capabilities[0], place.world_size)
         self.cache_dir = ladder.settings.cache_dir
-        self._one = torch.ones(2, 1, device=place.device)
+        self._one = torch.ones(2, 1, device=place.device).unbind()  # the barrier's input and output
         self._data: tuple[tuple[str, int] | None, list[torch.Tensor]] = (None, [])
 
     def __call__(self, dtype: str, nbytes: int, block: int) -> float:
@@ -186,10 +187,8 @@ class Meter:
         """Inputs taken in turn and the output; the same for all block sizes."""
         if self._data[0] != (dtype, numel):
             self._data = (None, [])
-            place = self.place
-            inputs = [
-                reference.values(i, place.rank, numel, getattr(torch, dtype), place.device) for i in range(timing.ROTATE)
-            ]
+            where = self.place.rank, numel, getattr(torch, dtype), self.place.device
+            inputs = [reference.values(seed, *where) for seed in range(timing.ROTATE)]
             self._data = ((dtype, numel), [*inputs, torch.empty_like(inputs[0])])
         return self._data[1]
 

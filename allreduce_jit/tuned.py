@@ -19,7 +19,6 @@ from .tuning import Bands, bands_from_json, bands_to_json
 log = logging.getLogger("allreduce_jit")
 
 FORMAT = 1
-_LARGEST = 1 << 20  # bytes; no table is anywhere near
 
 
 def fingerprint(caps: Capabilities, world_size: int) -> dict[str, Any] | None:
@@ -67,7 +66,7 @@ def load(cache_dir: Path, facts: Mapping[str, Any] | None) -> dict[str, Any] | N
     file = path(cache_dir, facts)
     try:
         with open(file, encoding="utf-8") as stream:
-            document = json.loads(stream.read(_LARGEST))
+            document = json.load(stream)
         if not isinstance(document, dict) or document.get("format") != FORMAT:
             raise ValueError(f"expected an object with format {FORMAT}")
         if document.get("fingerprint") != facts:

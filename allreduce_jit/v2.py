@@ -75,7 +75,6 @@ class V2Engine(KernelEngine):
         self._pdl = config.settings.pdl and early
         self._kernels: dict[str, object] = {}
         self._steps: dict[tuple[int, torch.dtype], Step] = {}
-        self._shapes: dict[tuple[int, torch.dtype], int] = {}
 
     def plan(self, numel: int, dtype: str) -> Plan:
         return v2_plan(self.config.world_size, dtype, numel, self.bands[dtype], self.layout)
@@ -105,9 +104,8 @@ class V2Engine(KernelEngine):
         if step is None:
             if len(self._steps) >= MAX_PLANS - 1:
                 self._steps.clear()
-                self._shapes.clear()
-            config = self._shapes[key] = len(self._shapes) + 1
-            step = self._steps[key] = self._step(self.plan(key[0], DTYPE_NAMES[x.dtype]), *key, config)
+            plan = self.plan(key[0], DTYPE_NAMES[x.dtype])
+            step = self._steps[key] = self._step(plan, *key, config=len(self._steps) + 1)
         _fire(step, x.data_ptr(), out.data_ptr(), stream)
 
     def _step(self, plan: Plan, numel: int, dtype: torch.dtype, config: int) -> Step:

@@ -181,7 +181,7 @@ def v2_aligned(f, case):
 
 
 def v2_inside_the_slots(f, case):
-    """The slots and epoch words of every warp that has a packet; warps past them touch nothing (and idle on all ranks)."""
+    """The slots and epoch words of every warp that has a packet; warps past them touch nothing, on all ranks."""
     region, plan, found = launches(f, case)
     packets = PACKETS.get(plan.algorithm, 1)
     for _, elements, _ in (found[0], found[-1]):
@@ -255,12 +255,13 @@ def v2_splits_no_more_than_it_must(f, case):
 
 
 def v2_takes_its_band(f, case):
-    """Where one launch holds a message, the band that it falls into decides, block and all."""
+    """Where one launch holds a message, or there is no other algorithm, its band decides, block and all."""
     bands, layout = v2_memory(f, case)
     band = next(band for band in bands if case.nbytes <= band.up_to)
     _, plan = v2(f, case)
     room = layout.regions[band.algorithm].capacity
-    if band.algorithm in STREAMS or packets_of(band.algorithm, case.numel, case) <= room:
+    fits = packets_of(band.algorithm, case.numel, case) <= room
+    if fits or band.algorithm in STREAMS or band.algorithm == bands[-1].algorithm:
         assert (plan.algorithm, plan.block) == (band.algorithm, band.block)
 
 
@@ -444,6 +445,7 @@ MUTANTS = [
     (v2_takes_its_band, "always the last band", replaced("v2_plan", lambda n, dtype, numel, bands, layout:
         planning.v2_plan(n, dtype, numel, bands[-1:], layout) if numel > 1 << 16 else
         planning.v2_plan(n, dtype, numel, bands, layout))),
+    (v2_takes_its_band, "straight to the last band", replaced("v2_plan", straight_to_the_last_band)),
     (v2_takes_its_band, "blocks of the last band", replaced("v2_plan", lambda n, dtype, numel, bands, layout: replace(
         planning.v2_plan(n, dtype, numel, bands, layout), block=bands[-1].block))),
     (v2_repeats, "a counter in the grid", drifting("v2_plan")),
