@@ -255,7 +255,10 @@ class Communicator:
         return self._engine.plan(numel, name)
 
     def describe(self) -> dict:
-        """Path and reasons, what runs per dtype and size, memory and set-up times, ready for JSON."""
+        """Path and reasons, what runs per dtype and size, memory and set-up times, ready for JSON.
+
+        ``tuning`` is V2's table: ``package``, or the file that ``allreduce-jit tune`` wrote.
+        """
         self._check_open()
         verdict, engine = self._ladder.verdict, self._engine
         return {
@@ -266,6 +269,7 @@ class Communicator:
             "world_size": self.world_size,
             "device": str(self.device),
             "deterministic": self.deterministic or self.path is Path.V2 or self.world_size == 1,
+            "tuning": (self._ladder.tuning or "package") if self.path is Path.V2 else None,
             "bands": [band for dtype in DTYPE_NAMES for band in self._bands(dtype)],
             "staging_bytes": engine.memory.nbytes if engine else 0,
             "device_bytes": engine.memory.nbytes + engine.state.nbytes if engine else 0,

@@ -9,7 +9,7 @@ import base64
 import contextlib
 import ctypes
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -40,7 +40,7 @@ class EngineConfig:
 
     Attributes:
         max_ctas: blocks that a launch may have; None = as many as are fastest.
-        tuned: V2's table as measured on this machine; None = the package's.
+        tuned: V2's table of each dtype as measured on this machine; None = the package's.
     """
 
     rank: int
@@ -51,7 +51,7 @@ class EngineConfig:
     deterministic: bool
     settings: Settings
     max_ctas: int | None = None
-    tuned: Bands | None = None
+    tuned: Mapping[str, Bands] | None = None
 
 
 @dataclass

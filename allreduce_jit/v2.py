@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -66,16 +67,17 @@ class V2Engine(KernelEngine):
     path = "v2"
 
     def __init__(self, config: EngineConfig):
-        self.bands = v2_bands(config.world_size, config.max_ctas, config.tuned)
-        layout = v2_layout(config.world_size, config.settings.staging_mb << 20, self.bands, config.max_ctas)
-        super().__init__(config, layout)
+        tuned = config.tuned or {}
+        self.bands = {dtype: v2_bands(config.world_size, config.max_ctas, tuned.get(dtype)) for dtype in ITEMSIZE}
+        bands = chain.from_iterable(self.bands.values())
+        super().__init__(config, v2_layout(config.world_size, config.settings.staging_mb << 20, bands, config.max_ctas))
         # A launch that starts early occupies multiprocessors beside the one before it.
         early = config.max_ctas is None and int(config.arch.removeprefix("sm_")) >= 90
         self._pdl = config.settings.pdl and early
         self._kernels: dict[str, object] = {}
 
     def plan(self, numel: int, dtype: str) -> Plan:
-        return v2_plan(self.config.world_size, dtype, numel, self.bands, self.layout)
+        return v2_plan(self.config.world_size, dtype, numel, self.bands[dtype], self.layout)
 
     def takes(self, numel: int, dtype: str) -> bool:
         return True
