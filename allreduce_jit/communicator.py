@@ -31,6 +31,7 @@ log = logging.getLogger("allreduce_jit")
 DTYPE_NAMES = {getattr(torch, name): name for name in DTYPES}
 LARGEST_BAND = 1 << 30
 MAX_ROUTES = 4096
+_STRIDED = torch.strided
 
 
 def init(
@@ -82,6 +83,7 @@ class Communicator:
                  highest: Path = Path.V2, lowest: Path = Path.LEGACY, create_groups: bool = True,
                  max_ctas: int | None = None):
         self.device = device
+        self._index = -1 if device.type == "cpu" else device.index  # as Tensor.get_device has it
         self.deterministic = deterministic
         self.rank = dist.get_rank(group)
         self.world_size = dist.get_world_size(group)
@@ -130,8 +132,8 @@ class Communicator:
         if (
             self._closed
             or not isinstance(x, torch.Tensor)
-            or x.device != self.device
-            or x.layout is not torch.strided
+            or x.get_device() != self._index
+            or x.layout is not _STRIDED
             or (x.requires_grad and torch.is_grad_enabled())
         ):
             self._check_open()

@@ -31,6 +31,9 @@ DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 VERIFY_BYTES = 64 << 10
 VERIFY_SECONDS = 10.0
 MAX_SHAPES = 4096  # Control.met of staging.cuh
+# Neither a device nor a stream object: those take longer to make than the rest of a call's preparation.
+_current_device = getattr(torch._C, "_cuda_getDevice", None)
+_current_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 _NO_TIMING = 2  # CU_EVENT_DISABLE_TIMING
 
 
@@ -90,6 +93,7 @@ class KernelEngine:
         self.dead: list[int] = []  # ranks whose process has ended, the first one first
         self.watched: tuple[int, ...] = ()  # ranks whose end would be noticed
         self._failure: CommunicatorFailed | None = None
+        self._stopped = False  # nothing is launched any more
         self._raised = False
         self._stream: int | None = None
         self._steps: dict[tuple[int, torch.dtype], Step] = {}
@@ -170,16 +174,18 @@ class KernelEngine:
         Raises:
             CommunicatorFailed: an earlier call did not complete; nothing was launched.
         """
-        if self.state.words[0] or self._failure or self.dead:
+        if self._stopped or self.state.words[0]:
             self._refuse()
-        if torch._C._cuda_getDevice() != self._raw_device:
+        if _current_device() != self._raw_device:
             with torch.cuda.device(self._raw_device):
                 return self.all_reduce(x, out)
-        stream = torch._C._cuda_getCurrentRawStream(self._raw_device)
+        stream = _current_stream(self._raw_device)
+        key = (x.numel(), x.dtype)
+        step = self._steps.get(key) or self._prepare(*key)
         with self._lock:
             if stream != self._stream:
                 self._order(stream)
-            self._launch(x, out, stream)
+            step.fire(x.data_ptr(), out.data_ptr(), stream)
 
     def check(self) -> None:
         """Raise what kept a call from completing: a subclass of ``CommunicatorFailed`` that names the culprit."""
@@ -208,6 +214,7 @@ class KernelEngine:
         Calls that completed before stay valid: ``check`` raises only once a kernel was stopped.
         """
         self.dead.append(rank)
+        self._stopped = True
         if len(self.dead) == 1:  # others may end because of it
             self.abort(Kind.LOST, rank)
 
@@ -221,6 +228,7 @@ class KernelEngine:
     def _fail(self, code: int) -> None:
         own = self.memory.addresses[self.config.rank]
         signed = heard(self.side.read(own + SIGNATURES_AT, SIGNATURES), self.config.world_size)
+        self._stopped = True
         self._failure = explain(self.state.words[:10], code, self.config.rank, signed, self._alive)
 
     def _alive(self, rank: int) -> bool | None:
@@ -271,17 +279,16 @@ class KernelEngine:
         """Launch ``plan`` on the current stream, whatever the tables would have picked."""
         with torch.cuda.device(self._raw_device):
             step = self._step(plan, x.numel(), x.dtype, config=0)
-            step.fire(x.data_ptr(), out.data_ptr(), torch._C._cuda_getCurrentRawStream(self._raw_device))
+            step.fire(x.data_ptr(), out.data_ptr(), _current_stream(self._raw_device))
 
-    def _launch(self, x: torch.Tensor, out: torch.Tensor, stream: int) -> None:
-        key = (x.numel(), x.dtype)
-        step = self._steps.get(key)
-        if step is None:
+    def _prepare(self, numel: int, dtype: torch.dtype) -> Step:
+        """Remembered, as planning costs more than launching."""
+        with self._lock:
             if len(self._steps) >= MAX_SHAPES - 1:
                 self._steps.clear()
-            plan = self.plan(key[0], DTYPE_NAMES[x.dtype])
-            step = self._steps[key] = self._step(plan, *key, config=len(self._steps) + 1)
-        step.fire(x.data_ptr(), out.data_ptr(), stream)
+            plan = self.plan(numel, DTYPE_NAMES[dtype])
+            step = self._steps[numel, dtype] = self._step(plan, numel, dtype, config=len(self._steps) + 1)
+        return step
 
     def _register(self, spec: KernelSpec, entry: str, artifact: Artifact, kernel) -> None:
         raise NotImplementedError
