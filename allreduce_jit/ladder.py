@@ -73,8 +73,8 @@ def survey(group: dist.ProcessGroup, device: torch.device, use_v2: bool | None =
     seen = probe(device)
     facts = {"capabilities": seen.to_json(), "staging_mb": settings.staging_mb, "tuning": settings.tuning}
     facts["process"] = asdict(Process.own())
-    if dist.get_rank(group) == 0 and settings.tuning:
-        facts["tuned"] = tuned.load(settings.cache_dir, tuned.fingerprint(seen, dist.get_world_size(group)))
+    is_asked = dist.get_rank(group) == 0 and settings.tuning
+    facts["tuned"] = tuned.load(settings.cache_dir, tuned.fingerprint(seen, dist.get_world_size(group))) if is_asked else None
     payload = {"problem": problem, "request": request, "choice": choice, **facts}
     answers = _exchange(group, payload, settings.setup_timeout_s)
     _raise_first_problem(answers)
