@@ -72,9 +72,9 @@ def survey(group: dist.ProcessGroup, device: torch.device, use_v2: bool | None =
     choice = {"use_v2": settings.use_v2 if use_v2 is None else use_v2, "path": settings.path}
     seen = probe(device)
     facts = {"capabilities": seen.to_json(), "staging_mb": settings.staging_mb, "tuning": settings.tuning}
-    facts["process"] = asdict(Process.own())
-    is_asked = dist.get_rank(group) == 0 and settings.tuning
-    facts["tuned"] = tuned.load(settings.cache_dir, tuned.fingerprint(seen, dist.get_world_size(group))) if is_asked else None
+    facts |= {"process": asdict(Process.own()), "tuned": None}  # all ranks send the same fields
+    if dist.get_rank(group) == 0 and settings.tuning:
+        facts["tuned"] = tuned.load(settings.cache_dir, tuned.fingerprint(seen, dist.get_world_size(group)))
     payload = {"problem": problem, "request": request, "choice": choice, **facts}
     answers = _exchange(group, payload, settings.setup_timeout_s)
     _raise_first_problem(answers)
@@ -95,7 +95,7 @@ def survey(group: dist.ProcessGroup, device: torch.device, use_v2: bool | None =
 
 def _tuned(answers: list[dict]) -> tuple[dict[str, Bands] | None, str | None]:
     """Rank 0's tables and their file, unless some rank wants none; the same on all ranks."""
-    found = answers[0].get("tuned")
+    found = answers[0]["tuned"]
     if found and all(answer["tuning"] for answer in answers):
         try:
             return tuned.tables_from_json(len(answers), found["tables"]), found["path"]

@@ -143,7 +143,7 @@ def v2(f, case):
 
 
 def launches(f, case):
-    """Region, plan, and (first element, elements, blocks with the guard) of each launch of the call."""
+    """Region, plan, and the launches of the call (first element, elements, blocks with the guard, last or not)."""
     layout, plan = v2(f, case)
     return layout.regions[plan.algorithm], plan, f.launches(plan, case.numel, case.dtype, case.world_size)
 
@@ -184,7 +184,7 @@ def v2_inside_the_slots(f, case):
     """The slots and epoch words of every warp that has a packet; warps past them touch nothing, on all ranks."""
     region, plan, found = launches(f, case)
     packets = PACKETS.get(plan.algorithm, 1)
-    for _, elements, _ in (found[0], found[-1]):
+    for _, elements, *_ in (found[0], found[-1]):
         channel = (packets_of(plan.algorithm, elements, case) - 1) // (WARP * packets)  # the last one
         assert channel < region.channels
         assert channel * WARP * packets + WARP - 1 + WARP * (packets - 1) < region.capacity
@@ -194,7 +194,7 @@ def v2_covers(f, case):
     """Every element once, and every packet has a thread."""
     _, plan, found = launches(f, case)
     done = 0
-    for i, (start, elements, blocks) in enumerate(found):
+    for i, (start, elements, blocks, _) in enumerate(found):
         assert start == done and elements > 0
         done += elements
         moving = blocks - (0 if plan.algorithm in STREAMS and i else 1)  # the guard's block moves nothing
@@ -206,7 +206,7 @@ def v2_covers(f, case):
 
 def v2_whole_packets(f, case):
     """The next launch starts at an address as aligned as the first."""
-    for start, _, _ in launches(f, case)[2]:
+    for start, *_ in launches(f, case)[2]:
         assert start * ITEMSIZE[case.dtype] % PACKET == 0
 
 
@@ -217,6 +217,18 @@ def v2_stream_ends_well(f, case):
         assert len(found) % 3 != 1
 
 
+def v2_guards_pair_up(f, case):
+    """What enters with a guard leaves before the next one; else two launches look like two calls (guard.cuh)."""
+    _, plan, found = launches(f, case)
+    inside = 0
+    for start, elements, blocks, last in found:
+        threads = plan.block * PACKETS.get(plan.algorithm, 1)
+        entered = blocks - -(-packets_of(plan.algorithm, elements, case) // threads)
+        assert entered in (0, 1) and inside + entered == 1
+        inside += entered - last
+    assert inside == 0
+
+
 def v2_blocks(f, case):
     _, plan = v2(f, case)
     assert plan.block % WARP == 0 and WARP <= plan.block <= 512
@@ -225,7 +237,7 @@ def v2_blocks(f, case):
 def v2_few_blocks(f, case):
     """Guard included, no launch has more than the communicator may occupy."""
     if case.max_ctas is not None:
-        assert max(blocks for *_, blocks in launches(f, case)[2]) <= case.max_ctas
+        assert max(piece.blocks for piece in launches(f, case)[2]) <= case.max_ctas
 
 
 def v2_known_kernel(f, case):
@@ -331,8 +343,9 @@ def check_apart(layout, case):
 
 
 PROPERTIES = [
-    v2_regions_apart, v2_aligned, v2_inside_the_slots, v2_covers, v2_whole_packets, v2_stream_ends_well, v2_blocks,
-    v2_few_blocks, v2_known_kernel, v2_never_goes_back, v2_splits_no_more_than_it_must, v2_takes_its_band, v2_repeats,
+    v2_regions_apart, v2_aligned, v2_inside_the_slots, v2_covers, v2_whole_packets, v2_stream_ends_well,
+    v2_guards_pair_up, v2_blocks, v2_few_blocks, v2_known_kernel, v2_never_goes_back, v2_splits_no_more_than_it_must,
+    v2_takes_its_band, v2_repeats,
     legacy_regions_apart, legacy_aligned, legacy_launches_fit, legacy_hands_over, legacy_repeats,
 ]  # fmt: skip
 
@@ -383,7 +396,7 @@ def deaf_to_the_stream(n, dtype, numel, bands, layout):
 
 def on_launches(change):
     def changed(plan, *rest):
-        return [change(plan, *launch) for launch in REAL.launches(plan, *rest)]
+        return [change(plan, piece) for piece in REAL.launches(plan, *rest)]
 
     return replaced("launches", changed)
 
@@ -424,13 +437,16 @@ MUTANTS = [
         planning.v2_plan(n, dtype, numel, *rest), chunk=numel))),
     (v2_inside_the_slots, "half the epoch words", mutant("v2_layout", on_regions(channels=lambda c: c // 2))),
     (v2_inside_the_slots, "room for half a channel", mutant("v2_layout", on_regions(capacity=lambda c: c - 16))),
-    (v2_covers, "one block less", on_launches(lambda plan, start, n, blocks: (start, n, blocks - 1))),
-    (v2_covers, "one block more", on_launches(lambda plan, start, n, blocks: (start, n, blocks + 1))),
-    (v2_covers, "a guard in every launch of a stream", on_launches(lambda plan, start, n, blocks: (
-        start, n, blocks + (start > 0 and plan.algorithm in STREAMS)))),
-    (v2_covers, "an element forgotten", on_launches(lambda plan, start, n, blocks: (start, max(1, n - 1), blocks))),
+    (v2_covers, "one block less", on_launches(lambda plan, piece: piece._replace(blocks=piece.blocks - 1))),
+    (v2_covers, "one block more", on_launches(lambda plan, piece: piece._replace(blocks=piece.blocks + 1))),
+    (v2_covers, "a guard in every launch of a stream", on_launches(lambda plan, piece: piece._replace(
+        blocks=piece.blocks + (piece.start > 0 and plan.algorithm in STREAMS)))),
+    (v2_covers, "an element forgotten", on_launches(lambda plan, piece: piece._replace(numel=max(1, piece.numel - 1)))),
     (v2_whole_packets, "launches of odd length", mutant("v2_plan", on_plan(chunk=lambda c: max(1, c - 1)))),
     (v2_stream_ends_well, "as few launches as possible", replaced("v2_plan", deaf_to_the_stream)),
+    (v2_guards_pair_up, "only the call's last launch leaves", replaced("launches", lambda plan, numel, *rest: [
+        piece._replace(last=piece.start + piece.numel == numel) for piece in REAL.launches(plan, numel, *rest)])),
+    (v2_guards_pair_up, "every launch leaves", on_launches(lambda plan, piece: piece._replace(last=True))),
     (v2_blocks, "not whole warps", mutant("v2_plan", on_plan(block=lambda b: b + 8))),
     (v2_blocks, "1024 threads", mutant("v2_plan", on_plan(block=lambda b: 2 * b))),
     (v2_few_blocks, "the guard forgotten", replaced("v2_layout", lambda n, staging, bands, max_ctas: planning.v2_layout(

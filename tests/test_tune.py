@@ -66,6 +66,11 @@ class Clock:
         Clock.opened -= 1
 
 
+def alone(world_size):
+    """Rank 0 of many, the others answering as it does."""
+    return SimpleNamespace(rank=0, world_size=world_size, gather=lambda value: [value] * world_size)
+
+
 class NoV2:
     def __init__(self, place, algorithm):
         raise InputError("no NVLink")
@@ -340,7 +345,7 @@ def test_four_ranks(tmp_path, monkeypatch):
 def test_a_disk_that_is_full_is_a_problem_not_a_crash(tmp_path, monkeypatch):
     (tmp_path / "tuning").write_text("in the way")
     monkeypatch.setenv(CACHE, str(tmp_path))
-    document = ranks.run(tune.work, Clock, cpu=2, deadline=100).value
+    document = tune.work(alone(2), Clock)
     assert not document["ok"] and "could not be kept" in document["problem"] and document["tables"]
     assert document["problem"] in tune.render(document)
 
@@ -366,14 +371,14 @@ def test_an_engine_has_a_table_per_dtype_and_room_for_all():
 def test_one_run_for_every_number_of_gpus(monkeypatch, capsys, tmp_path):
     monkeypatch.setenv(CACHE, str(tmp_path))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
-    started, real = [], ranks.run
+    started = []
 
-    def on_the_cpu(work, meter, gpus, deadline):
+    def here(work, meter, gpus, deadline):
         assert meter is tune.Meter and deadline == 600
         started.append(gpus)
-        return real(work, NoV2 if gpus == 3 else Clock, cpu=gpus, deadline=100)
+        return ranks.Outcome(0, work(alone(gpus), NoV2 if gpus == 3 else Clock))
 
-    monkeypatch.setattr(ranks, "run", on_the_cpu)
+    monkeypatch.setattr(ranks, "run", here)
     assert cli.main(["tune"]) == 1  # three have no table
     out = capsys.readouterr().out
     assert started == [2, 3] and "3 ranks: no NVLink" in out and "communicators built from now on use it" in out
