@@ -20,6 +20,7 @@ VALID = {
     "ALLREDUCE_JIT_PATH": [("auto", "auto"), ("Legacy", "legacy"), (" TORCH ", "torch")],
     "ALLREDUCE_JIT_CACHE_DIR": [("/tmp/x", Path("/tmp/x")), ("rel", Path("rel"))],
     "ALLREDUCE_JIT_TIMEOUT": [("0", 0.0), ("0.5", 0.5), ("30", 30.0), ("1e3", 1000.0), ("86400", 86400.0)],
+    "ALLREDUCE_JIT_FIRST_TIMEOUT": [("0", 0.0), ("600", 600.0)],
     "ALLREDUCE_JIT_STAGING_MB": [("4", 4), (" 64 ", 64), ("1024", 1024)],
 }
 NOT_BOOL = ["", "2", "tru", "enable", "none", "-1"]
@@ -29,6 +30,7 @@ INVALID = {
     "ALLREDUCE_JIT_PATH": ["", "v2", "nccl", "legacy,torch"],
     "ALLREDUCE_JIT_CACHE_DIR": ["", "  "],
     "ALLREDUCE_JIT_TIMEOUT": ["", "-1", "86401", "nan", "inf", "-inf", "30s"],
+    "ALLREDUCE_JIT_FIRST_TIMEOUT": ["", "-1", "86401", "nan", "10m"],
     "ALLREDUCE_JIT_STAGING_MB": ["", "3", "1025", "32.0", "-8", "0x20", "32MB"],
 }
 
