@@ -173,7 +173,7 @@ def scenario(name: str) -> Scenario:
         "gone after the first": Scenario(2, same, leaves=1, deadline=100, grace=0),
         "differing": Scenario(2, [Call("one_shot", "float16", 40)], differs=[1, {"dtype": "bfloat16"}]),
         "busy": Scenario(2, same, busy=1),
-        "stopped midway": Scenario(2, [Call("one_shot", "float32", 150)], stopped=0),
+        "stopped midway": Scenario(2, [Call("one_shot", "float32", 150)], stopped=0, deadline=1000),
     }[name]
 
 
