@@ -55,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="allreduce-jit",
         description="Check, explain and measure the all-reduce of this machine's GPUs.",
-        epilog="'allreduce-jit COMMAND --help' tells more. Started by torchrun, selftest, soak and bench use its ranks.",
+        epilog="'allreduce-jit COMMAND --help' tells more. Started by torchrun, selftest, soak, bench and tune use its ranks.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -69,8 +69,10 @@ def _parser() -> argparse.ArgumentParser:
     _soak_arguments(command("soak", _soak, "run verified traffic for long, under load and stalls if wanted"))
     command("doctor", _doctor, "say what this machine is, which path would run and why")
     _bench_arguments(command("bench", _bench, "time all-reduces of growing size, other libraries' beside them"))
+    tune = command("tune", _tune, "measure which algorithm is fastest where on this machine, and keep the table")
+    _gpu_arguments(tune, tune, "ranks, one per GPU (default: one run for every number from 2 to that of the GPUs)")
     _warmup_arguments(command("warmup", _warmup, "compile the kernels into the cache ahead of time"))
-    cache = command("cache", _cache, "show or empty the cache of compiled kernels")
+    cache = command("cache", _cache, "show or empty the cache of compiled kernels and measured tables")
     cache.add_argument("action", choices=["path", "list", "clear"])
     return parser
 
@@ -125,8 +127,12 @@ def _warmup_arguments(parser: argparse.ArgumentParser) -> None:
 def _rank_arguments(parser: argparse.ArgumentParser) -> None:
     where = parser.add_mutually_exclusive_group()
     text = "ranks to start, one per GPU (default: every GPU if there are two or more, 8 at most; else 4 CPU ranks)"
-    where.add_argument("--gpus", type=_from(1), metavar="N", help=text)
+    _gpu_arguments(parser, where, text)
     where.add_argument("--cpu", type=_from(1), metavar="N", help="ranks to start on the CPU instead")
+
+
+def _gpu_arguments(parser: argparse.ArgumentParser, where: Any, text: str) -> None:
+    where.add_argument("--gpus", type=_from(1), metavar="N", help=text)
     parser.add_argument(
         "--deadline", type=float, default=600.0, metavar="S", help="seconds until everything is killed (default 600)"
     )
@@ -154,6 +160,12 @@ def _bench(args: argparse.Namespace, init: _Init | None) -> int:
     from . import bench
 
     return bench.run(args, init)
+
+
+def _tune(args: argparse.Namespace, init: _Init | None) -> int:
+    from . import tune
+
+    return tune.run(args)
 
 
 def _warmup(args: argparse.Namespace, init: _Init | None) -> int:

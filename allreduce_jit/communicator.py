@@ -31,6 +31,7 @@ log = logging.getLogger("allreduce_jit")
 DTYPE_NAMES = {getattr(torch, name): name for name in DTYPES}
 LARGEST_BAND = 1 << 30
 MAX_ROUTES = 4096
+_STRIDED = torch.strided
 
 
 def init(
@@ -82,6 +83,7 @@ class Communicator:
                  highest: Path = Path.V2, lowest: Path = Path.LEGACY, create_groups: bool = True,
                  max_ctas: int | None = None):
         self.device = device
+        self._index = -1 if device.type == "cpu" else device.index  # as Tensor.get_device has it
         self.deterministic = deterministic
         self.rank = dist.get_rank(group)
         self.world_size = dist.get_world_size(group)
@@ -130,8 +132,8 @@ class Communicator:
         if (
             self._closed
             or not isinstance(x, torch.Tensor)
-            or x.device != self.device
-            or x.layout is not torch.strided
+            or x.get_device() != self._index
+            or x.layout is not _STRIDED
             or (x.requires_grad and torch.is_grad_enabled())
         ):
             self._check_open()
@@ -255,7 +257,10 @@ class Communicator:
         return self._engine.plan(numel, name)
 
     def describe(self) -> dict:
-        """Path and reasons, what runs per dtype and size, memory and set-up times, ready for JSON."""
+        """Path and reasons, what runs per dtype and size, memory and set-up times, ready for JSON.
+
+        ``tuning`` is V2's table: ``package``, or the file that ``allreduce-jit tune`` wrote.
+        """
         self._check_open()
         verdict, engine = self._ladder.verdict, self._engine
         return {
@@ -266,6 +271,7 @@ class Communicator:
             "world_size": self.world_size,
             "device": str(self.device),
             "deterministic": self.deterministic or self.path is Path.V2 or self.world_size == 1,
+            "tuning": (self._ladder.tuning or "package") if self.path is Path.V2 else None,
             "bands": [band for dtype in DTYPE_NAMES for band in self._bands(dtype)],
             "staging_bytes": engine.memory.nbytes if engine else 0,
             "device_bytes": engine.memory.nbytes + engine.state.nbytes if engine else 0,

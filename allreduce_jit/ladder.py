@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 
 import torch
 import torch.distributed as dist
 
-from . import __version__
+from . import __version__, tuned
 from .agree import all_gather_json
 from .dispatch import decide
 from .errors import CommunicatorFailed, InputError, SettingsError
 from .kernel import WORLD_SIZES
 from .probe import Capabilities, probe
 from .settings import Settings
+from .tuning import Bands
 from .verdict import Path, Reason, Verdict
 from .watcher import Process
 
@@ -32,12 +33,16 @@ class Ladder:
     """What was agreed: the engine (None = torch.distributed), why, and how long each stage took in seconds.
 
     ``processes``: each rank's own account of which process it is, for ``watcher.watch``.
+    ``tuned``: V2's tables per dtype as measured on this machine, ``tuning`` the file they are from; None = the
+    package's.
     """
 
     verdict: Verdict
     capabilities: list[Capabilities]
     settings: Settings
     processes: list[Process]
+    tuned: Mapping[str, Bands] | None = None
+    tuning: str | None = None
     engine: object | None = None
     timings: dict[str, float] = field(default_factory=dict)
 
@@ -65,8 +70,11 @@ def survey(group: dist.ProcessGroup, device: torch.device, use_v2: bool | None =
     started = time.perf_counter()
     settings, problem = _settings()
     choice = {"use_v2": settings.use_v2 if use_v2 is None else use_v2, "path": settings.path}
-    facts = {"capabilities": probe(device).to_json(), "staging_mb": settings.staging_mb}
-    facts["process"] = asdict(Process.own())
+    seen = probe(device)
+    facts = {"capabilities": seen.to_json(), "staging_mb": settings.staging_mb, "tuning": settings.tuning}
+    facts |= {"process": asdict(Process.own()), "tuned": None}  # all ranks send the same fields
+    if dist.get_rank(group) == 0 and settings.tuning:
+        facts["tuned"] = tuned.load(settings.cache_dir, tuned.fingerprint(seen, dist.get_world_size(group)))
     payload = {"problem": problem, "request": request, "choice": choice, **facts}
     answers = _exchange(group, payload, settings.setup_timeout_s)
     _raise_first_problem(answers)
@@ -80,7 +88,20 @@ def survey(group: dist.ProcessGroup, device: torch.device, use_v2: bool | None =
     settings = replace(settings, staging_mb=min(staging_mb))
     caps = list(caps)
     verdict = decide(caps, list(choices), WORLD_SIZES)
-    return Ladder(verdict, caps, settings, list(processes), timings={"probe_s": time.perf_counter() - started})
+    ladder = Ladder(verdict, caps, settings, list(processes), *_tuned(answers))
+    ladder.timings["probe_s"] = time.perf_counter() - started
+    return ladder
+
+
+def _tuned(answers: list[dict]) -> tuple[dict[str, Bands] | None, str | None]:
+    """Rank 0's tables and their file, unless some rank wants none; the same on all ranks."""
+    found = answers[0]["tuned"]
+    if found and all(answer["tuning"] for answer in answers):
+        try:
+            return tuned.tables_from_json(len(answers), found["tables"]), found["path"]
+        except (KeyError, TypeError, ValueError) as e:
+            log.warning("rank 0's tuned table is ignored: %s", e)
+    return None, None
 
 
 def v2_is_on(group: dist.ProcessGroup) -> bool:
@@ -127,17 +148,21 @@ def _raise_first_problem(answers: list[dict]) -> None:
 
 
 def climb(group: dist.ProcessGroup, device: torch.device, deterministic: bool = False,
-          highest: Path = Path.V2, lowest: Path = Path.LEGACY, max_ctas: int | None = None) -> Ladder:
+          highest: Path = Path.V2, lowest: Path = Path.LEGACY, max_ctas: int | None = None,
+          tables: Mapping[str, Bands] | None = None) -> Ladder:
     """Survey, then build the highest rung that every rank can build and verify.
 
     Args:
         highest: no rung above it is tried.
         lowest: below it there is torch.distributed alone.
-        max_ctas: blocks that V2 may occupy at once.
+        max_ctas: blocks that V2 may occupy at once; such a communicator has a table of its own.
+        tables: V2's per dtype, instead of what was measured; the same on all ranks.
     """
     # Another version may lay its memory out otherwise.
     request = {"package": __version__, "deterministic": deterministic, "highest": highest, "lowest": lowest, "max_ctas": max_ctas}
     ladder = survey(group, device, request=request)
+    if tables is not None or max_ctas is not None:
+        ladder.tuned, ladder.tuning = tables, None
     verdict = ladder.verdict
     if verdict.path is Path.V2 and highest is not Path.V2:
         verdict = _lower(ladder, verdict, Reason("v2-switched-off", "the caller asked for the legacy kernels"))
@@ -238,6 +263,7 @@ def _config(rank: int, device: torch.device, deterministic: bool, max_ctas: int 
         deterministic=deterministic,
         settings=ladder.settings,
         max_ctas=max_ctas,
+        tuned=ladder.tuned,
     )
 
 

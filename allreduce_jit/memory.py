@@ -115,7 +115,7 @@ class SideChannel:
 class LocalState:
     """What only this rank's kernels touch: the control block, epoch words, and the report on the host.
 
-    Device layout: ``Control`` (staging.cuh; legacy.py has its own) in the first ``CONTROL_BYTES``, then one u32 epoch per
+    Device layout: ``Control`` (staging.cuh) in the first ``CONTROL_BYTES``, then one u32 epoch per
     channel of each algorithm, in the layout's order.
 
     Attributes:

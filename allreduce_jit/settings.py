@@ -32,6 +32,7 @@ class Settings:
         first_timeout_s: the same in the first call of a shape, when peers may still compile or load a model.
         setup_timeout_s: seconds that a rank waits for the others in each exchange of the set-up; 0 = for ever.
         staging_mb: upper bound of staging memory per rank, in MiB.
+        tuning: use the table that ``allreduce-jit tune`` measured on this machine, where there is one.
         pdl: launch kernels with programmatic dependent launch where the GPU has it.
     """
 
@@ -42,6 +43,7 @@ class Settings:
     first_timeout_s: float = 600.0
     setup_timeout_s: float = 300.0
     staging_mb: int = 32
+    tuning: bool = True
     pdl: bool = True
 
     @classmethod
@@ -114,5 +116,6 @@ VARIABLES = {
     "ALLREDUCE_JIT_FIRST_TIMEOUT": ("first_timeout_s", _seconds),
     "ALLREDUCE_JIT_SETUP_TIMEOUT": ("setup_timeout_s", _seconds),
     "ALLREDUCE_JIT_STAGING_MB": ("staging_mb", _megabytes),
+    "ALLREDUCE_JIT_TUNING": ("tuning", parse_bool),
     "ALLREDUCE_JIT_PDL": ("pdl", parse_bool),
 }

@@ -106,7 +106,7 @@ __device__ inline void push(u64 slot, Packet p) {
 // that is merely late and overwrite slots which that peer has not read yet. What did not arrive reads as
 // EMPTY, so the output is NaN, and the host raises.
 __device__ inline bool alive(const Args &a) {
-    return ld_relaxed_sys_u32(a.own + FIELD(Header, abort)) == 0;
+    return !GUARDED || ld_relaxed_sys_u32(a.own + FIELD(Header, abort)) == 0;
 }
 
 // The three functions below are not inlined: what never runs would stand in the way of what does, and fetching
@@ -166,7 +166,7 @@ __device__ inline bool receive(const Args &a, u64 first, u64 stride, u32 buffer,
         for (u32 j = 0; j < PEERS; j++) missing |= u32(!arrived(u[j])) << j;
         if (!missing) return true;
         if (SLEEP_NS) nanosleep(SLEEP_NS);
-        if (spins % 64 == 0 && (since = keep_waiting(a, since, buffer, missing)) == 0) return false;
+        if (GUARDED && spins % 64 == 0 && (since = keep_waiting(a, since, buffer, missing)) == 0) return false;
 #pragma unroll
         for (u32 j = 0; j < PEERS; j++)
             if (missing >> j & 1) u[j] = ld_relaxed_sys_v4(first + j * stride);

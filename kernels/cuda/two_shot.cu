@@ -3,7 +3,7 @@
 // The tensor is cut into WORLD_SIZE parts of equal packets (the last ones may be short or empty); rank r
 // sums part r and sends the sum to everybody. 2 * (WORLD_SIZE - 1) / WORLD_SIZE * S bytes out, two hops;
 // a rank's own part never leaves its registers. The compiler front defines WORLD_SIZE, PACKETS (of each part a
-// thread has) and STREAM.
+// thread has), STREAM, and GUARDED (0 only to measure what guards and deadlines cost).
 // Contract: block 0 of a call's first launch is the guard; the other threads times PACKETS <= capacity,
 // block.x % 32 == 0; every rank passes the same numel (block and grid may differ from call to call, and between
 // ranks).
@@ -30,8 +30,9 @@ template <class T, bool WHOLE>
 __device__ inline void two_shot(const Args &a) {
     if (!STREAM) griddepcontrol_launch_dependents();
     const bool follows = STREAM && a.launch > 0;
-    if (!follows && blockIdx.x == 0) return guard(a);
-    const u32 thread = (blockIdx.x - !follows) * blockDim.x + threadIdx.x, lane = thread % WARP, channel = thread / WARP;
+    const bool guarded = GUARDED && !follows;
+    if (guarded && blockIdx.x == 0) return guard(a);
+    const u32 thread = (blockIdx.x - guarded) * blockDim.x + threadIdx.x, lane = thread % WARP, channel = thread / WARP;
     const u32 first = channel * WARP * PACKETS + lane;
     const Tensor<T, WHOLE> in(a.in, a.numel), out(a.out, a.numel);
     const u32 part = (in.packets + WORLD_SIZE - 1) / WORLD_SIZE;
@@ -91,7 +92,7 @@ __device__ inline void two_shot(const Args &a) {
     __syncwarp();  // every lane has read the epoch
     if (lane > 0) return;
     if (!STREAM) st_relaxed_gpu_u32(epoch, parity ^ 1);
-    if (a.last && first + WARP * PACKETS >= part) leave(a);
+    if (GUARDED && a.last && first + WARP * PACKETS >= part) leave(a);
 }
 
 ENTRY_ALL_DTYPES(two_shot)
