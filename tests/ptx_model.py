@@ -86,7 +86,8 @@ def parse_instruction(thread: str, step: int, text: str, vector: int = 4) -> lis
         raise ValueError(f"malformed: {text}")
     register, address, value = match.groups()
     if kind == "red":
-        return [Event(thread, step, "atom", order, scope, (address,), (f"{thread} {step}",), (value,), "add" in parts, red=True)]
+        unseen = f"{thread} {step}"
+        return [Event(thread, step, "atom", order, scope, (address,), (unseen,), (value,), "add" in parts, red=True)]
     if "cas" in parts:
         expected, _, value = value.partition(", ")
         return [Event(thread, step, kind, order, scope, (address,), (register,), (value,), expected=expected)]
@@ -97,8 +98,9 @@ def parse_instruction(thread: str, step: int, text: str, vector: int = 4) -> lis
     registers = [f"{register}{i}" if total > 1 else register for i in range(total)]
     values = (value or "").split(" ") if value and " " in value else [value or ""] * total
     return [
-        Event(thread, step, kind, order, scope, tuple(names[i : i + size]), tuple(registers[i : i + size]) if register else (),
-              tuple(values[i : i + size]) if value else (), "add" in parts)
+        Event(thread, step, kind, order, scope, tuple(names[i : i + size]),
+              tuple(registers[i : i + size]) if register else (), tuple(values[i : i + size]) if value else (),
+              "add" in parts)
         for i in range(0, total, size)
     ]  # fmt: skip
 
@@ -151,8 +153,8 @@ class Program:
         x, y = self.events[a], self.events[b]
         (gpu, kernel, block), (gpu2, kernel2, block2) = self.place[x.thread], self.place[y.thread]
         if x.kind == y.kind == "bar" and x.thread != y.thread:
-            ordinal = [sum(e.kind == "bar" and e.thread == z.thread and e.step < z.step for e in self.events) for z in (x, y)]
-            return (gpu, kernel, block) == (gpu2, kernel2, block2) and ordinal[0] == ordinal[1]
+            n, n2 = (sum(e.kind == "bar" and e.thread == z.thread and e.step < z.step for e in self.events) for z in (x, y))
+            return (gpu, kernel, block) == (gpu2, kernel2, block2) and n == n2
         if gpu != gpu2:
             return False
         # Every earlier kernel of the stream has completed, and its memory operations are performed and visible.
@@ -160,7 +162,8 @@ class Program:
             return True
         # A release fence before griddepcontrol.launch_dependents synchronizes with the start of the dependent grid.
         return (
-            x.kind == "fence" and x.scope in ("gpu", "sys") and x.order in ("release", "acq_rel", "sc") and kernel + 1 == kernel2
+            x.kind == "fence" and x.scope in ("gpu", "sys") and x.order in ("release", "acq_rel", "sc")
+            and kernel + 1 == kernel2
             and any(e.kind == "trigger" and e.thread == x.thread and e.step > x.step for e in self.events)
         )  # fmt: skip
 
@@ -186,7 +189,7 @@ def closure(n: int, pairs) -> list[int]:
 
 
 def witness(program: Program, condition: str, final: Mapping[str, int] | None = None) -> Execution | None:
-    """An execution after which ``condition`` (over registers) holds and memory is ``final``, or None if there is none."""
+    """An execution after which ``condition`` (over registers) holds and memory is ``final``, if there is one."""
     for registers, rf in candidates(program):
         if eval(condition, {}, registers) and consistent(program, rf, values_written(program, registers), final or {}):
             return Execution(registers, rf)
@@ -195,7 +198,8 @@ def witness(program: Program, condition: str, final: Mapping[str, int] | None = 
 
 def values_written(program: Program, registers: Mapping[str, int]) -> dict[tuple[int, int], int]:
     """The value of each (write, word)."""
-    return {(i, w): written(e, w, registers) for i, e in enumerate(program.events) if e.writes for w in range(len(e.words))}
+    writes = [(i, e) for i, e in enumerate(program.events) if e.writes]
+    return {(i, w): written(e, w, registers) for i, e in writes for w in range(len(e.words))}
 
 
 def written(e: Event, w: int, registers: Mapping[str, int]) -> int:
@@ -272,7 +276,8 @@ def consistent(program: Program, rf, values, final) -> bool:
             continue  # Fence-SC
         if any((a, a) in causality for a in program.accesses):
             continue
-        if all(coherent(program, words, rf, causality, values, final) for words in {program.events[i].words for i in program.accesses}):
+        locations = {program.events[i].words for i in program.accesses}
+        if all(coherent(program, words, rf, causality, values, final) for words in locations):
             return True
     return False
 
@@ -369,10 +374,10 @@ def fulfils_axioms(events, here, reads, writes, rf, co, strong, causality, size)
     if any(events[a].kind == "atom" and (a, w) in strong and (w, a) in co for a, w in overtaken):
         return False
     # Sequential consistency per location, of operations that are morally strong in pairs
-    step = {(a, b) for a in here for b in here if events[a].thread == events[b].thread and events[a].step < events[b].step}
+    same = {(a, b) for a in here for b in here if events[a].thread == events[b].thread}
+    po = {(a, b) for a, b in same if events[a].step < events[b].step}
     communication = co | overtaken | {(source, r) for r in reads for source in sources[r]}
-    step |= {(a, b) for a, b in communication if (a, b) in strong}
-    return not cycle_in_a_clique(here, step, strong)
+    return not cycle_in_a_clique(here, po | (communication & strong), strong)
 
 
 def cycle_in_a_clique(nodes, step, strong) -> bool:

@@ -219,7 +219,9 @@ def test_the_check_sees_a_planted_mistake(monkeypatch, tmp_path, algorithm, inst
         check_module(tmp_path, spec, artifact)
 
 
-@pytest.mark.parametrize(("algorithm", "world_size", "most"), [("one_shot", 4, 64), ("two_shot", 8, 128), ("two_shot_wide", 4, 128)])
+@pytest.mark.parametrize(
+    ("algorithm", "world_size", "most"), [("one_shot", 4, 64), ("two_shot", 8, 128), ("two_shot_wide", 4, 128)]
+)
 def test_the_budget_of_registers(algorithm, world_size, most):
     from allreduce_jit.v2 import Args
 

@@ -61,7 +61,8 @@ def strength_removed(case):
                 weak = [p for p in parts if p not in ("relaxed", "gpu", "sys")]
                 yield without(threads, thread, step, [f"{'.'.join(weak)} {operands}"])
             if parts[0] in ("atom", "red"):
-                yield without(threads, thread, step, [re.sub("gpu|sys", "cta", FUNCTIONS.get(name, name)) + " " + operands])
+                narrow = re.sub("gpu|sys", "cta", FUNCTIONS.get(name, name))
+                yield without(threads, thread, step, [f"{narrow} {operands}"])
             if parts[0] == "st" and re.search(r", [a-z]\w*$", operands):
                 yield without(threads, thread, step, [f"{name} {re.sub(r', .*', ', 1', operands)}"])
             if step:
@@ -82,8 +83,13 @@ def test_each_ordering_of_a_forbidden_case_is_needed(case):
 
 def test_every_function_of_ptx_cuh_has_a_case():
     assert uncovered(SOURCE) == set()
-    new = '__device__ inline u32 ld_acquire_sys_u32(u64 address) {\n    u32 v;\n' \
-          '    asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(v) : "l"(address) : "memory");\n    return v;\n}\n'  # fmt: skip
+    new = """
+__device__ inline u32 ld_acquire_sys_u32(u64 address) {
+    u32 v;
+    asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(v) : "l"(address) : "memory");
+    return v;
+}
+"""
     assert uncovered(SOURCE + new) == {"ld_acquire_sys_u32"}
 
 
@@ -108,16 +114,18 @@ def test_nothing_but_ptx_cuh_has_instructions_of_its_own():
     for path in PTX_CUH.parent.glob("*.cu*"):
         if path != PTX_CUH:
             # An empty asm only holds the compiler.
-            assert not re.search(r"\basm volatile\(\"[^\"]|\bvolatile \w|__ld\w+|__st\w+|\batomic\w+\(|__threadfence", path.read_text()), path
+            other = r"\basm volatile\(\"[^\"]|\bvolatile \w|__ld\w+|__st\w+|\batomic\w+\(|__threadfence"
+            assert not re.search(other, path.read_text()), path
 
 
 def weaker_forms(mnemonic: str):
     if ".relaxed" in mnemonic:
-        yield re.sub(r"\.relaxed\.(gpu|sys)", "", mnemonic) if mnemonic[:2] in ("ld", "st") else re.sub("gpu|sys", "cta", mnemonic)
+        weak, narrow = re.sub(r"\.relaxed\.(gpu|sys)", "", mnemonic), re.sub("gpu|sys", "cta", mnemonic)
+        yield weak if mnemonic[:2] in ("ld", "st") else narrow
     if mnemonic.startswith(("ld.relaxed.sys", "st.relaxed.sys", "fence.acq_rel.sys")):
         yield mnemonic.replace("sys", "gpu")
     if mnemonic.startswith("griddepcontrol"):
-        yield {"wait": "griddepcontrol.launch_dependents", "launch_dependents": "griddepcontrol.wait"}[mnemonic.split(".")[1]]
+        yield "griddepcontrol.launch_dependents" if mnemonic.endswith("wait") else "griddepcontrol.wait"
     if mnemonic.startswith("ld.global"):
         yield mnemonic.replace("global", "global.nc")
 
@@ -153,12 +161,14 @@ def test_an_outcome_that_is_allowed_comes_with_its_execution():
 def test_the_outcomes_that_must_be_possible_are():
     """A checker that forbids too much would make every verdict 'forbidden' easy."""
     for case in CASES:
-        assert solve(Case(case.name, "allowed", "True", case.threads, case.init, vector=case.vector), FUNCTIONS) is not None
+        anything = Case(case.name, "allowed", "True", case.threads, case.init, vector=case.vector)
+        assert solve(anything, FUNCTIONS) is not None
 
 
 @pytest.mark.parametrize(
     "text",
-    ["ld.relaxed r, [x]", "ld.sys r, [x]", "st.relaxed.sys [x]", "ld.global.nc.u32 r, [x]", "red.max.relaxed.sys [x], 1",
+    ["ld.relaxed r, [x]", "ld.sys r, [x]", "st.relaxed.sys [x]", "ld.global.nc.u32 r, [x]",
+     "red.max.relaxed.sys [x], 1",
      "fence.proxy.async", "st.relaxed.cluster [x], 1", "ld.weak [x]", "cp.async.bulk [x], 1"],
 )  # fmt: skip
 def test_what_the_model_does_not_know_is_refused(text):

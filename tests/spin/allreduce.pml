@@ -10,7 +10,7 @@
  * - a kernel poisons its slots, completes and lets the next one pass its wait in one step;
  * - a wait for all peers is one step: what has landed stays until it is poisoned, by the first assertion;
  * - a rank that gives up is not followed further, whatever has landed here: something may still be on its way, and
- *   all that it does later is to poison its own slots, which nobody else reads. Its peers cannot tell it from a slow one.
+ *   all that it does later is to poison its own slots, which nobody else reads. To its peers it is slow for ever.
  * Other channels: a call in which this channel is idle passes at once, as if the others needed no time. Launches of
  * a streamed call lean on each other; there some channel is active in every launch, and all that is used of it is
  * that a launch is complete only when every rank has passed the wait of the same launch (RIDE).
@@ -102,8 +102,10 @@ byte ended;
 
 /* The kernel after the running one may push before its wait, once its predecessor has triggered: a thread of every
  * block, of whatever channel, has passed the wait there and has received a packet of every peer. */
-#define EARLY(k) (form[k] == STREAM && launch[k] > 0 || form[k] != IDLE && form[k] != RIDE && MUTANT == PUSH_BEFORE_WAIT)
-#define TRIGGERED(k) (MUTANT == TRIGGER_FIRST || waited[me] == k + 1 && (MUTANT == TRIGGER_AFTER_WAIT || EVERYBODY_STARTED(k)))
+#define EARLY(k) \
+    (form[k] == STREAM && launch[k] > 0 || form[k] != IDLE && form[k] != RIDE && MUTANT == PUSH_BEFORE_WAIT)
+#define TRIGGERED(k) \
+    (MUTANT == TRIGGER_FIRST || waited[me] == k + 1 && (MUTANT == TRIGGER_AFTER_WAIT || EVERYBODY_STARTED(k)))
 
 /* Where a rank is in kernel k. */
 #define FIRST 0         /* waits for the first packets */
@@ -168,7 +170,8 @@ inline start() {
         step = FIRST;
         buffer = FIRST_BUFFER(k);
         if
-        :: MUTANT == STALE_EPOCH && me == 0 && k > 0 && form[k] == ONE_SHOT && form[k - (k > 0)] == ONE_SHOT -> buffer = 1 - buffer
+        :: MUTANT == STALE_EPOCH && me == 0 && k > 0 && form[k] == ONE_SHOT && form[k - (k > 0)] == ONE_SHOT ->
+            buffer = 1 - buffer
         :: else
         fi;
         if
