@@ -247,8 +247,8 @@ def one(monkeypatch):
     one.side, one.memory = Side(), SimpleNamespace(addresses=BASES)
     one.state = SimpleNamespace(words=[0] * 16)
     one.current = 5
-    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 1, raising=False)
-    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: one.current, raising=False)
+    monkeypatch.setattr(engines, "_current_device", lambda: 1)
+    monkeypatch.setattr(engines, "_current_stream", lambda device: one.current)
     one.driver = []
     one.capturing = {}
 
@@ -328,7 +328,7 @@ def test_the_dead_are_not_written_to_and_calls_that_completed_stay_valid(one):
 @pytest.mark.parametrize(("watched", "dead", "kind", "words"), [
     (False, False, PeerTimeout, "may live or not"), (True, False, PeerTimeout, "lives"), (True, True, PeerLost, "is dead")])
 def test_what_is_known_of_the_culprit(one, watched, dead, kind, words):
-    one.watched = watched
+    one.watched = (0, 2) if watched else ()
     if dead:
         one.lost(0)
     stopped(one, Kind.TIMEOUT, 0)
