@@ -112,7 +112,7 @@ def digest(*texts: str) -> str:
 
 
 def _compile(directory: Path, texts: dict[str, str], headers: dict[str, str], name: str, text: str, flags) -> Path:
-    command = [COMPILER, "-std=c++17", "-O1" if "-fsanitize=thread" in flags else "-O2", "-Wall", "-Wextra", "-Werror",
+    command = [COMPILER, "-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror",
                "-Wno-unknown-pragmas", "-ffp-contract=off", "-fno-strict-aliasing", *flags]  # fmt: skip
     key = digest(name, text, *command, *headers, *headers.values())
     result = directory / f"{key}.o"
@@ -263,7 +263,7 @@ class World:
         self._stderr = tempfile.TemporaryFile()
         self._process = subprocess.Popen(
             [executable, f"/dev/fd/{self._file.fileno()}"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._stderr,
-            pass_fds=[self._file.fileno()], env={**os.environ, "TSAN_OPTIONS": "history_size=1:report_bugs=1"},
+            pass_fds=[self._file.fileno()], env={**os.environ, "TSAN_OPTIONS": "history_size=0"},
         )  # fmt: skip
         self._base = int(self._process.stdout.readline() or self._crash())
         entries = [entry for spec in catalogue("v2", world_size) for entry in spec.entries]

@@ -54,7 +54,7 @@ extern const unsigned args_bytes;  // generated: sizeof(Args)
 
 namespace {
 
-constexpr u32 WARP = 32, EMPTY = 0xFFFFFFFFu, BUFFERED = 48, LOOKBACK = 64;
+constexpr u32 WARP = 32, EMPTY = 0xFFFFFFFFu, BUFFERED = 24, LOOKBACK = 64;
 constexpr size_t STACK = 64 << 10;
 
 struct Fiber;
@@ -198,9 +198,8 @@ void release(void *context, void *object) {
 }
 
 const Slots *slots_of(u64 address) {
-    for (const Slots &s : slots)
-        if (address >= s.begin && address < s.end) return &s;
-    return nullptr;
+    auto after = std::upper_bound(slots.begin(), slots.end(), address, [](u64 a, const Slots &s) { return a < s.begin; });
+    return after != slots.begin() && address < after[-1].end ? &after[-1] : nullptr;
 }
 
 // The protocol's invariant, at every word that reaches a slot.
@@ -506,6 +505,7 @@ void run() {
     }
     slots.resize(request.slots);
     read_into(slots.data(), slots.size());
+    std::sort(slots.begin(), slots.end(), [](const Slots &a, const Slots &b) { return a.begin < b.begin; });
     pokes.resize(request.pokes);
     read_into(pokes.data(), pokes.size());
     std::sort(pokes.begin(), pokes.end(), [](const Poke &a, const Poke &b) { return a.step > b.step; });
