@@ -8,12 +8,13 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Optional
 
 from .errors import AllReduceError
 from .report import parse_size
 
-PEERS = ("nccl", "nccl_symm", "torch_one_shot", "torch_two_shot")
+PEERS = ("nccl", "nccl_symm", "torch_one_shot", "torch_two_shot", "sglang", "flashinfer")
 _DTYPES = {name: name for name in ("float", "half", "bfloat16")} | {
     "float32": "float",
     "fp32": "float",
@@ -85,7 +86,7 @@ def _bench_arguments(parser: argparse.ArgumentParser) -> None:
     add("-b", "--min-bytes", type=_size, default=1 << 10, metavar="SIZE", help="first size (default 1K)")
     add("-e", "--max-bytes", type=_size, metavar="SIZE", help="last size (default 64M, on the CPU 1M)")
     add("-f", "--factor", type=_from(2), default=2, metavar="N", help="from one size to the next (default 2)")
-    add("-n", "--iters", type=_from(1), default=20, metavar="N", help="timed bursts of 20 calls (default 20)")
+    add("-n", "--iters", type=_from(1), default=20, metavar="N", help="timed bursts of 8 to 100 calls (default 20)")
     add("-w", "--warmup", type=_from(0), default=5, metavar="N", help="bursts before them (default 5)")
     add("-d", "--dtype", type=_dtype, default="bfloat16", help="float, half or bfloat16 (default)")
     add("-o", "--op", choices=["sum"], default="sum", help="the reduction")
@@ -96,6 +97,9 @@ def _bench_arguments(parser: argparse.ArgumentParser) -> None:
     for mode, text in (("graph", "replayed CUDA graphs"), ("eager", "calls from the host"), ("both", "both (default)")):
         modes.add_argument(f"--{mode}", dest="mode", action="store_const", const=mode, help=f"time {text}")
     parser.set_defaults(mode="both")
+    add("--html", type=Path, metavar="FILE", help="also write a page with plots, complete in itself")
+    text = "measure nothing, take what --json printed earlier (its table, or its --html)"
+    add("--from", dest="source", type=Path, metavar="FILE", help=text)
 
 
 def _warmup_arguments(parser: argparse.ArgumentParser) -> None:

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from . import ranks, reference, report, timing
-from .bench_peers import Peer, agreed, open_peers
+from . import bench_page, floor, ranks, reference, report, timing
+from .bench_peers import Peer, Unavailable, agreed, open_peers
 from .errors import InputError
 from .place import Place
 
 DTYPES = {"float": torch.float32, "half": torch.float16, "bfloat16": torch.bfloat16}
-_OURS = ("size", "count", "type", "redop", "algorithm", "time", "p99", "algbw", "busbw", "#wrong")
+_TURNS = 3  # at everybody, one after the other: what drifts during a row drifts for all
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,11 @@ class Options:
 
 
 def run(args: argparse.Namespace, init: Callable[..., Any] | None = None) -> int:
-    """Measure, print, and return the exit code: 1 if any element was wrong."""
+    """Measure (or read), print, and return the exit code: 1 if any element was wrong."""
+    if args.source is not None:
+        documents = _read(args.source)
+        _publish(args, documents)
+        return 0 if all(document["ok"] for document in documents) else 1
     if args.max_bytes is not None and args.max_bytes < args.min_bytes:
         raise InputError("the last size (-e) is smaller than the first (-b)")
     options = Options(
@@ -63,8 +68,33 @@ def run(args: argparse.Namespace, init: Callable[..., Any] | None = None) -> int
     )
     outcome = ranks.run(work, options, init, gpus=args.gpus, cpu=args.cpu, deadline=args.deadline)
     if outcome.rank == 0:
-        print(json.dumps(outcome.value, indent=2) if args.json else render(outcome.value))
+        _publish(args, [outcome.value])
     return 0 if outcome.value["ok"] else 1
+
+
+def _publish(args: argparse.Namespace, documents: list[dict[str, Any]]) -> None:
+    if args.html is not None:
+        try:
+            args.html.write_text(bench_page.page(documents), encoding="utf-8")
+        except OSError as e:
+            raise InputError(f"cannot write {args.html}: {e.strerror}") from e
+    if args.json:
+        print(json.dumps(documents[0] if len(documents) == 1 else documents, indent=2))
+    elif args.source is None or args.html is None:
+        print("\n\n".join(map(render, documents)))
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    """The documents of ``--json`` in a file: one, a list, or the values of an object (``docs/benchmarks``)."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise InputError(f"cannot read {path}: {e}") from e
+    several = value if isinstance(value, list) else [value, *value.values()] if isinstance(value, dict) else []
+    found = [d for d in several if isinstance(d, dict) and {"rows", "peers", "communicator"} <= d.keys()]
+    if not found:
+        raise InputError(f"{path} holds no document of 'bench --json'")
+    return found
 
 
 def work(place: Place, options: Options, init: Callable[..., Any] | None) -> dict[str, Any]:
@@ -73,7 +103,8 @@ def work(place: Place, options: Options, init: Callable[..., Any] | None) -> dic
         from . import init
     with init(device=place.device) as communicator:
         communicator.warmup()
-        bench = _Bench(place, communicator, options)
+        light, no_light = floor.measure(place, communicator)
+        bench = _Bench(place, communicator, options, light)
         try:
             rows = [bench.row(mode, size) for mode in bench.modes() for size in bench.sizes]
         finally:
@@ -87,6 +118,7 @@ def work(place: Place, options: Options, init: Callable[..., Any] | None) -> dic
             "options": asdict(options),
             "unit": "µs per call: p50 and p99 over bursts on each rank, then the slowest rank; 1 GB = 1e9 bytes",
             "multicast": "off",
+            "floor": light.to_json() if light else {"reason": no_light},
             "peers": {peer.name: None for peer in bench.peers} | bench.missing,
             "rows": rows,
             "wrong": wrong,
@@ -95,11 +127,12 @@ def work(place: Place, options: Options, init: Callable[..., Any] | None) -> dic
 
 
 class _Bench:
-    def __init__(self, place: Place, communicator: Any, options: Options):
-        self.place, self.communicator, self.options = place, communicator, options
+    def __init__(self, place: Place, communicator: Any, options: Options, light: floor.Floor | None):
+        self.place, self.communicator, self.options, self.floor = place, communicator, options, light
         self.dtype = DTYPES[options.dtype]
         self.progress = report.Progress(place.rank == 0)
         self.sizes = options.sizes(place.device)
+        self.barrier = timing.device_barrier(place, communicator)
         self.peers, self.missing = open_peers(place, list(options.peers), timing.ROTATE, self.sizes[-1])
 
     def modes(self) -> list[str]:
@@ -116,11 +149,9 @@ class _Bench:
             reference.values(self.options.seed + i, self.place.rank, numel, self.dtype, self.place.device)
             for i in range(timing.ROTATE)
         ]
-        inputs = [source.clone() for source in sources]
-        ours = timing.Workload(self.communicator.all_reduce, inputs, sources)
-        graph = timing.record(ours, self.communicator.capture) if mode == "graph" else None
-        result = timing.slowest(self.place, self._samples(mode, ours, graph))
-        algbw = nbytes / result.p50_us / 1e3
+        ours, besides, peers = self._times(mode, numel, sources)
+        sol_us = self.floor.sol_us(nbytes, n) if self.floor else None
+        algbw = nbytes / ours.p50_us / 1e3
         return {
             "mode": mode,
             "bytes": nbytes,
@@ -129,18 +160,59 @@ class _Bench:
             "redop": "sum",
             "path": report.word(plan.path),
             "algorithm": plan.algorithm,
-            **asdict(result),
+            **asdict(ours),
+            **besides,
+            "sol_us": sol_us,
+            "sol_ratio": ours.p50_us / sol_us if sol_us else None,
             "algbw_gbs": algbw,
             "busbw_gbs": algbw * 2 * (n - 1) / n,
             "wrong": self._wrong(numel, report.word(plan.path)) if self.options.check else None,
-            "peers": {peer.name: self._peer(peer, mode, numel, sources) for peer in self.peers},
+            "peers": peers,
         }
 
-    def _samples(self, mode: str, load: timing.Workload, graph: Any) -> list[float]:
-        counts = (self.options.iters, self.options.warmup)
+    def _times(
+        self, mode: str, numel: int, sources: list[torch.Tensor]
+    ) -> tuple[timing.Timing, dict[str, Any], dict[str, Any]]:
+        """Ours, what the row says besides, and every peer: its timing or its reason.
+
+        Besides: calls in a burst, and ours with an output that is given (eager only; in a graph nobody allocates).
+        """
+        all_reduce, inputs = self.communicator.all_reduce, [source.clone() for source in sources]
+        ours = [timing.Workload(all_reduce, inputs, sources)]
         if mode == "eager":
-            return timing.eager(self.place, load, *counts)
-        return timing.replays(self.place, load, graph, *counts)
+            out = torch.empty_like(inputs[0])
+            ours.append(timing.Workload(lambda x: all_reduce(x, out=out), inputs, sources))
+        graphs = [timing.record(load, self.communicator.capture) if mode == "graph" else None for load in ours]
+        ready, reasons = {}, {}
+        for peer in self.peers:
+            ready[peer.name], reasons[peer.name] = self._prepared(peer, mode, numel, sources)
+        samples: list[list[float]] = [[] for _ in ours]
+        theirs: dict[str, list[float]] = {peer.name: [] for peer in self.peers}
+        for counts in self._turns():
+            for mine, load, graph in zip(samples, ours, graphs):
+                mine += self._samples(mode, load, graph, counts)
+            for name, times in theirs.items():
+                if reasons[name] is None:
+                    more, reasons[name] = agreed(self.place, lambda: self._samples(mode, *ready[name], counts))
+                    times += more or []
+        summary = [timing.slowest(self.place, mine) for mine in samples]
+        peers = {
+            name: {"reason": reasons[name]} if reasons[name] else asdict(timing.slowest(self.place, times))
+            for name, times in theirs.items()
+        }
+        with_out = asdict(summary[1]) if len(summary) > 1 else None
+        return summary[0], {"calls": ours[0].calls, "with_out": with_out}, peers
+
+    def _turns(self) -> Iterator[tuple[int, int]]:
+        """(timed bursts, bursts of warm-up) of every turn."""
+        iters, turns = self.options.iters, min(_TURNS, self.options.iters)
+        for turn in range(turns):
+            yield iters * (turn + 1) // turns - iters * turn // turns, -(-self.options.warmup // turns)
+
+    def _samples(self, mode: str, load: timing.Workload, graph: Any, counts: tuple[int, int]) -> list[float]:
+        if mode == "eager":
+            return timing.eager(self.place, load, *counts, self.barrier)
+        return timing.replays(self.place, load, graph, *counts, self.barrier)
 
     def _wrong(self, numel: int, path: str) -> int:
         """Wrong elements on all ranks together, in a call of its own."""
@@ -152,26 +224,37 @@ class _Bench:
         want = reference.expected(seed, place.world_size, numel, self.dtype, place.device, kind=kind)
         return sum(place.gather(reference.compare(self.communicator.all_reduce(mine), want).wrong))
 
-    def _peer(self, peer: Peer, mode: str, numel: int, sources: list[torch.Tensor]) -> dict[str, Any]:
+    def _prepared(
+        self, peer: Peer, mode: str, numel: int, sources: list[torch.Tensor]
+    ) -> tuple[tuple[timing.Workload, Any] | None, str | None]:
+        """What to time of this peer, or why it cannot do this size; in steps that all ranks take alike."""
         load = timing.Workload(peer.call, peer.tensors(numel, self.dtype), sources)
+        want = self.communicator.all_reduce(sources[0]) if self.options.check else None
 
         def trial() -> None:
             load.refill()
-            peer.call(load.inputs[0])
+            result = peer.call(load.inputs[0])
             self.place.synchronize()
+            if want is not None:
+                _check_roughly(result, want, self.place.world_size)
 
-        # Step by step, so that a peer that cannot do this size or be captured says so on all ranks alike.
-        graph, samples = None, None
+        graph = None
         _, trouble = agreed(self.place, trial)
         if trouble is None and mode == "graph":
-            graph, trouble = agreed(self.place, lambda: timing.record(load))
-        if trouble is None:
-            samples, trouble = agreed(self.place, lambda: self._samples(mode, load, graph))
-        return asdict(timing.slowest(self.place, samples)) if samples else {"reason": trouble}
+            graph, trouble = agreed(self.place, lambda: timing.record(load, peer.capture))
+        return (load, graph), trouble
 
     def close(self) -> None:
         for peer in self.peers:
             agreed(self.place, peer.close)
+
+
+def _check_roughly(result: torch.Tensor, want: torch.Tensor, world_size: int) -> None:
+    """A peer may add and round in its own way, but a call that goes wrong must not look fast."""
+    allowed = 16 * world_size * torch.finfo(want.dtype).eps  # the addends are below 4
+    off = float((result.reshape(-1).float() - want.float()).abs().max())
+    if not off <= allowed:
+        raise Unavailable(f"wrong sums: off by up to {off:.3g}, and rounding explains {allowed:.3g}")
 
 
 def render(document: dict[str, Any]) -> str:
@@ -181,13 +264,17 @@ def render(document: dict[str, Any]) -> str:
         f"# {report.headline(document['machine'])}",
         f"# {facts['world_size']} ranks, path {facts['path']}; {'; '.join(report.reasons(facts['reasons']))}",
         f"# {document['unit']}; NVLink multicast {document['multicast']}",
+        f"# {_speed_of_light(document)}",
     ]
     peers = document["peers"].items()
     lines += [f"# peer {name}: {'ok' if why is None else 'unavailable: ' + why}" for name, why in peers]
     names = [name for name, why in peers if why is None]
     for mode in dict.fromkeys(row["mode"] for row in document["rows"]):
         rows = [row for row in document["rows"] if row["mode"] == mode]
-        lines += ["", f"# {mode}", report.table((*_OURS, *names), (_cells(row, names) for row in rows))]
+        columns = _columns(rows, names)
+        cells = ([cell(row) for cell in columns.values()] for row in rows)
+        headers = [header.split("/")[-1] for header in columns]
+        lines += ["", f"# {mode}", report.table(headers, cells)]
         lines += _refusals(rows)
     verdict = "OK" if document["ok"] else "FAILED"
     average = document["average_busbw_gbs"]
@@ -195,10 +282,40 @@ def render(document: dict[str, Any]) -> str:
     return "\n".join([*lines, f"# Avg bus bandwidth    : {average:.4g} GB/s"])
 
 
-def _cells(row: dict[str, Any], names: list[str]) -> list[Any]:
-    ours = [row["bytes"], row["count"], row["dtype"], row["redop"], row["algorithm"], row["p50_us"], row["p99_us"]]
-    ours += [row["algbw_gbs"], row["busbw_gbs"], "N/A" if row["wrong"] is None else row["wrong"]]
-    return ours + [row["peers"][name].get("p50_us") for name in names]
+def _speed_of_light(document: dict[str, Any]) -> str:
+    """The floor of a document in one line, or why it has none."""
+    light = document.get("floor", {"reason": "not measured"})
+    if "reason" in light:
+        return f"no SoL: {light['reason']}"
+    return (
+        f"SoL: t_flag {light['flag_us']:.2f} µs + min((n-1)·S/BW, t_hop {light['hop_us']:.2f} µs + 2(n-1)/n·S/BW), "
+        f"BW {light['egress_gbs']:.1f} GB/s, measured in this run"
+    )
+
+
+def _columns(rows: list[dict[str, Any]], names: list[str]) -> dict[str, Callable[[dict[str, Any]], Any]]:
+    """Header (what stands before a slash keeps it apart from others) → the cell of a row."""
+    columns: dict[str, Callable[[dict[str, Any]], Any]] = {
+        "size": lambda row: row["bytes"],
+        "count": lambda row: row["count"],
+        "type": lambda row: row["dtype"],
+        "redop": lambda row: row["redop"],
+        "algorithm": lambda row: row["algorithm"],
+        "time": lambda row: row["p50_us"],
+        "p99": lambda row: row["p99_us"],
+        "algbw": lambda row: row["algbw_gbs"],
+        "busbw": lambda row: row["busbw_gbs"],
+        "#wrong": lambda row: "N/A" if row["wrong"] is None else row["wrong"],
+    }
+    if any(row.get("with_out") for row in rows):
+        columns["out="] = lambda row: row["with_out"]["p50_us"]
+    if any(row.get("sol_us") for row in rows):
+        columns["SoL"] = lambda row: row["sol_us"]
+        columns["xSoL"] = lambda row: row["sol_ratio"]
+    for name in names:
+        columns[name] = lambda row, name=name: row["peers"][name].get("p50_us")
+        columns[f"{name}/p99"] = lambda row, name=name: row["peers"][name].get("p99_us")
+    return columns
 
 
 def _refusals(rows: list[dict[str, Any]]) -> list[str]:

@@ -36,6 +36,7 @@ def init(
     device: torch.device | str | int | None = None,
     *,
     deterministic: bool = False,
+    max_ctas: int | None = None,
 ) -> Communicator:
     """A communicator over ``group`` on the best path that all of its ranks can take. Collective.
 
@@ -45,6 +46,8 @@ def init(
         device: this rank's device; None = the current CUDA device, or the CPU where there is none.
         deterministic: promise the exact bits of the fp32 sum in rank order; a call that only
             torch.distributed could run is then an error.
+        max_ctas: at most so many thread blocks on the V2 path (2 or more), for all-reduces beside other kernels, such
+            as matrix products; costs bandwidth. None: as many as are fastest. The bits are the same.
 
     Raises:
         InputError: torch.distributed is not initialised, this rank is not in ``group``, or ``device`` is none;
@@ -55,7 +58,9 @@ def init(
     """
     require_group(group)
     group = dist.group.WORLD if group is None else group
-    return Communicator(group, as_device(device), deterministic=deterministic)
+    if max_ctas is not None and (not isinstance(max_ctas, int) or max_ctas < 2):
+        raise InputError(f"max_ctas={max_ctas!r}: expected 2 blocks or more (one watches, the others move data), or None")
+    return Communicator(group, as_device(device), deterministic=deterministic, max_ctas=max_ctas)
 
 
 class Communicator:
@@ -72,7 +77,8 @@ class Communicator:
     """
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device, *, deterministic: bool = False,
-                 highest: Path = Path.V2, lowest: Path = Path.LEGACY, create_groups: bool = True):
+                 highest: Path = Path.V2, lowest: Path = Path.LEGACY, create_groups: bool = True,
+                 max_ctas: int | None = None):
         self.device = device
         self.deterministic = deterministic
         self.rank = dist.get_rank(group)
@@ -85,7 +91,7 @@ class Communicator:
             if not create_groups:
                 require_cpu_group(group)
             self.group = groups.sibling(group, "gloo")
-        self._ladder = climb(self.group, device, deterministic, highest, lowest)
+        self._ladder = climb(self.group, device, deterministic, highest, lowest, max_ctas)
         self._engine = self._ladder.engine
         self.path = self._ladder.verdict.path
         if deterministic and self._engine is None and self.world_size > 1:
@@ -114,7 +120,7 @@ class Communicator:
 
         Raises:
             ClosedError, InputError, InputTypeError, NotDeterministicError: nothing was launched.
-            PeerTimeout: an earlier call did not complete; nothing was launched.
+            CommunicatorFailed: an earlier call did not complete, or a peer has died; nothing was launched.
         """
         if (
             self._closed
@@ -167,15 +173,29 @@ class Communicator:
                 torch.cuda.synchronize(self.device)
 
     def check(self) -> None:
-        """Raise ``PeerTimeout`` if a kernel gave up on a peer. Costs one read of host memory."""
+        """Raise what kept a call on the GPU from completing, with the culprit: ``PeerLost``, ``PeerTimeout``, ``CallMismatch``,
+        ``ConcurrentUse`` or ``Poisoned``. Costs one read of host memory; calls in flight have yet to end."""
         self._check_open()
         if self._engine is not None:
             self._engine.check()
 
-    def close(self) -> None:
-        """Release everything; idempotent, talks to nobody. Drop graphs with calls of this communicator before."""
+    def abort(self) -> None:
+        """Stop this communicator on all ranks, from any thread: calls in flight end at once, with NaN."""
+        self._check_open()
+        if self._engine is not None:
+            self._engine.abort()
+
+    def close(self, *, local: bool = False) -> None:
+        """Release everything; idempotent, talks to nobody. Drop graphs with calls of this communicator before.
+
+        Args:
+            local: do not wait for calls in flight, stop them. After a failure; survivors may then build a new
+                communicator over a group of their own.
+        """
         if self._closed:
             return
+        if local and self._engine is not None:
+            self._engine.abort()
         self._closed = True
         engine, self._engine = self._engine, None
         self._routes.clear()

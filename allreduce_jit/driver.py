@@ -37,48 +37,59 @@ class Module:
         return call("cuModuleGetFunction", self._module, name.encode())
 
 
+class _Attribute(ctypes.Structure):
+    """``CUlaunchAttribute``: every value that is used here is an int at the start of its 64 bytes."""
+
+    _fields_ = [("id", ctypes.c_int), ("pad", ctypes.c_uint32), ("value", ctypes.c_int * 16)]
+
+
+class _Config(ctypes.Structure):
+    """``CUlaunchConfig``."""
+
+    _fields_ = [
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared_bytes", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("count", ctypes.c_uint),
+    ]
+
+
+_launch_kernel = None  # the driver's own entry: a call through the bindings builds Python objects each time
+
+
+def _entry():
+    global _launch_kernel
+    if _launch_kernel is None:
+        function = ctypes.CDLL("libcuda.so.1").cuLaunchKernelEx
+        function.argtypes = [ctypes.c_void_p] * 4
+        _launch_kernel = function
+    return _launch_kernel
+
+
 class Launch:
     """One kernel with its grid and argument block, ready to be launched again and again.
 
-    ``arguments`` are ctypes values; the launch reads what they hold at that moment.
+    ``arguments`` are ctypes values; the launch reads what they hold at that moment. Not for two threads at once.
     """
 
     def __init__(self, kernel, arguments: Sequence[ctypes._SimpleCData | ctypes.Structure], grid: int, block: int,
                  shared_bytes: int = 0, pdl: bool = False, ranks: int = 1):
-        self._kernel = kernel
-        self._keep = arguments
-        self._pointers = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(a) for a in arguments))
-        self._address = ctypes.addressof(self._pointers)
-        self._shape = (grid, ranks, block, shared_bytes)
-        self._attributes = []
+        attributes = []
         if pdl:
-            self._attributes.append(_attribute("PROGRAMMATIC_STREAM_SERIALIZATION", "programmaticStreamSerializationAllowed"))
+            attributes.append(driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION)
         if ranks > 1:
-            self._attributes.append(_attribute("COOPERATIVE", "cooperative"))
-        self._configs: dict[int, driver.CUlaunchConfig] = {}
+            attributes.append(driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_COOPERATIVE)
+        table = (_Attribute * len(attributes))(*(_Attribute(int(a), 0, (ctypes.c_int * 16)(1)) for a in attributes))
+        pointers = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(a) for a in arguments))
+        self._config = _Config((grid, ranks, 1), (block, 1, 1), shared_bytes, None, table, len(attributes))
+        self._keep = (kernel, arguments, pointers, table)
+        self._call = _entry()
+        self._addresses = (ctypes.addressof(self._config), int(kernel), ctypes.addressof(pointers), None)
 
     def __call__(self, stream: int) -> None:
-        config = self._configs.get(stream)
-        if config is None:
-            config = self._configs[stream] = self._config(stream)
-        error = driver.cuLaunchKernelEx(config, self._kernel, self._address, 0)[0]
+        self._config.stream = stream
+        error = self._call(*self._addresses)
         if error:
-            raise AllReduceError(f"kernel launch: {describe(error)}")
-
-    def _config(self, stream: int) -> driver.CUlaunchConfig:
-        if len(self._configs) > 64:  # streams come and go; keep no more than a few
-            self._configs.clear()
-        config = driver.CUlaunchConfig()
-        config.gridDimX, config.gridDimY, config.blockDimX, config.sharedMemBytes = self._shape
-        config.gridDimZ = config.blockDimY = config.blockDimZ = 1
-        config.hStream = driver.CUstream(stream)
-        config.attrs = self._attributes
-        config.numAttrs = len(self._attributes)
-        return config
-
-
-def _attribute(name: str, field: str) -> driver.CUlaunchAttribute:
-    attribute = driver.CUlaunchAttribute()
-    attribute.id = getattr(driver.CUlaunchAttributeID, f"CU_LAUNCH_ATTRIBUTE_{name}")
-    setattr(attribute.value, field, 1)
-    return attribute
+            raise AllReduceError(f"kernel launch: {describe(driver.CUresult(error))}")

@@ -17,7 +17,7 @@ from .agree import require_cpu_group
 from .communicator import Communicator
 from .inputs import as_device
 from .ladder import survey, v2_is_on
-from .tuning import V2_TABLES
+from .tuning import V2_TABLES, two_shot_above
 from .verdict import Path
 
 log = logging.getLogger("allreduce_jit")
@@ -33,7 +33,7 @@ def _maybe_init_config() -> None:
     """Fill ``THRESHOLD_2_SHOT_MAP``, once and completely: nobody sees a part of it."""
     with _config_lock:
         if not THRESHOLD_2_SHOT_MAP:
-            THRESHOLD_2_SHOT_MAP.update({n: table.two_shot_from for n, table in V2_TABLES.items()})
+            THRESHOLD_2_SHOT_MAP.update({n: two_shot_above(bands) for n, bands in V2_TABLES.items()})
 
 
 def can_use_custom_all_reduce_with_nvlink(

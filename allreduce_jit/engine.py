@@ -6,6 +6,8 @@ The steps are separate so that all ranks can agree after each one (``ladder``); 
 from __future__ import annotations
 
 import base64
+import contextlib
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,38 +16,46 @@ import torch
 from . import reference
 from .cache import Artifact, KernelCache, decode, encode
 from .compiler import build
-from .driver import Module
-from .errors import PeerTimeout, SetupError
+from .driver import Module, call
+from .errors import CommunicatorFailed, Poisoned, SetupError
+from .failure import SIGNATURES, SIGNATURES_AT, Kind, abort_code, explain, heard
 from .kernel import DTYPES, KernelSpec, catalogue
-from .memory import LocalState, StagingMemory
+from .memory import LocalState, SideChannel, StagingMemory
 from .plan import Layout, Plan
 from .settings import Settings
+from .tuning import Bands
 
 TORCH_DTYPES = {name: getattr(torch, name) for name in DTYPES}
 DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 VERIFY_BYTES = 64 << 10
 VERIFY_SECONDS = 10.0
+_NO_TIMING = 2  # CU_EVENT_DISABLE_TIMING
 
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """Where an engine runs; the same on all ranks but for ``rank`` and ``device``."""
+    """Where an engine runs; the same on all ranks but for ``rank`` and ``device``.
+
+    Attributes:
+        max_ctas: blocks that a launch may have; None = as many as are fastest.
+        tuned: V2's table as measured on this machine; None = the package's.
+    """
 
     rank: int
     world_size: int
     device: torch.device
     arch: str
-    sm_count: int
     nvlink: bool
     deterministic: bool
     settings: Settings
+    max_ctas: int | None = None
+    tuned: Bands | None = None
 
 
 class KernelEngine:
     """A path with kernels of our own. Subclasses say which kernels, which layout, and how to launch."""
 
     path: str
-    numbers: dict[int, str]  # Report.algorithm -> name
 
     def __init__(self, config: EngineConfig, layout: Layout):
         self.config = config
@@ -54,13 +64,21 @@ class KernelEngine:
         self.compiled = self.cached = 0
         self.memory: StagingMemory | None = None
         self.state: LocalState | None = None
+        self.side: SideChannel | None = None
+        self.dead: set[int] = set()  # ranks whose process has ended
+        self.watched = False  # whether the others are known to live
+        self._failure: CommunicatorFailed | None = None
+        self._raised = False
+        self._stream: int | None = None
+        # Two threads may call, and the launches of one call belong together.
+        self._lock = threading.Lock()
 
     # -- construction, in the order in which the ladder calls it
 
     def compile(self, cache: KernelCache) -> list[str]:
         """Build, or fetch from the cache, this rank's share of the modules; returns them in base64."""
         share = []
-        for spec in catalogue(self.path, self.config.world_size)[self.config.rank :: self.config.world_size]:
+        for spec in self._catalogue()[self.config.rank :: self.config.world_size]:
             artifact, was_cached = build(spec, self.config.arch, cache)
             self.cached += was_cached
             self.compiled += not was_cached
@@ -71,7 +89,7 @@ class KernelEngine:
         """Load every kernel that a plan can pick, from the shares of all ranks."""
         torch.cuda.synchronize(self.config.device)  # the driver's calls need a context, and do not make one
         artifacts = dict(decode(base64.b64decode(text)) for share in shares for text in share)
-        for spec in catalogue(self.path, self.config.world_size):
+        for spec in self._catalogue():
             module = Module(artifacts[spec.name].cubin)
             for entry in spec.entries:
                 self._register(spec, entry, artifacts[spec.name], module.kernel(entry))
@@ -79,6 +97,7 @@ class KernelEngine:
     def allocate(self) -> str:
         """Allocate and poison the staging memory; returns the handle for the peers."""
         self.state = LocalState({name: region.channels for name, region in self.layout.regions.items()})
+        self.side = SideChannel()
         self.memory = StagingMemory(self.layout.nbytes, self.config.rank)
         return self.memory.handle()
 
@@ -95,27 +114,30 @@ class KernelEngine:
 
         ``can_access_peer`` is no proof: on some machines peer writes are dropped or damaged.
         """
-        self.state.set_deadline(VERIFY_SECONDS)
+        self.state.set_deadlines(VERIFY_SECONDS, VERIFY_SECONDS)
         world_size, rank, device = self.config.world_size, self.config.rank, self.config.device
         generator = torch.Generator().manual_seed(2026)
         for dtype in TORCH_DTYPES.values():
             # Random bits: finite values of all magnitudes, infinities, subnormals and NaNs, all ones among them.
             bits = torch.randint(-(1 << 31), 1 << 31, (world_size, VERIFY_BYTES // 4), generator=generator)
             bits[:, 7] = -1
-            numel = VERIFY_BYTES // dtype.itemsize - 1
-            inputs = bits.to(torch.int32).view(dtype)[:, :numel]
+            inputs = bits.to(torch.int32).view(dtype)
             want = reference.ordered_sum(inputs)
-            for turn, plan in enumerate(self._verification_plans(numel, dtype) * 2):
+            whole = VERIFY_BYTES // dtype.itemsize
+            # Whole packets and not: the two forms of every kernel. Twice: both parities.
+            shapes = [(plan, numel) for numel in (whole, whole - 1) for plan in self._verification_plans(numel, dtype)]
+            for turn, (plan, numel) in enumerate(shapes * 2):
                 # Turned by a little, so that what an earlier round left behind is not taken for this one's.
-                x = inputs[rank].roll(turn)[: plan.chunk].to(device)
+                x = inputs[rank].roll(turn)[:numel].to(device)
                 out = torch.empty_like(x)
                 self.run(plan, x, out)
                 torch.cuda.synchronize(device)
                 self.check()
-                difference = reference.compare(out.cpu(), want.roll(turn)[: plan.chunk])
+                difference = reference.compare(out.cpu(), want.roll(turn)[:numel])
                 if difference.wrong:
-                    raise SetupError(f"rank {rank}: {plan.algorithm} of {plan.chunk} {dtype} elements: {difference}")
-        self.state.set_deadline(self.config.settings.timeout_s)
+                    raise SetupError(f"rank {rank}: {plan.algorithm} of {numel} {dtype} elements: {difference}")
+        settings = self.config.settings
+        self.state.set_deadlines(settings.timeout_s, settings.first_timeout_s)
 
     # -- service
 
@@ -123,38 +145,93 @@ class KernelEngine:
         """Sum ``x`` over the ranks into ``out`` (may be ``x``): contiguous, same shape, supported dtype, numel > 0.
 
         Raises:
-            PeerTimeout: an earlier call gave up on a peer; nothing was launched.
+            CommunicatorFailed: an earlier call did not complete; nothing was launched.
         """
-        if self.state.words[0]:
-            self.check()
-        if torch._C._cuda_getDevice() == self._raw_device:
-            self._launch(x, out, torch._C._cuda_getCurrentRawStream(self._raw_device))
-        else:
+        if self.state.words[0] or self._failure or self.dead:
+            self._refuse()
+        if torch._C._cuda_getDevice() != self._raw_device:
             with torch.cuda.device(self._raw_device):
-                self._launch(x, out, torch._C._cuda_getCurrentRawStream(self._raw_device))
+                return self.all_reduce(x, out)
+        stream = torch._C._cuda_getCurrentRawStream(self._raw_device)
+        with self._lock:
+            if stream != self._stream:
+                self._order(stream)
+            self._launch(x, out, stream)
 
     def check(self) -> None:
-        """Raise ``PeerTimeout`` if a kernel gave up waiting for a peer."""
-        expired, source, algorithm, buffer, channel = self.state.words[:5]
-        if expired:
-            raise PeerTimeout(
-                f"rank {self.config.rank} waited in vain for rank {source} "
-                f"({self.numbers.get(algorithm, algorithm)}, buffer {buffer}, channel {channel}); "
-                "results since then are not valid. Close this communicator and build a new one."
-            )
+        """Raise what kept a call from completing: a subclass of ``CommunicatorFailed`` that names the culprit."""
+        if self.state.words[0] and self._failure is None:
+            self._fail(self.state.words[0])
+        if self._failure is not None:
+            self._raised = True
+            raise self._failure
+
+    def abort(self, kind: Kind = Kind.ABORTED, culprit: int | None = None) -> None:
+        """Stop the kernels of all ranks, from any thread; they end at once, with NaN."""
+        rank = self.config.rank
+        code = abort_code(kind, rank if culprit is None else culprit, rank)
+        # One's own first: a kernel here may wait for somebody whose memory cannot be reached any more.
+        addresses = self.memory.addresses
+        self.side.write([addresses[rank], *(a for r, a in enumerate(addresses) if r != rank and r not in self.dead)], code)
+        if kind is Kind.ABORTED:
+            self._fail(code)
+
+    def lost(self, rank: int) -> None:
+        """The process of ``rank`` has ended: stop what waits for it, refuse what would. From any thread.
+
+        Calls that completed before stay valid: ``check`` raises only once a kernel was stopped.
+        """
+        self.dead.add(rank)
+        self.abort(Kind.LOST, rank)
+
+    def _refuse(self) -> None:
+        if self._raised:
+            raise Poisoned(str(self._failure), self._failure.ranks, self._failure.report) from self._failure
+        if not self.state.words[0]:  # nothing was hurt so far
+            self._fail(abort_code(Kind.LOST, min(self.dead), self.config.rank))
+        self.check()
+
+    def _fail(self, code: int) -> None:
+        own = self.memory.addresses[self.config.rank]
+        signed = heard(self.side.read(own + SIGNATURES_AT, SIGNATURES), self.config.world_size)
+        self._failure = explain(self.state.words[:10], code, self.config.rank, signed, self._alive)
+
+    def _alive(self, rank: int) -> bool | None:
+        if rank in self.dead:
+            return False
+        return True if self.watched or rank == self.config.rank else None
+
+    def _order(self, stream: int) -> None:
+        """Calls of one communicator share slots and epochs: what moves to another stream waits for the one before.
+
+        In a capture this becomes an edge of the graph. Between a capture and calls outside of it there is no order to
+        make; a graph that is replayed beside other calls is found out by the guard.
+        """
+        before, self._stream = self._stream, stream
+        if before is None:
+            return
+        states = [call("cuStreamGetCaptureInfo", s)[:2] for s in (before, stream)]
+        if states[0] != states[1]:
+            return
+        event = call("cuEventCreate", _NO_TIMING)
+        try:
+            call("cuEventRecord", event, before)
+            call("cuStreamWaitEvent", stream, event, 0)
+        finally:
+            call("cuEventDestroy", event)
 
     def close(self) -> None:
         """Free everything. No kernel of this engine may be in flight, no graph with one replayed again."""
-        memory, state = self.memory, self.state
-        self.memory = self.state = None
-        try:
-            if memory is not None:
-                memory.close()
-        finally:
-            if state is not None:
-                state.close()
+        parts = [part for part in (self.side, self.memory, self.state) if part is not None]
+        self.side = self.memory = self.state = None
+        with contextlib.ExitStack() as stack:
+            for part in reversed(parts):
+                stack.callback(part.close)
 
     # -- for subclasses
+
+    def _catalogue(self) -> list[KernelSpec]:
+        return catalogue(self.path, self.config.world_size)
 
     def plan(self, numel: int, dtype: str) -> Plan:
         raise NotImplementedError
@@ -171,8 +248,7 @@ class KernelEngine:
         raise NotImplementedError
 
     def _bind(self) -> None:
-        """Addresses are known: fill in argument blocks."""
-        raise NotImplementedError
+        """Addresses are known: prepare what depends on them."""
 
     def _verification_plans(self, numel: int, dtype: torch.dtype) -> list[Plan]:
         raise NotImplementedError

@@ -37,5 +37,36 @@ class NotDeterministicError(AllReduceError):
     """``deterministic=True`` and only torch.distributed, whose bits differ, could run this call."""
 
 
-class PeerTimeout(AllReduceError):
-    """A peer did not take part in a call before the deadline; the communicator is poisoned."""
+class CommunicatorFailed(AllReduceError):
+    """A communicator stopped on all of its ranks; results since then are NaN. Base of the causes below.
+
+    Attributes:
+        ranks: who caused it, as far as is known.
+        report: the facts, ready for JSON: who found out, sequence number and signature of the call, phase, ms waited,
+            and per rank the last call heard of and whether its process lives.
+    """
+
+    def __init__(self, message: str, ranks: tuple[int, ...] = (), report: dict | None = None):
+        super().__init__(message)
+        self.ranks = ranks
+        self.report = report or {}
+
+
+class PeerTimeout(CommunicatorFailed):
+    """A peer did not take part in a call before the deadline, though nothing says that it died."""
+
+
+class PeerLost(CommunicatorFailed):
+    """A peer's process has ended."""
+
+
+class CallMismatch(CommunicatorFailed):
+    """Ranks came to one call with another size, dtype or algorithm; both signatures are in the report."""
+
+
+class ConcurrentUse(CommunicatorFailed):
+    """Two calls of one rank were in flight at once: replayed graphs, or graph and eager, on two streams."""
+
+
+class Poisoned(CommunicatorFailed):
+    """The communicator was stopped before (by ``abort``, or by a failure that was already raised)."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 WORLD_SIZES = range(2, 9)
 DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
-ALGORITHMS = ("one_shot", "two_shot")
+LEGACY_ALGORITHMS = ("one_shot", "two_shot")
 ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
@@ -30,17 +30,59 @@ class KernelSpec:
     entries: tuple[str, ...]
 
 
-def catalogue(path: str, world_size: int, dtypes: Sequence[str] = tuple(DTYPES)) -> list[KernelSpec]:
+@dataclass(frozen=True)
+class Algorithm:
+    """A V2 algorithm: a CUDA C++ file with the constants that tell its forms apart.
+
+    Attributes:
+        source: a file of ``kernels/cuda``.
+        number: its name in signatures and reports.
+        buffers: slot arrays per source.
+        parts: whether a thread has a packet of every rank's part, or just one.
+        packets: packets (of each part) per thread.
+        stream: the launches of a call overlap.
+    """
+
+    source: str
+    number: int
+    buffers: int
+    parts: bool
+    packets: int = 1
+    stream: bool = False
+
+
+V2_ALGORITHMS = {
+    "one_shot": Algorithm("one_shot.cu", 1, buffers=2, parts=False),
+    "two_shot": Algorithm("two_shot.cu", 2, buffers=3, parts=True),
+    "two_shot_stream": Algorithm("two_shot.cu", 3, buffers=5, parts=True, stream=True),
+    "one_shot_wide": Algorithm("one_shot.cu", 4, buffers=2, parts=False, packets=4),
+    "two_shot_wide": Algorithm("two_shot.cu", 5, buffers=3, parts=True, packets=4),
+    "two_shot_wide2": Algorithm("two_shot.cu", 6, buffers=3, parts=True, packets=2),
+}
+
+
+def v2_algorithms(world_size: int, narrow: bool = False) -> tuple[str, ...]:
+    """From small to large messages. ``narrow``: those of a communicator that may use few multiprocessors.
+
+    Two ranks have no use for two-shot: one-shot sends as many bytes, in one hop.
+    """
+    if narrow:
+        # More packets a thread make up for fewer threads, as far as the registers go.
+        return "one_shot", "one_shot_wide" if world_size == 2 else "two_shot_wide" if world_size <= 4 else "two_shot_wide2"
+    return ("one_shot",) if world_size == 2 else ("one_shot", "two_shot", "two_shot_stream")
+
+
+def catalogue(path: str, world_size: int, dtypes: Sequence[str] = tuple(DTYPES), narrow: bool = False) -> list[KernelSpec]:
     """All modules that ``path`` (``v2`` or ``legacy``) uses at ``world_size``.
 
     A CUDA module holds all dtypes at once (one compilation, one cubin); a Triton module holds one.
     """
     if path == "v2":
-        return [cuda_module(name, world_size) for name in ALGORITHMS]
+        return [cuda_module(name, world_size) for name in v2_algorithms(world_size, narrow)]
     if path == "legacy":
         return [
             triton_module(name, world_size, dtype, vector)
-            for name in ALGORITHMS
+            for name in LEGACY_ALGORITHMS
             for dtype in dtypes
             for vector in (True, False)
         ]
@@ -49,12 +91,20 @@ def catalogue(path: str, world_size: int, dtypes: Sequence[str] = tuple(DTYPES))
 
 def cuda_module(algorithm: str, world_size: int, virtual_ranks: bool = False) -> KernelSpec:
     """``virtual_ranks`` builds the one-GPU form of ``entry.cuh`` that tests use."""
-    entries = tuple(f"{algorithm}_{short}_ws{world_size}" for short in DTYPES.values())
-    constants: tuple[tuple[str, object], ...] = (("WORLD_SIZE", world_size),)
+    what = V2_ALGORITHMS[algorithm]
+    constants: tuple[tuple[str, object], ...] = (
+        ("NAME", algorithm), ("WORLD_SIZE", world_size), ("PACKETS", what.packets), ("STREAM", int(what.stream))
+    )
     if virtual_ranks:
         constants += (("VIRTUAL_RANKS", 1),)
+    entries = tuple(entry(algorithm, dtype, world_size, whole) for dtype in DTYPES for whole in (True, False))
     suffix = "_virtual" if virtual_ranks else ""
-    return KernelSpec(f"{algorithm}_ws{world_size}{suffix}", "cuda", f"{algorithm}.cu", constants, entries)
+    return KernelSpec(f"{algorithm}_ws{world_size}{suffix}", "cuda", what.source, constants, entries)
+
+
+def entry(algorithm: str, dtype: str, world_size: int, whole: bool) -> str:
+    """Name of the V2 kernel; ``whole``: the tensors are made of whole, aligned 16-byte packets."""
+    return f"{algorithm}_{DTYPES[dtype]}_ws{world_size}{'' if whole else '_ragged'}"
 
 
 def triton_module(algorithm: str, world_size: int, dtype: str, vector: bool) -> KernelSpec:

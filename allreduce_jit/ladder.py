@@ -17,7 +17,7 @@ import torch.distributed as dist
 from . import __version__
 from .agree import all_gather_json
 from .dispatch import decide
-from .errors import InputError, PeerTimeout, SettingsError
+from .errors import CommunicatorFailed, InputError, SettingsError
 from .kernel import WORLD_SIZES
 from .probe import Capabilities, probe
 from .settings import Settings
@@ -97,15 +97,16 @@ def _raise_first_problem(answers: list[dict]) -> None:
 
 
 def climb(group: dist.ProcessGroup, device: torch.device, deterministic: bool = False,
-          highest: Path = Path.V2, lowest: Path = Path.LEGACY) -> Ladder:
+          highest: Path = Path.V2, lowest: Path = Path.LEGACY, max_ctas: int | None = None) -> Ladder:
     """Survey, then build the highest rung that every rank can build and verify.
 
     Args:
         highest: no rung above it is tried.
         lowest: below it there is torch.distributed alone.
+        max_ctas: blocks that V2 may occupy at once.
     """
     # Another version may lay its memory out otherwise.
-    request = {"package": __version__, "deterministic": deterministic, "highest": highest, "lowest": lowest}
+    request = {"package": __version__, "deterministic": deterministic, "highest": highest, "lowest": lowest, "max_ctas": max_ctas}
     ladder = survey(group, device, request=request)
     verdict = ladder.verdict
     if verdict.path is Path.V2 and highest is not Path.V2:
@@ -115,7 +116,7 @@ def climb(group: dist.ProcessGroup, device: torch.device, deterministic: bool = 
             verdict = replace(verdict, path=Path.TORCH, full_nvlink=None)
             break
         try:
-            ladder.engine = _build(group, device, deterministic, ladder, verdict.path)
+            ladder.engine = _build(group, device, deterministic, max_ctas, ladder, verdict.path)
             break
         except StepDown as step:
             verdict = _lower(ladder, verdict, step.reason)
@@ -135,7 +136,7 @@ def _lower(ladder: Ladder, verdict: Verdict, reason: Reason) -> Verdict:
     return replace(below, reasons=reasons)
 
 
-def _build(group, device: torch.device, deterministic: bool, ladder: Ladder, path: Path):
+def _build(group, device: torch.device, deterministic: bool, max_ctas: int | None, ladder: Ladder, path: Path):
     """One rung in agreed stages: kernels, memory, mapping, verified traffic."""
     rank = dist.get_rank(group)
     engine = None
@@ -144,7 +145,7 @@ def _build(group, device: torch.device, deterministic: bool, ladder: Ladder, pat
         nonlocal engine
         from .cache import KernelCache
 
-        engine = _engine(path, _config(rank, device, deterministic, ladder))
+        engine = _engine(path, _config(rank, device, deterministic, max_ctas, ladder))
         return engine.compile(KernelCache(ladder.settings.cache_dir))
 
     def allocate():
@@ -182,7 +183,7 @@ def _stage(group, ladder: Ladder, timing: str, code: str, work: Callable[[], obj
         with torch.cuda.device(device), torch.device("cpu"):
             result = work()
     except Exception as e:  # noqa: BLE001 - whatever it is, the peers must hear of it
-        problem, waited = f"{type(e).__name__}: {e}", isinstance(e, PeerTimeout)
+        problem, waited = f"{type(e).__name__}: {e}", isinstance(e, CommunicatorFailed)
     answers = all_gather_json(group, {"problem": problem, "waited": waited, "result": result})
     ladder.timings[timing] = ladder.timings.get(timing, 0.0) + time.perf_counter() - started
     failed = [rank for rank, answer in enumerate(answers) if answer["problem"]]
@@ -192,7 +193,7 @@ def _stage(group, ladder: Ladder, timing: str, code: str, work: Callable[[], obj
     return [answer["result"] for answer in answers]
 
 
-def _config(rank: int, device: torch.device, deterministic: bool, ladder: Ladder):
+def _config(rank: int, device: torch.device, deterministic: bool, max_ctas: int | None, ladder: Ladder):
     from .engine import EngineConfig
 
     gpus = [c.gpu for c in ladder.capabilities]
@@ -202,10 +203,10 @@ def _config(rank: int, device: torch.device, deterministic: bool, ladder: Ladder
         world_size=len(gpus),
         device=device,
         arch=f"sm_{major}{minor}",
-        sm_count=min(gpu.sm_count for gpu in gpus),
         nvlink=bool(ladder.verdict.full_nvlink),
         deterministic=deterministic,
         settings=ladder.settings,
+        max_ctas=max_ctas,
     )
 
 

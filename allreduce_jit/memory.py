@@ -7,18 +7,20 @@ caching allocator's settings (expandable segments, pluggable allocators) do not 
 from __future__ import annotations
 
 import ctypes
+import threading
 from collections.abc import Mapping, Sequence
 
 from cuda.bindings import driver
 
 from .driver import call
+from .plan import HEADER_BYTES
 
 GRANULARITY = 2 << 20  # allocations of whole 2 MiB pages share no page with anything else
 REPORT_BYTES = 64
 
 
 class StagingMemory:
-    """This rank's staging memory, and its peers' as mapped here.
+    """This rank's staging memory, and its peers' as mapped here: ``HEADER_BYTES`` of zeros, then poison.
 
     Attributes:
         addresses: base address per rank, once ``connect`` returned.
@@ -30,8 +32,9 @@ class StagingMemory:
         self.rank = rank
         self.addresses: list[int] = []
         self._local = int(call("cuMemAlloc", self.nbytes))
-        # "Not arrived", before any peer can know the address.
-        call("cuMemsetD32", self._local, 0xFFFFFFFF, self.nbytes // 4)
+        # No abort, no signature, nothing arrived: before any peer can know the address.
+        call("cuMemsetD32", self._local, 0, HEADER_BYTES // 4)
+        call("cuMemsetD32", self._local + HEADER_BYTES, 0xFFFFFFFF, (self.nbytes - HEADER_BYTES) // 4)
         call("cuCtxSynchronize")
 
     def handle(self) -> str:
@@ -50,9 +53,9 @@ class StagingMemory:
             self.addresses.append(int(call("cuIpcOpenMemHandle", ipc, flags.value)))
 
     def read(self, rank: int, nbytes: int) -> bytes:
-        """The first ``nbytes`` of that rank's memory, through the copy engine."""
+        """The first ``nbytes`` of that rank's slots, through the copy engine."""
         buffer = (ctypes.c_ubyte * nbytes)()
-        call("cuMemcpyDtoH", ctypes.addressof(buffer), self.addresses[rank], nbytes)
+        call("cuMemcpyDtoH", ctypes.addressof(buffer), self.addresses[rank] + HEADER_BYTES, nbytes)
         return bytes(buffer)
 
     def close(self) -> None:
@@ -65,11 +68,53 @@ class StagingMemory:
             self._local = 0
 
 
+class SideChannel:
+    """Small copies between host and device that pass beside kernels which spin: to stop them, and to learn why.
+
+    Usable from any thread; everything is allocated ahead, as allocating would wait for those kernels.
+    """
+
+    NBYTES = 4096
+
+    def __init__(self):
+        self._lock = threading.Lock()
+        self._context = call("cuCtxGetCurrent")
+        self._stream = call("cuStreamCreate", driver.CUstream_flags.CU_STREAM_NON_BLOCKING.value)
+        self._host = int(call("cuMemHostAlloc", self.NBYTES, 0))
+
+    def write(self, addresses: Sequence[int], word: int) -> None:
+        """Store a 32-bit word at every address."""
+        with self._lock:
+            ctypes.c_uint32.from_address(self._host).value = word
+            self._run(lambda: [call("cuMemcpyHtoDAsync", address, self._host, 4, self._stream) for address in addresses])
+
+    def read(self, address: int, nbytes: int) -> bytes:
+        """``nbytes`` <= ``NBYTES`` of device memory."""
+        with self._lock:
+            self._run(lambda: call("cuMemcpyDtoHAsync", self._host, address, nbytes, self._stream))
+            return ctypes.string_at(self._host, nbytes)
+
+    def _run(self, copies) -> None:
+        call("cuCtxPushCurrent", self._context)
+        try:
+            copies()
+            call("cuStreamSynchronize", self._stream)
+        finally:
+            call("cuCtxPopCurrent")
+
+    def close(self) -> None:
+        with self._lock:
+            if self._host:
+                call("cuStreamDestroy", self._stream)
+                call("cuMemFreeHost", self._host)
+                self._host = 0
+
+
 class LocalState:
     """What only this rank's kernels touch: the control block, epoch words, and the report on the host.
 
-    Device layout: ``Control`` (staging.cuh: poisoned u32, reserved u32, deadline u64 ns) in the first
-    ``CONTROL_BYTES``, then one u32 epoch per channel of each algorithm, in the layout's order.
+    Device layout: ``Control`` (staging.cuh; legacy.py has its own) in the first ``CONTROL_BYTES``, then one u32 epoch per
+    channel of each algorithm, in the layout's order.
 
     Attributes:
         control: address of the control block.
@@ -78,7 +123,8 @@ class LocalState:
         words: the report, for the host.
     """
 
-    CONTROL_BYTES = 256
+    CONTROL_BYTES = 32 << 10
+    DEADLINE_AT, GRACE_AT = 8, 16
 
     def __init__(self, channels: Mapping[str, int]):
         nbytes = self.CONTROL_BYTES + 4 * sum(channels.values())
@@ -95,10 +141,11 @@ class LocalState:
         ctypes.memset(self.report, 0, REPORT_BYTES)
         self.words = (ctypes.c_uint32 * (REPORT_BYTES // 4)).from_address(self.report)
 
-    def set_deadline(self, seconds: float) -> None:
-        """How long kernels launched from now on wait for a peer; 0 = for ever."""
-        value = ctypes.c_uint64(int(seconds * 1e9))
-        call("cuMemcpyHtoD", self.control + 8, ctypes.addressof(value), 8)
+    def set_deadlines(self, deadline: float, grace: float) -> None:
+        """Seconds that kernels launched from now on wait for a peer (0 = for ever): one that was met in this shape of
+        call before, and one that was not."""
+        values = (ctypes.c_uint64 * 2)(int(deadline * 1e9), int(grace * 1e9))
+        call("cuMemcpyHtoD", self.control + self.DEADLINE_AT, ctypes.addressof(values), ctypes.sizeof(values))
 
     def close(self) -> None:
         if self.control:

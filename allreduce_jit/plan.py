@@ -1,21 +1,19 @@
-"""What a call runs: (world size, dtype, bytes) -> algorithm, grid, block. Pure: no torch, no CUDA.
+"""What a call runs: (world size, dtype, bytes) -> algorithm, grid, block, launches. Pure: no torch, no CUDA.
 
-Every input of a plan is the same on all ranks (the multiprocessor count is the smallest of the group), so
-all ranks choose alike.
+Every input of a plan is the same on all ranks, so all ranks choose alike.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .kernel import ITEMSIZE
-from .tuning import LEGACY_TABLES, V2_TABLES
+from .kernel import ITEMSIZE, V2_ALGORITHMS, v2_algorithms
+from .tuning import LEGACY_TABLES, NEVER, V2_TABLES, Band, Bands
 
 PACKET = 16
 WARP = 32
 MAX_BLOCK = 512
-ONE_SHOT_BUFFERS = 2  # kernels/cuda: one per parity
-TWO_SHOT_BUFFERS = 3  # and one for the gather
+HEADER_BYTES = 4096  # kernels/cuda: Header, before the slots
 
 
 @dataclass(frozen=True)
@@ -48,7 +46,7 @@ class Plan:
     Attributes:
         path: ``v2``, ``legacy`` or ``torch.distributed``.
         algorithm: kernel name without dtype and world size; for torch.distributed the backend.
-        grid: blocks of a launch.
+        grid: blocks of a launch that move data (V2 adds a guard to the first).
         block: threads per block.
         chunk: elements of one launch; a larger tensor takes several.
     """
@@ -64,50 +62,82 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def v2_layout(world_size: int, staging_bytes: int) -> Layout:
-    """Regions of one-shot and two-shot; together at most ``staging_bytes``."""
-    share = int(V2_TABLES[world_size].one_shot_share * staging_bytes)
-    slot = world_size * PACKET  # bytes per packet of capacity and buffer
-    one = share // (ONE_SHOT_BUFFERS * slot) // MAX_BLOCK * MAX_BLOCK
-    two = (staging_bytes - share) // (TWO_SHOT_BUFFERS * slot) // MAX_BLOCK * MAX_BLOCK
-    end = one * ONE_SHOT_BUFFERS * slot
-    regions = {"one_shot": Region(0, one, one // WARP), "two_shot": Region(end, two, two // WARP)}
-    return Layout(regions, end + two * TWO_SHOT_BUFFERS * slot)
+def v2_bands(world_size: int, max_ctas: int | None = None, tuned: Bands | None = None) -> Bands:
+    """Which algorithm takes which sizes: ``tuned``, else the table of this package.
+
+    Args:
+        max_ctas: blocks that a communicator may occupy; one of them is the guard.
+    """
+    if max_ctas is None:
+        return tuned or V2_TABLES[world_size]
+    small, large = v2_algorithms(world_size, narrow=True)
+    return Band((max_ctas - 1) * MAX_BLOCK * PACKET, small, MAX_BLOCK), Band(NEVER, large, MAX_BLOCK)
 
 
-def v2_plan(world_size: int, dtype: str, numel: int, sm_count: int, layout: Layout) -> Plan:
+def v2_layout(world_size: int, staging_bytes: int, bands: Bands, max_ctas: int | None = None) -> Layout:
+    """A region for every algorithm of ``bands``, together at most ``staging_bytes``: as large as its largest message, but
+    no more than a quarter (one-shot) or half (two-shot) of the memory; the last one gets the rest."""
+    names = list(dict.fromkeys(band.algorithm for band in bands))
+    regions, offset = {}, HEADER_BYTES
+    for i, name in enumerate(names):
+        algorithm = V2_ALGORITHMS[name]
+        slot = algorithm.buffers * (world_size - 1) * PACKET  # bytes per packet of capacity
+        step = MAX_BLOCK * algorithm.packets
+        room = (staging_bytes - offset) // slot
+        if i < len(names) - 1:
+            largest = max(band.up_to for band in bands if band.algorithm == name)
+            room = min(room, staging_bytes // (2 if algorithm.parts else 4) // slot,
+                       ceil_div(largest, PACKET * (world_size if algorithm.parts else 1) * step) * step)
+        if max_ctas is not None:
+            room = min(room, (max_ctas - 1) * step)
+        capacity = room // step * step
+        regions[name] = Region(offset, capacity, capacity // (WARP * algorithm.packets))
+        offset += capacity * slot
+    return Layout(regions, offset)
+
+
+def v2_plan(world_size: int, dtype: str, numel: int, bands: Bands, layout: Layout) -> Plan:
     """The V2 plan of ``numel`` > 0 elements of ``dtype`` (``float32``, ``float16``, ``bfloat16``)."""
     nbytes = numel * ITEMSIZE[dtype]
-    algorithm = "one_shot" if nbytes < V2_TABLES[world_size].two_shot_from else "two_shot"
-    return v2_shape(algorithm, world_size, dtype, numel, sm_count, layout)
+    band = next(band for band in bands if nbytes <= band.up_to)
+    plan = v2_shape(band.algorithm, band.block, world_size, dtype, numel, layout)
+    if plan.chunk < numel and band is not bands[-1]:  # the last band's algorithm is made for it
+        plan = v2_shape(bands[-1].algorithm, bands[-1].block, world_size, dtype, numel, layout)
+    return plan
 
 
-def v2_shape(algorithm: str, world_size: int, dtype: str, numel: int, sm_count: int, layout: Layout) -> Plan:
-    """Grid of ``algorithm``, one packet (of each part) a thread, and equal launches where one does not hold all.
+def v2_shape(algorithm: str, block: int, world_size: int, dtype: str, numel: int, layout: Layout) -> Plan:
+    """``algorithm`` for ``numel`` elements in blocks of ``block`` threads: equal launches where one does not hold all.
 
-    The smallest block that needs no more blocks than multiprocessors spreads a small message widest.
+    Raises:
+        ValueError: too few elements for an algorithm that streams, which takes two launches at least.
     """
-    parts = 1 if algorithm == "one_shot" else world_size
+    what = V2_ALGORITHMS[algorithm]
+    parts = world_size if what.parts else 1
     packets = ceil_div(numel * ITEMSIZE[dtype], PACKET * parts)
     launches = ceil_div(packets, layout.regions[algorithm].capacity)
-    packets = ceil_div(ceil_div(packets, launches), WARP) * WARP
-    block = WARP
-    while block < MAX_BLOCK and ceil_div(packets, block) > sm_count:
-        block *= 2
-    chunk = numel if launches == 1 else packets * parts * PACKET // ITEMSIZE[dtype]
-    return Plan("v2", algorithm, ceil_div(packets, block), block, chunk)
+    unit = WARP * what.packets
+    if what.stream and launches % 3 == 1:
+        launches += 1  # the protocol's condition, see two_shot.cu
+    each = ceil_div(ceil_div(packets, launches), unit) * unit
+    while what.stream and ceil_div(packets, each) % 3 == 1:  # rounding made it one launch fewer
+        each -= unit
+        if each == 0:
+            raise ValueError(f"{algorithm} of {numel} {dtype} elements: too few for two launches")
+    chunk = each * parts * PACKET // ITEMSIZE[dtype]
+    return Plan("v2", algorithm, ceil_div(each, block * what.packets), block, min(numel, chunk))
 
 
 def legacy_layout(world_size: int, staging_bytes: int, block_bytes: int) -> Layout:
     """One-shot gets a third, two-shot (two phases) the rest; capacities are bytes of a slot."""
-    capacity = staging_bytes // (6 * world_size) // block_bytes * block_bytes
+    capacity = (staging_bytes - HEADER_BYTES) // (6 * world_size) // block_bytes * block_bytes
     channels = capacity // block_bytes
-    offset = 2 * world_size * capacity
+    one_shot = 2 * world_size * capacity
     regions = {
-        "legacy_one_shot": Region(0, capacity, channels),
-        "legacy_two_shot": Region(offset, capacity, channels),
+        "legacy_one_shot": Region(HEADER_BYTES, capacity, channels),
+        "legacy_two_shot": Region(HEADER_BYTES + one_shot, capacity, channels),
     }
-    return Layout(regions, 3 * offset)
+    return Layout(regions, HEADER_BYTES + 3 * one_shot)
 
 
 def legacy_plan(world_size: int, dtype: str, numel: int, layout: Layout, block_bytes: int, threads: int,

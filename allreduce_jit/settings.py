@@ -29,6 +29,7 @@ class Settings:
         path: highest rung of the ladder to try: ``auto``, ``legacy`` or ``torch``.
         cache_dir: where cubins are kept.
         timeout_s: seconds that a kernel waits for a peer before it gives up; 0 = for ever.
+        first_timeout_s: the same in the first call of a shape, when peers may still compile or load a model.
         staging_mb: upper bound of staging memory per rank, in MiB.
         pdl: launch kernels with programmatic dependent launch where the GPU has it.
     """
@@ -36,7 +37,8 @@ class Settings:
     use_v2: bool = True
     path: str = "auto"
     cache_dir: Path = field(default_factory=lambda: default_cache_dir(os.environ))
-    timeout_s: float = 600.0
+    timeout_s: float = 30.0
+    first_timeout_s: float = 600.0
     staging_mb: int = 32
     pdl: bool = True
 
@@ -107,6 +109,7 @@ VARIABLES = {
     "ALLREDUCE_JIT_PATH": ("path", _path),
     "ALLREDUCE_JIT_CACHE_DIR": ("cache_dir", _directory),
     "ALLREDUCE_JIT_TIMEOUT": ("timeout_s", _seconds),
+    "ALLREDUCE_JIT_FIRST_TIMEOUT": ("first_timeout_s", _seconds),
     "ALLREDUCE_JIT_STAGING_MB": ("staging_mb", _megabytes),
     "ALLREDUCE_JIT_PDL": ("pdl", parse_bool),
 }

@@ -14,10 +14,14 @@ import torch
 
 from .place import Place
 
-CALLS = 20  # in one timed burst: their common start-up is divided by this
-CALLS_SMALL = 100  # of small messages, which take no longer than that start-up
-SMALL_BYTES = 256 << 10
+# Calls in one timed burst: their common start-up is divided by this, so short calls come in longer bursts. The same
+# for everybody who is measured.
+BURSTS = ((4 << 20, 100), (32 << 20, 20))  # (up to so many bytes, calls)
+CALLS = 8  # of messages beyond
 ROTATE = 4  # inputs taken in turn, so that no call finds its own data in a cache
+PRIMING = 2  # replays before the warm-up: the first also uploads the graph, the second tells what a launch costs
+GATE_US = 100.0
+CYCLES_PER_US = 2000  # no GPU's clock is much faster; a slower one only waits for longer
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,8 @@ class Workload:
     @property
     def calls(self) -> int:
         """Calls in one burst."""
-        return CALLS_SMALL if self.inputs[0].nbytes <= SMALL_BYTES else CALLS
+        nbytes = self.inputs[0].nbytes
+        return next((calls for largest, calls in BURSTS if nbytes <= largest), CALLS)
 
     def refill(self) -> None:
         for tensor, source in zip(self.inputs, self.sources):
@@ -62,12 +67,25 @@ def capturable(place: Place, communicator: Any) -> bool:
     return place.device.type == "cuda" and communicator.describe()["backend"] != "gloo"
 
 
-def eager(place: Place, load: Workload, repetitions: int, warmup: int) -> list[float]:
+def device_barrier(place: Place, communicator: Any) -> Callable[[], None]:
+    """Lines the ranks up to about a microsecond, on the GPU: a one-element all-reduce of ours, whoever is measured.
+
+    A barrier of the hosts would let them go tens of microseconds apart.
+    """
+    one = torch.ones(1, device=place.device)
+    return lambda: communicator.all_reduce(one)
+
+
+def eager(
+    place: Place, load: Workload, repetitions: int, warmup: int, barrier: Callable[[], Any] | None = None
+) -> list[float]:
     """This rank's host time per call in each repetition: a burst and one synchronisation, in µs."""
     samples = []
     place.barrier()
     for _ in range(warmup + repetitions):
         load.refill()
+        if barrier is not None:
+            barrier()
         place.synchronize()
         start = time.perf_counter()
         load.burst()
@@ -87,19 +105,58 @@ def record(
 
 
 def replays(
-    place: Place, load: Workload, graph: torch.cuda.CUDAGraph, repetitions: int, warmup: int
+    place: Place,
+    load: Workload,
+    graph: torch.cuda.CUDAGraph,
+    repetitions: int,
+    warmup: int,
+    barrier: Callable[[], Any] | None = None,
 ) -> list[float]:
     """This rank's device time per call in each replay of the recorded burst, in µs."""
-    marks = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(warmup + repetitions)]
-    place.synchronize()
-    place.barrier()
-    for start, end in marks:
-        load.refill()
+    return replays_of(place, graph, load.calls, repetitions, warmup, barrier, load.refill)
+
+
+def replays_of(
+    place: Place,
+    graph: torch.cuda.CUDAGraph,
+    calls: int,
+    repetitions: int,
+    warmup: int,
+    barrier: Callable[[], Any] | None = None,
+    refill: Callable[[], None] | None = None,
+) -> list[float]:
+    """``replays`` of any graph that holds ``calls`` calls.
+
+    A timed interval begins when all ranks have arrived at the barrier, and the whole graph has been launched by
+    then: the GPU is kept busy (the gate) until the host is done with launching. Otherwise what is measured is how
+    fast the host launches the nodes of a graph, and how far apart the ranks start.
+    """
+
+    def once(start: torch.cuda.Event, end: torch.cuda.Event) -> float:
+        """One replay; how long the host took over what the gate has to cover, in µs."""
+        if refill is not None:
+            refill()
+        torch.cuda._sleep(int(gate * CYCLES_PER_US))
+        began = time.perf_counter()
+        if barrier is not None:
+            barrier()
         start.record()
         graph.replay()
+        took = time.perf_counter() - began
         end.record()
+        return took * 1e6
+
+    gate = GATE_US
+    marks = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(warmup + repetitions)]
+    place.barrier()
+    for _ in range(PRIMING):  # on an idle GPU, so that no full queue delays the host
+        place.synchronize()
+        launching = once(*marks[0])
+    gate += 2 * launching
+    for start, end in marks:
+        once(start, end)
     place.synchronize()
-    return [start.elapsed_time(end) * 1e3 / load.calls for start, end in marks[warmup:]]
+    return [start.elapsed_time(end) * 1e3 / calls for start, end in marks[warmup:]]
 
 
 def slowest(place: Place, samples: list[float]) -> Timing:

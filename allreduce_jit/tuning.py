@@ -1,6 +1,6 @@
 """The tables that ``plan`` reads. Tuning changes speed only, never a bit of a result.
 
-Measured on H200 where docs/performance.md says so, otherwise estimated from bytes on the wire.
+Measured on H200 at 2, 3 and 4 ranks (docs/performance.md), estimated from bytes on the wire at 5 to 8.
 """
 
 from __future__ import annotations
@@ -13,27 +13,39 @@ NEVER = 1 << 62
 
 
 @dataclass(frozen=True)
-class V2Table:
-    """When V2 switches algorithms, for one world size.
+class Band:
+    """Messages of up to ``up_to`` bytes run ``algorithm`` in blocks of ``block`` threads."""
 
-    Attributes:
-        two_shot_from: bytes from which two-shot beats one-shot.
-        one_shot_share: share of the staging memory that one-shot gets; the rest is two-shot's.
-    """
-
-    two_shot_from: int
-    one_shot_share: float
+    up_to: int
+    algorithm: str
+    block: int
 
 
-V2_TABLES = {
-    2: V2Table(NEVER, 0.95),  # one-shot sends no more bytes than two-shot, and in one hop
-    3: V2Table(768 * KIB, 0.2),
-    4: V2Table(384 * KIB, 0.1),
-    5: V2Table(192 * KIB, 0.1),
-    6: V2Table(144 * KIB, 0.1),
-    7: V2Table(128 * KIB, 0.1),
-    8: V2Table(96 * KIB, 0.1),
+Bands = tuple[Band, ...]  # by growing size; the last one has no end
+
+
+def _two_shot_from(nbytes: int) -> Bands:
+    return (
+        Band(nbytes, "one_shot", 64),
+        Band(4 * MIB, "two_shot", 32),
+        Band(NEVER, "two_shot_stream", 512),
+    )
+
+
+V2_TABLES: dict[int, Bands] = {
+    2: (Band(128 * KIB, "one_shot", 64), Band(8 * MIB, "one_shot", 128), Band(NEVER, "one_shot", 512)),
+    3: _two_shot_from(512 * KIB),
+    4: _two_shot_from(192 * KIB),
+    5: _two_shot_from(128 * KIB),
+    6: _two_shot_from(96 * KIB),
+    7: _two_shot_from(80 * KIB),
+    8: _two_shot_from(64 * KIB),
 }
+
+
+def two_shot_above(bands: Bands) -> int:
+    """Largest message in bytes that one-shot takes."""
+    return max(band.up_to for band in bands if band.algorithm == "one_shot")
 
 
 @dataclass(frozen=True)

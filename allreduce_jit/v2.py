@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import ctypes
+from dataclasses import dataclass, field
 
 import torch
 
 from .driver import Launch
-from .engine import DTYPE_NAMES, KernelEngine, EngineConfig
-from .kernel import DTYPES
-from .plan import Plan, v2_layout, v2_plan, v2_shape
+from .engine import DTYPE_NAMES, EngineConfig, KernelEngine
+from .failure import tag
+from .kernel import ITEMSIZE, V2_ALGORITHMS, KernelSpec, catalogue, entry
+from .plan import PACKET, Plan, ceil_div, v2_bands, v2_layout, v2_plan, v2_shape
 
-MAX_PLANS = 4096
+MAX_PLANS = 4096  # Control.met of staging.cuh
 
 
 class Args(ctypes.Structure):
@@ -22,86 +24,121 @@ class Args(ctypes.Structure):
         ("input", ctypes.c_uint64),
         ("output", ctypes.c_uint64),
         ("numel", ctypes.c_uint64),
+        ("total", ctypes.c_uint64),
+        ("slots", ctypes.c_uint64),
         ("epochs", ctypes.c_uint64),
         ("control", ctypes.c_uint64),
         ("report", ctypes.c_uint64),
         ("rank", ctypes.c_uint32),
         ("capacity", ctypes.c_uint32),
+        ("tag", ctypes.c_uint32),
+        ("config", ctypes.c_uint32),
+        ("launch", ctypes.c_uint32),
+        ("last", ctypes.c_uint32),
     ]
 
 
+def launches(plan: Plan, numel: int, dtype: str, world_size: int) -> list[tuple[int, int, int]]:
+    """(first element, elements, blocks) of every launch of a call; the guard's block is counted in the first."""
+    algorithm = V2_ALGORITHMS[plan.algorithm]
+    threads = plan.block * algorithm.packets
+    found = []
+    for start in range(0, numel, plan.chunk):
+        count = min(plan.chunk, numel - start)
+        packets = ceil_div(count * ITEMSIZE[dtype], PACKET * (world_size if algorithm.parts else 1))
+        guard = 0 if algorithm.stream and start else 1
+        found.append((start, count, ceil_div(packets, threads) + guard))
+    return found
+
+
+@dataclass
+class Step:
+    """The launches of one shape of call: each with its arguments and where it begins, in bytes."""
+
+    whole: list[tuple[Launch, Args, int]] = field(default_factory=list)
+    ragged: list[tuple[Launch, Args, int]] = field(default_factory=list)
+
+
 class V2Engine(KernelEngine):
-    """One-shot and two-shot push all-reduce for GPUs that are all connected by NVLink."""
+    """Push all-reduce for GPUs that are all connected by NVLink."""
 
     path = "v2"
-    numbers = {1: "one_shot", 2: "two_shot"}
 
     def __init__(self, config: EngineConfig):
-        super().__init__(config, v2_layout(config.world_size, config.settings.staging_mb << 20))
-        self._pdl = config.settings.pdl and int(config.arch.removeprefix("sm_")) >= 90
+        self.bands = v2_bands(config.world_size, config.max_ctas, config.tuned)
+        layout = v2_layout(config.world_size, config.settings.staging_mb << 20, self.bands, config.max_ctas)
+        super().__init__(config, layout)
+        # A launch that starts early occupies multiprocessors beside the one before it.
+        early = config.max_ctas is None and int(config.arch.removeprefix("sm_")) >= 90
+        self._pdl = config.settings.pdl and early
         self._kernels: dict[str, object] = {}
-        self._args: dict[str, Args] = {}
-        self._launches: dict[tuple[str, int, int], Launch] = {}
-        self._steps: dict[tuple[int, torch.dtype], tuple[Args, Launch, int]] = {}
+        self._steps: dict[tuple[int, torch.dtype], Step] = {}
+        self._shapes: dict[tuple[int, torch.dtype], int] = {}
 
     def plan(self, numel: int, dtype: str) -> Plan:
-        return v2_plan(self.config.world_size, dtype, numel, self.config.sm_count, self.layout)
+        return v2_plan(self.config.world_size, dtype, numel, self.bands, self.layout)
 
     def takes(self, numel: int, dtype: str) -> bool:
         return True
 
-    def run(self, plan: Plan, x: torch.Tensor, out: torch.Tensor) -> None:
-        with torch.cuda.device(self._raw_device):
-            stream = torch._C._cuda_getCurrentRawStream(self._raw_device)
-            _fire(*self._step(plan, x.dtype), x, out, stream)
+    def _catalogue(self) -> list[KernelSpec]:
+        return catalogue(self.path, self.config.world_size, narrow=self.config.max_ctas is not None)
 
-    def _register(self, spec, entry, artifact, kernel) -> None:
-        self._kernels[entry] = kernel
-
-    def _bind(self) -> None:
-        for algorithm, region in self.layout.regions.items():
-            args = Args(
-                epochs=self.state.epochs[algorithm],
-                control=self.state.control,
-                report=self.state.report,
-                rank=self.config.rank,
-                capacity=region.capacity,
-            )
-            args.staging[: self.config.world_size] = [address + region.offset for address in self.memory.addresses]
-            self._args[algorithm] = args
+    def _register(self, spec, name, artifact, kernel) -> None:
+        self._kernels[name] = kernel
 
     def _verification_plans(self, numel: int, dtype: torch.dtype) -> list[Plan]:
-        shape = (self.config.world_size, DTYPE_NAMES[dtype], numel, 1, self.layout)
-        return [v2_shape(algorithm, *shape) for algorithm in self.layout.regions]
+        # Blocks of one warp: the most blocks, channels and guards' neighbours that so few elements can have.
+        shape = (32, self.config.world_size, DTYPE_NAMES[dtype])
+        return [v2_shape(name, *shape, numel, self.layout) for name in self.layout.regions]
+
+    def run(self, plan: Plan, x: torch.Tensor, out: torch.Tensor) -> None:
+        with torch.cuda.device(self._raw_device):
+            step = self._step(plan, x.numel(), x.dtype, config=0)
+            _fire(step, x.data_ptr(), out.data_ptr(), torch._C._cuda_getCurrentRawStream(self._raw_device))
 
     def _launch(self, x: torch.Tensor, out: torch.Tensor, stream: int) -> None:
         key = (x.numel(), x.dtype)
         step = self._steps.get(key)
         if step is None:
-            if len(self._steps) >= MAX_PLANS:
+            if len(self._steps) >= MAX_PLANS - 1:
                 self._steps.clear()
-            step = self._steps[key] = self._step(self.plan(key[0], DTYPE_NAMES[x.dtype]), x.dtype)
-        _fire(*step, x, out, stream)
+                self._shapes.clear()
+            config = self._shapes[key] = len(self._shapes) + 1
+            step = self._steps[key] = self._step(self.plan(key[0], DTYPE_NAMES[x.dtype]), *key, config)
+        _fire(step, x.data_ptr(), out.data_ptr(), stream)
 
-    def _step(self, plan: Plan, dtype: torch.dtype) -> tuple[Args, Launch, int]:
-        args = self._args[plan.algorithm]
-        name = f"{plan.algorithm}_{DTYPES[DTYPE_NAMES[dtype]]}_ws{self.config.world_size}"
-        key = (name, plan.grid, plan.block)
-        if key not in self._launches:
-            self._launches[key] = Launch(self._kernels[name], [args], plan.grid, plan.block, pdl=self._pdl)
-        return args, self._launches[key], plan.chunk
+    def _step(self, plan: Plan, numel: int, dtype: torch.dtype, config: int) -> Step:
+        name, world_size = DTYPE_NAMES[dtype], self.config.world_size
+        region = self.layout.regions[plan.algorithm]
+        step = Step()
+        parts = launches(plan, numel, name, world_size)
+        for i, (start, count, blocks) in enumerate(parts):
+            args = Args(
+                numel=count,
+                total=numel,
+                slots=region.offset,
+                epochs=self.state.epochs[plan.algorithm],
+                control=self.state.control,
+                report=self.state.report,
+                rank=self.config.rank,
+                capacity=region.capacity,
+                tag=tag(plan.algorithm, name),
+                config=config,
+                launch=i,
+                last=i == len(parts) - 1,
+            )
+            args.staging[:world_size] = self.memory.addresses
+            for whole, found in ((True, step.whole), (False, step.ragged)):
+                kernel = self._kernels[entry(plan.algorithm, name, world_size, whole)]
+                found.append((Launch(kernel, [args], blocks, plan.block, pdl=self._pdl), args, start * dtype.itemsize))
+        if numel * dtype.itemsize % PACKET:
+            step.whole = step.ragged
+        return step
 
 
-def _fire(args: Args, launch: Launch, chunk: int, x: torch.Tensor, out: torch.Tensor, stream: int) -> None:
-    args.input = x.data_ptr()
-    args.output = out.data_ptr()
-    args.numel = left = x.numel()
-    if left <= chunk:
+def _fire(step: Step, source: int, target: int, stream: int) -> None:
+    for launch, args, offset in step.ragged if (source | target) % PACKET else step.whole:
+        args.input = source + offset
+        args.output = target + offset
         launch(stream)
-        return
-    while left > 0:
-        args.numel = min(left, chunk)
-        launch(stream)
-        args.input += chunk * x.element_size()
-        args.output += chunk * x.element_size()
-        left -= chunk

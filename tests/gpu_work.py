@@ -11,7 +11,9 @@ import torch
 import torch.distributed as dist
 
 import allreduce_jit
-from allreduce_jit import reference
+from allreduce_jit import bench as benchmark
+from allreduce_jit import bench_page, bench_peers, reference
+from allreduce_jit import floor as light
 from allreduce_jit.communicator import Communicator
 from allreduce_jit.engine import DTYPE_NAMES, TORCH_DTYPES
 from allreduce_jit.kernel import ALGORITHMS
@@ -292,6 +294,52 @@ def same_gpu(place):
         assert comm.describe()["backend"] == "gloo"
         x = torch.full((1000,), place.rank + 1.0, device="cuda:0")
         assert torch.equal(comm.all_reduce(x), torch.full_like(x, sum(range(1, place.world_size + 1))))
+
+
+def floor(place):
+    """The shortest exchange and the rate of stores are those of NVLink, whichever generation."""
+    with allreduce_jit.init(device=place.device) as comm:
+        expect_path(comm, Path.V2)
+        found, trouble = light.measure(place, comm)
+    assert trouble is None, trouble
+    assert place.gather(found) == [found] * place.world_size
+    assert 0.5 < found.flag_us < 10 and 0.1 < found.hop_us < 10, found
+    assert 0.1 < found.empty_us < found.flag_us and found.empty_serial_us < found.flag_serial_us < 20, found
+    assert 50 < found.egress_gbs < 1000, found
+
+
+def missing_flag(place):
+    """A rank that launches nothing: the others' waits end, and so do all exchanges behind them."""
+    saved, light.TIMEOUT_S = light.TIMEOUT_S, 0.5
+    try:
+        with allreduce_jit.init(device=place.device) as comm:
+            probe = light._Probe(place, comm)
+            probe.connect(place.gather(probe.allocate()))
+            probe.capture()
+            place.barrier()
+            started = time.monotonic()
+            if place.rank != 1:
+                for graph, _ in probe.graphs:
+                    graph.replay()
+            torch.cuda.synchronize()
+            waited, state = time.monotonic() - started, probe.state.tolist()
+            place.barrier()
+            probe.close()
+        assert state == [0, 0] if place.rank == 1 else state[1] == 2 and 0.4 < waited < 2.0, (state, waited)
+    finally:
+        light.TIMEOUT_S = saved
+
+
+def bench(place):
+    """A short run with every peer that is here: rows beside their floor, and the page of it."""
+    options = benchmark.Options(1 << 10, 4 << 20, 64, 4, 1, "bfloat16", True, "both", tuple(bench_peers.PEERS), 0)
+    document = benchmark.work(place, options, None)
+    assert document["ok"] and document["peers"]["nccl"] is None, document["peers"]
+    assert [row["mode"] for row in document["rows"]] == ["graph"] * 3 + ["eager"] * 3
+    for row in document["rows"]:
+        assert row["p50_us"] > 0.8 * row["sol_us"], row  # nobody is faster than light, but for the noise
+        assert row["peers"]["nccl"]["p50_us"] > row["sol_us"], row
+    assert "ours / SoL" in bench_page.page([document]) and "xSoL" in benchmark.render(document)
 
 
 def suite(place, names):

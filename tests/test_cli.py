@@ -141,15 +141,33 @@ class LiarPeer(GoodPeer):
 
 
 SMALL = selftest.Options(max_bytes=4096, seed=3)
-BENCH = bench.Options(1024, 4096, 2, 2, 1, "bfloat16", True, "both", ("good", "half", "liar"), 0)
+
+
+class BreakingPeer(GoodPeer):
+    """Right in its trial, wrong by a little too much at the sizes that follow."""
+
+    name = "breaking"
+
+    def call(self, tensor):
+        dist.all_reduce(tensor)
+        return tensor if tensor.numel() > 4096 else tensor + 1
+
+
+class AbsentPeer(GoodPeer):
+    name = "absent"
+    modules = ("no_such_package.inside",)
+
+
 FAULTS = (wrong_element, reverse_order, write_past_the_end, input_spoilt, plans_differ)
+NAMES = ("good", "half", "liar", "breaking", "absent")
+BENCH = bench.Options(1024, 4096, 2, 2, 1, "bfloat16", True, "both", NAMES, 0)
 FAKES = {fake.__name__: fake for fake in (gloo, kernels, *FAULTS)}
 
 
 def everything(place):
     """All that needs three ranks, in one set of processes: they cost seconds each."""
-    timing.CALLS = timing.CALLS_SMALL = 2
-    bench_peers.PEERS = {peer.name: peer for peer in (GoodPeer, HalfPeer, LiarPeer)}
+    timing.BURSTS, timing.CALLS = (), 2
+    bench_peers.PEERS = {peer.name: peer for peer in (GoodPeer, HalfPeer, LiarPeer, BreakingPeer, AbsentPeer)}
     documents = {name: selftest.work(place, SMALL, init) for name, init in FAKES.items()}
     documents["bench"] = bench.work(place, BENCH, kernels)
     documents["bench reverse_order"] = bench.work(
@@ -245,7 +263,7 @@ class TestBench:
         assert {row["mode"] for row in rows} == {"eager"}
         for row in rows:
             assert row["count"] * 2 == row["bytes"] and row["wrong"] == 0
-            assert 0 < row["p50_us"] <= row["p99_us"]
+            assert 0 < row["p50_us"] <= row["p99_us"] and row["calls"] == 2
             assert row["algbw_gbs"] == pytest.approx(row["bytes"] / row["p50_us"] / 1000)
             assert row["busbw_gbs"] == pytest.approx(row["algbw_gbs"] * 4 / 3)
         busbw = [row["busbw_gbs"] for row in rows]
@@ -256,6 +274,33 @@ class TestBench:
         assert peers["good"] is None
         assert peers["half"] == "rank 1: not on rank 1"
         assert peers["liar"].startswith("rank 0: wrong sums in a trial call")
+        assert peers["absent"] == "rank 0: no_such_package is not installed"
+
+    def test_a_peer_that_sums_wrong_at_one_size_is_not_timed_there(self, documents):
+        assert documents["bench"]["peers"]["breaking"] is None
+        for row in documents["bench"]["rows"]:
+            assert row["peers"]["breaking"]["reason"].startswith("rank 0: wrong sums: off by up to")
+
+    def test_no_floor_without_gpus(self, documents):
+        assert documents["bench"]["floor"] == {"reason": "the ranks are on the CPU"}
+        assert {(row["sol_us"], row["sol_ratio"]) for row in documents["bench"]["rows"]} == {(None, None)}
+        assert "# no SoL: the ranks are on the CPU" in bench.render(documents["bench"]).splitlines()
+
+    def test_eager_rows_time_a_given_output_too(self, documents):
+        assert all(0 < row["with_out"]["p50_us"] <= row["with_out"]["p99_us"] for row in documents["bench"]["rows"])
+
+    def test_everybody_gets_bursts_of_one_length(self):
+        """Short messages in long bursts; always whole rounds of the inputs."""
+        loads = [timing.Workload(None, [torch.empty(1 << shift, dtype=torch.uint8)], []) for shift in range(10, 28)]
+        calls = [load.calls for load in loads]
+        assert calls == sorted(calls, reverse=True) and calls[0] == 100 and calls[-1] == 8
+        assert not [n for n in calls if n % timing.ROTATE]
+
+    def test_turns_share_all_bursts_out(self):
+        for iters, warmup in ((1, 0), (2, 1), (20, 5), (7, 3)):
+            turns = list(bench._Bench._turns(SimpleNamespace(options=replaced(iters=iters, warmup=warmup))))
+            assert sum(timed for timed, _ in turns) == iters and all(timed > 0 for timed, _ in turns)
+            assert sum(warm for _, warm in turns) >= warmup
 
     def test_a_peer_may_refuse_one_size(self, documents):
         cells = [row["peers"]["good"] for row in documents["bench"]["rows"]]
@@ -265,10 +310,10 @@ class TestBench:
     def test_table(self, documents):
         lines = [line.split() for line in bench.render(documents["bench"]).splitlines()]
         header = next(line for line in lines if line[0:1] == ["size"])
-        expected = "size count type redop algorithm time p99 algbw busbw #wrong good"
+        expected = "size count type redop algorithm time p99 algbw busbw #wrong out= good p99 breaking p99"
         assert header == expected.split()
         row = lines[lines.index(header) + 4]
-        assert row[:5] == ["4096", "2048", "bfloat16", "sum", "fake"] and row[-2:] == ["0", "-"]
+        assert row[:5] == ["4096", "2048", "bfloat16", "sum", "fake"] and row[-6] == "0" and row[-4:] == ["-"] * 4
         assert ["#", "Out", "of", "bounds", "values", ":", "0", "OK"] in lines
         assert lines[-1][:6] == ["#", "Avg", "bus", "bandwidth", ":", lines[-1][5]]
         assert "# peer half: unavailable: rank 1: not on rank 1".split() in lines
@@ -304,6 +349,25 @@ class TestExitCodes:
         out = capfd.readouterr().out
         assert "# peer nccl: unavailable: rank 0: " in out and "# peer torch_two_shot: unavailable" in out
         assert "# Out of bounds values : 0 OK" in out
+
+    def test_a_page_of_a_run_and_of_what_it_printed(self, capfd, tmp_path):
+        pages = [tmp_path / "now.html", tmp_path / "later.html"]
+        arguments = f"bench --cpu 2 -b 1K -e 2K -n 1 -w 0 --peers none --deadline 100 --json --html {pages[0]}"
+        assert cli.main(arguments.split(), init=kernels) == 0
+        saved = tmp_path / "saved.json"
+        saved.write_text(capfd.readouterr().out)
+        assert cli.main(["bench", "--from", str(saved), "--html", str(pages[1])]) == 0
+        assert capfd.readouterr().out == ""
+        assert pages[0].read_text() == pages[1].read_text()
+        assert cli.main(["bench", "--from", str(saved)]) == 0
+        assert "# Out of bounds values : 0 OK" in capfd.readouterr().out
+
+    @pytest.mark.parametrize("text", ["", "{}", "[1]", '{"rows": []}'])
+    def test_what_is_no_document(self, text, tmp_path, capsys):
+        file = tmp_path / "saved.json"
+        file.write_text(text)
+        assert cli.main(["bench", "--from", str(file)]) == 1
+        assert str(file) in capsys.readouterr().err
 
     def test_failing_ranks_are_1_with_the_story_on_stderr(self, capfd, monkeypatch):
         def fail(*_, **__):

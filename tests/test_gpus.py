@@ -36,6 +36,11 @@ def test_ladder(n):
     run(n, "siblings", "without_nvlink", "failures_step_down", "late_peer")
 
 
+@pytest.mark.parametrize("n", WORLDS)
+def test_bench(n):
+    run(n, "floor", "missing_flag", "bench")
+
+
 @pytest.mark.gpus(4)
 def test_groups():
     run(4, "groups")

@@ -8,65 +8,90 @@ from allreduce_jit.cache import KernelCache
 from allreduce_jit.compiler import build
 from allreduce_jit.driver import Launch, Module
 from allreduce_jit.engine import DTYPE_NAMES
-from allreduce_jit.kernel import ALGORITHMS, DTYPES, cuda_module
-from allreduce_jit.plan import v2_layout
-from allreduce_jit.v2 import Args
+from allreduce_jit.failure import tag
+from allreduce_jit.kernel import cuda_module, entry, v2_algorithms
+from allreduce_jit.memory import LocalState
+from allreduce_jit.plan import HEADER_BYTES, PACKET, v2_layout
+from allreduce_jit.tuning import Band
+from allreduce_jit.v2 import Args, launches
+
+
+def algorithms(world_size: int) -> list[str]:
+    """Every V2 algorithm that some communicator of that size may run."""
+    return list(dict.fromkeys(v2_algorithms(world_size) + v2_algorithms(world_size, narrow=True)))
 
 
 class VirtualWorld:
-    """``world_size`` ranks whose staging memories are tensors of one GPU.
- """
+    """``world_size`` ranks whose staging memories are tensors of one GPU."""
 
-    def __init__(self, world_size: int, staging_mb: int = 8, cache: KernelCache | None = None):
+    def __init__(self, world_size: int, staging_mb: int = 32, cache: KernelCache | None = None):
         self.world_size = world_size
         # All ranks share the multiprocessors, and a cooperative launch wants them all at once.
         self.sm_count = torch.cuda.get_device_properties(0).multi_processor_count // world_size
-        self.layout = v2_layout(world_size, staging_mb << 20)
+        names = algorithms(world_size)
+        bands = tuple(Band(1 << 20, name, 32) for name in names)
+        self.layout = v2_layout(world_size, staging_mb << 20, bands)
         major, minor = torch.cuda.get_device_capability()
         self.kernels = {}
-        for algorithm in ALGORITHMS:
+        for algorithm in names:
             spec = cuda_module(algorithm, world_size, virtual_ranks=True)
             module = Module(build(spec, f"sm_{major}{minor}", cache or KernelCache(None))[0].cubin)
-            self.kernels |= {entry: module.kernel(entry) for entry in spec.entries}
-        self.staging = [torch.full((self.layout.nbytes // 4,), -1, dtype=torch.int32, device="cuda") for _ in range(world_size)]
+            self.kernels |= {name: module.kernel(name) for name in spec.entries}
+        words = self.layout.nbytes // 4
+        self.staging = [torch.full((words,), -1, dtype=torch.int32, device="cuda") for _ in range(world_size)]
+        for staging in self.staging:
+            staging[: HEADER_BYTES // 4] = 0
         channels = sum(region.channels for region in self.layout.regions.values())
-        self.local = [torch.zeros(64 + channels, dtype=torch.int32, device="cuda") for _ in range(world_size)]
+        words = LocalState.CONTROL_BYTES // 4 + channels
+        self.local = [torch.zeros(words, dtype=torch.int32, device="cuda") for _ in range(world_size)]
         self.report = torch.zeros(world_size, 16, dtype=torch.int32).pin_memory()
 
-    def set_deadline(self, seconds: float) -> None:
+    def set_deadlines(self, seconds: float, grace: float | None = None) -> None:
         for local in self.local:
-            local[2:4].view(torch.int64).fill_(int(seconds * 1e9))
+            local[2:6].view(torch.int64).copy_(torch.tensor([int(s * 1e9) for s in (seconds, grace or seconds)]))
 
-    def all_reduce(self, algorithm: str, inputs, outs, grid: int, block: int, skip: tuple = ()) -> None:
-        """One call on every rank but those in ``skip``, which get an empty tensor: their channels are idle."""
-        dtype = DTYPES[DTYPE_NAMES[inputs[0].dtype]]
-        kernel = self.kernels[f"{algorithm}_{dtype}_ws{self.world_size}"]
-        args = b"".join(bytes(self._args(rank, algorithm, inputs[rank], outs[rank], rank in skip)) for rank in range(self.world_size))
-        table = torch.frombuffer(bytearray(args), dtype=torch.uint8).cuda()
-        launch = Launch(kernel, [ctypes.c_uint64(table.data_ptr())], grid, block, ranks=self.world_size)
-        launch(torch.cuda.current_stream().cuda_stream)
-        torch.cuda.synchronize()
+    def all_reduce(self, plan, inputs, outs, skip: tuple = (), tags: dict | None = None) -> None:
+        """One call on every rank but those in ``skip``, whose blocks find nothing to do and sign nothing.
+
+        Args:
+            tags: what some ranks sign with instead of the truth.
+        """
+        numel, dtype = inputs[0].numel(), DTYPE_NAMES[inputs[0].dtype]
+        itemsize = inputs[0].element_size()
+        aligned = all(t.data_ptr() % PACKET == 0 for t in (*inputs, *outs)) and numel * itemsize % PACKET == 0
+        kernel = self.kernels[entry(plan.algorithm, dtype, self.world_size, aligned)]
+        parts = launches(plan, numel, dtype, self.world_size)
+        for i, (start, count, blocks) in enumerate(parts):
+            table = b""
+            for rank in range(self.world_size):
+                args = self._args(rank, plan.algorithm, dtype)
+                args.input, args.output = (t[rank].data_ptr() + start * itemsize for t in (inputs, outs))
+                args.numel, args.total = (0, 0) if rank in skip else (count, numel)
+                args.tag = (tags or {}).get(rank, args.tag)
+                # A launch other than the first has no guard; only a stream kernel's, and it would sign as well.
+                args.launch, args.last = (1 if rank in skip else i), i == len(parts) - 1
+                table += bytes(args)
+            arguments = torch.frombuffer(bytearray(table), dtype=torch.uint8).cuda()
+            launch = Launch(kernel, [ctypes.c_uint64(arguments.data_ptr())], blocks, plan.block, ranks=self.world_size)
+            launch(torch.cuda.current_stream().cuda_stream)
+            torch.cuda.synchronize()
 
     def fully_poisoned(self) -> bool:
         """Whether every slot is empty again."""
-        return all(bool((staging == -1).all()) for staging in self.staging)
+        return all(bool((staging[HEADER_BYTES // 4 :] == -1).all()) for staging in self.staging)
 
-    def _args(self, rank: int, algorithm: str, x, out, skip: bool) -> Args:
+    def _args(self, rank: int, algorithm: str, dtype: str) -> Args:
         region, local = self.layout.regions[algorithm], self.local[rank]
-        before = 0
-        for name in self.layout.regions:
-            if name == algorithm:
-                break
-            before += self.layout.regions[name].channels
+        names = list(self.layout.regions)
+        before = sum(self.layout.regions[name].channels for name in names[: names.index(algorithm)])
         args = Args(
-            input=x.data_ptr(),
-            output=out.data_ptr(),
-            numel=0 if skip else x.numel(),
-            epochs=local.data_ptr() + 256 + 4 * before,
+            slots=region.offset,
+            epochs=local.data_ptr() + LocalState.CONTROL_BYTES + 4 * before,
             control=local.data_ptr(),
             report=self.report[rank].data_ptr(),
             rank=rank,
             capacity=region.capacity,
+            tag=tag(algorithm, dtype),
         )
-        args.staging[: self.world_size] = [s.data_ptr() + region.offset for s in self.staging]
+        args.staging[: self.world_size] = [staging.data_ptr() for staging in self.staging]
         return args

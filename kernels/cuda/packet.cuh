@@ -32,67 +32,69 @@ struct Bf16 {
 template <class T>
 constexpr u32 ELEMENTS = 4 * T::PER_WORD;  // elements of dtype T in a packet
 
-// The user's tensor: any element-aligned address, any number of elements.
-template <class T>
+// The user's tensor: any number of elements at any element-aligned address. WHOLE: the address is a multiple of 16
+// and the elements fill whole packets; such tensors need a fraction of the code, which is what small messages wait for.
+template <class T, bool WHOLE>
 struct Tensor {
     u64 address;
-    u64 numel;
-    bool aligned;  // 16-byte accesses allowed
+    u32 numel;
+    u32 packets;
 
-    __device__ Tensor(u64 address, u64 numel) : address(address), numel(numel), aligned(address % 16 == 0) {}
-
-    __device__ static u64 packets(u64 numel) { return (numel + ELEMENTS<T> - 1) / ELEMENTS<T>; }
-
-    // Packets of each of WORLD_SIZE equal parts.
-    __device__ static u64 part(u64 numel) { return (packets(numel) + WORLD_SIZE - 1) / WORLD_SIZE; }
+    __device__ Tensor(u64 address, u64 numel)
+        : address(address), numel(numel), packets((u32(numel) + ELEMENTS<T> - 1) / ELEMENTS<T>) {}
 
     // Packet number `packet`, zeros past the end: padding is sent like data, so that every thread of
     // an active warp always exchanges a packet with every peer (the protocol's safety needs it).
-    __device__ Packet load(u64 packet) const {
-        u64 first = packet * ELEMENTS<T>;
+    __device__ Packet load(u32 packet) const {
+        if (packet >= packets) return ZEROS;
+        u64 at = address + u64(packet) * 16;
+        if (WHOLE) return ld_global_v4(at);
         Packet p = ZEROS;
-        if (aligned && first + ELEMENTS<T> <= numel) {
-            p = ld_global_v4(address + packet * 16);
-        } else {
-            const typename T::Bits *x = reinterpret_cast<const typename T::Bits *>(address);
+        const typename T::Bits *x = reinterpret_cast<const typename T::Bits *>(at);
 #pragma unroll
-            for (u32 i = 0; i < ELEMENTS<T>; i++)
-                if (first + i < numel) p.w[i / T::PER_WORD] |= u32(x[first + i]) << (16 * (i % T::PER_WORD));
-        }
+        for (u32 i = 0; i < ELEMENTS<T>; i++)
+            if (packet * ELEMENTS<T> + i < numel) p.w[i / T::PER_WORD] |= u32(x[i]) << (16 * (i % T::PER_WORD));
         return p;
     }
 
-    __device__ void store(u64 packet, Packet p) const {
-        u64 first = packet * ELEMENTS<T>;
-        if (aligned && first + ELEMENTS<T> <= numel) {
-            st_global_v4(address + packet * 16, p);
-        } else {
-            typename T::Bits *x = reinterpret_cast<typename T::Bits *>(address);
+    __device__ void store(u32 packet, Packet p) const {
+        if (packet >= packets) return;
+        u64 at = address + u64(packet) * 16;
+        if (WHOLE) return st_global_v4(at, p);
+        typename T::Bits *x = reinterpret_cast<typename T::Bits *>(at);
 #pragma unroll
-            for (u32 i = 0; i < ELEMENTS<T>; i++)
-                if (first + i < numel) x[first + i] = (typename T::Bits)(p.w[i / T::PER_WORD] >> (16 * (i % T::PER_WORD)));
-        }
+        for (u32 i = 0; i < ELEMENTS<T>; i++)
+            if (packet * ELEMENTS<T> + i < numel)
+                x[i] = (typename T::Bits)(p.w[i / T::PER_WORD] >> (16 * (i % T::PER_WORD)));
     }
 };
 
-// v[rank] = own, by selects: a run-time index would move v to local memory.
-template <u32 N>
-__device__ inline void insert(Packet (&v)[N], u32 rank, Packet own) {
+// The packets of all ranks in rank order, out of the own one and those of the peers; by selects, as a run-time
+// index would move them to local memory.
+__device__ inline void in_rank_order(const Packet (&peers)[WORLD_SIZE - 1], Packet own, u32 rank, Packet (&v)[WORLD_SIZE]) {
+    if (WORLD_SIZE == 2) {  // fp32 addition commutes
+        v[0] = own, v[1] = peers[0];
+        return;
+    }
 #pragma unroll
-    for (u32 s = 0; s < N; s++) v[s] = s == rank ? own : v[s];
+    for (u32 s = 0; s < WORLD_SIZE; s++) {
+        Packet below = s < WORLD_SIZE - 1 ? peers[s] : own, above = s > 0 ? peers[s - 1] : own;
+#pragma unroll
+        for (u32 i = 0; i < 4; i++) v[s].w[i] = s == rank ? own.w[i] : s < rank ? below.w[i] : above.w[i];
+    }
 }
 
 // fp32 sum in absolute rank order, rounded once to T: the same bits in every algorithm. The sum starts
 // from rank 0's value, not from zero, so that -0 + -0 stays -0.
-template <class T, u32 N>
-__device__ inline Packet sum_in_rank_order(const Packet (&v)[N]) {
+template <class T>
+__device__ inline Packet sum(const Packet (&v)[WORLD_SIZE]) {
     Packet r;
 #pragma unroll
     for (u32 i = 0; i < 4; i++) {
         float acc[T::PER_WORD], x[T::PER_WORD];
         T::unpack(v[0].w[i], acc);
 #pragma unroll
-        for (u32 rank = 1; rank < N; rank++) {
+        for (u32 rank = 1; rank < WORLD_SIZE; rank++) {
             T::unpack(v[rank].w[i], x);
 #pragma unroll
             for (u32 e = 0; e < T::PER_WORD; e++) acc[e] += x[e];

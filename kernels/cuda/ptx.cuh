@@ -42,6 +42,25 @@ __device__ inline void st_relaxed_sys_v4(u64 address, Packet p) {
                  : "memory");
 }
 
+// Two 8-byte scalars: each half arrives whole.
+__device__ inline Packet ld_relaxed_sys_v2_u64(u64 address) {
+    u64 low, high;
+    asm volatile("ld.relaxed.sys.global.v2.u64 {%0, %1}, [%2];" : "=l"(low), "=l"(high) : "l"(address) : "memory");
+    return Packet{{u32(low), u32(low >> 32), u32(high), u32(high >> 32)}};
+}
+
+__device__ inline void st_relaxed_sys_v2_u64(u64 address, Packet p) {
+    asm volatile("st.relaxed.sys.global.v2.u64 [%0], {%1, %2};" ::"l"(address), "l"(p.w[0] | u64(p.w[1]) << 32),
+                 "l"(p.w[2] | u64(p.w[3]) << 32)
+                 : "memory");
+}
+
+__device__ inline u32 ld_relaxed_sys_u32(u64 address) {
+    u32 v;
+    asm volatile("ld.relaxed.sys.global.u32 %0, [%1];" : "=r"(v) : "l"(address) : "memory");
+    return v;
+}
+
 __device__ inline u32 ld_relaxed_gpu_u32(u64 address) {
     u32 v;
     asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(address) : "memory");
@@ -68,6 +87,25 @@ __device__ inline u32 atom_exch_relaxed_gpu_u32(u64 address, u32 v) {
     return old;
 }
 
+__device__ inline u32 atom_cas_relaxed_sys_u32(u64 address, u32 expected, u32 v) {
+    u32 old;
+    asm volatile("atom.cas.relaxed.sys.global.b32 %0, [%1], %2, %3;"
+                 : "=r"(old)
+                 : "l"(address), "r"(expected), "r"(v)
+                 : "memory");
+    return old;
+}
+
+__device__ inline u32 atom_add_relaxed_gpu_u32(u64 address, u32 v) {
+    u32 old;
+    asm volatile("atom.add.relaxed.gpu.global.u32 %0, [%1], %2;" : "=r"(old) : "l"(address), "r"(v) : "memory");
+    return old;
+}
+
+__device__ inline void red_add_relaxed_gpu_u32(u64 address, u32 v) {
+    asm volatile("red.add.relaxed.gpu.global.u32 [%0], %1;" ::"l"(address), "r"(v) : "memory");
+}
+
 __device__ inline void fence_acq_rel_sys() {
     asm volatile("fence.acq_rel.sys;" ::: "memory");
 }
@@ -77,6 +115,13 @@ __device__ inline u64 globaltimer() {
     asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(t)::"memory");
     return t;
 }
+
+__device__ inline void nanosleep(u32 ns) {
+    asm volatile("nanosleep.u32 %0;" ::"r"(ns));
+}
+
+// Of a whole warp.
+__device__ inline bool all_sync(bool p) { return __all_sync(0xFFFFFFFFu, p); }
 
 // Programmatic dependent launch (sm_90 and later; before it, kernels of a stream do not overlap).
 __device__ inline void griddepcontrol_launch_dependents() {

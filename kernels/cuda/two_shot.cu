@@ -2,55 +2,92 @@
 //
 // The tensor is cut into WORLD_SIZE parts of equal packets (the last ones may be short or empty); rank r
 // sums part r and sends the sum to everybody. 2 * (WORLD_SIZE - 1) / WORLD_SIZE * S bytes out, two hops;
-// a rank's own part never leaves its registers. WORLD_SIZE is defined by the compiler front.
-// Contract: one packet of each part a thread; grid.x * block.x <= capacity, block.x % 32 == 0; every rank
-// passes the same numel (block and grid may differ from call to call, and between ranks).
+// a rank's own part never leaves its registers. The compiler front defines WORLD_SIZE, PACKETS (of each part a
+// thread has) and STREAM.
+// Contract: block 0 of a call's first launch is the guard; the other threads times PACKETS <= capacity,
+// block.x % 32 == 0; every rank passes the same numel (block and grid may differ from call to call, and between
+// ranks).
+//
+// STREAM 0: a call is one launch, or several that do not overlap. Scatter has a buffer per parity of the channel's
+// epoch, as in one_shot.cu. Gather has one: it is written only after the scatter packet of the same epoch arrived
+// from the same peer, which proves that the peer's previous kernel is complete.
+//
+// STREAM 1: the launches of a call overlap: launch i pushes its scatter packets while launch i-1 gathers. It starts
+// when some thread of every block of launch i-1 has received a packet of i-1 from every peer (launch_dependents). A
+// peer's launch i-1 began when all blocks of its launch i-2 had passed griddepcontrol.wait: so its launch i-3 is
+// complete, its slots are poisoned, and three scatter buffers, taken in turn, are enough. A gather packet goes
+// out after our own wait (launch i-1 is complete here) and after the peer's scatter packet (its launch i-2 is
+// complete): two gather buffers are enough. Every call begins with buffer 0 after a full wait. Only the peer's
+// last launch before may still be running then, so no call may end with scatter buffer 0: the number of its
+// launches is not 1 modulo 3 (the plan sees to it).
 #include "entry.cuh"
-#include "packet.cuh"
-#include "staging.cuh"
+#include "guard.cuh"
 
-constexpr u32 TWO_SHOT = 2, GATHER = 2;  // buffers: scatter one per parity, then gather
+constexpr u32 GATHER = STREAM ? 3 : 2;  // its first buffer, after those of scatter
+constexpr u32 SLEEP_NS = 20;
 
-template <class T>
+template <class T, bool WHOLE>
 __device__ inline void two_shot(const Args &a) {
-    griddepcontrol_launch_dependents();
-    const u32 index = blockIdx.x * blockDim.x + threadIdx.x, lane = index % 32;
-    const u64 part = Tensor<T>::part(a.numel);
-    const Tensor<T> in(a.in, a.numel), out(a.out, a.numel);
-    if (index - lane >= part) return;  // an idle channel, on every rank
+    if (!STREAM) griddepcontrol_launch_dependents();
+    const bool follows = STREAM && a.launch > 0;
+    if (!follows && blockIdx.x == 0) return guard(a);
+    const u32 thread = (blockIdx.x - !follows) * blockDim.x + threadIdx.x, lane = thread % WARP, channel = thread / WARP;
+    const u32 first = channel * WARP * PACKETS + lane;
+    const Tensor<T, WHOLE> in(a.in, a.numel), out(a.out, a.numel);
+    const u32 part = (in.packets + WORLD_SIZE - 1) / WORLD_SIZE;
+    if (first - lane >= part) return;  // an idle channel, on every rank
 
-    // Before this, an earlier kernel of the stream may still be writing the input, the epoch or the slots.
-    griddepcontrol_wait();
-    const u64 epoch = a.epochs + index / 32 * 4;
-    const bool inside = index < part;  // lanes past the part pad: they exchange zeros and store nothing
+    // Before this, an earlier kernel of the stream may still be writing the input, the epoch or the slots. A launch
+    // that follows reads an input that was complete before the call's first launch went on.
+    if (!follows) griddepcontrol_wait();
     // All loads overlap only in this order: the compiler uses the parity before it loads anything else.
-    Packet mine[WORLD_SIZE];  // of the part of rank (a.rank + k) % WORLD_SIZE
+    Packet own[PACKETS], theirs[PACKETS][PEERS];
 #pragma unroll
-    for (u32 k = 0; k < WORLD_SIZE; k++) {
-        u32 owner = (a.rank + k) % WORLD_SIZE;
-        mine[k] = inside ? in.load(owner * part + index) : ZEROS;
+    for (u32 k = 0; k < PACKETS; k++) {
+        const u32 packet = first + k * WARP;  // lanes past the part pad: they exchange zeros and store nothing
+        own[k] = packet < part ? in.load(a.rank * part + packet) : ZEROS;
+#pragma unroll
+        for (u32 j = 0; j < PEERS; j++) theirs[k][j] = packet < part ? in.load(target(a, j) * part + packet) : ZEROS;
     }
+    const u64 epoch = a.epochs + channel * 4;
     bool ok = alive(a);
-    const u32 parity = ld_relaxed_gpu_u32(epoch) & 1;
+    const u32 parity = STREAM ? 0 : ld_relaxed_gpu_u32(epoch) & 1;
+    const u32 scatter = STREAM ? a.launch % 3 : parity, gather = GATHER + (STREAM ? a.launch % 2 : 0);
 #pragma unroll
-    for (u32 k = 1; k < WORLD_SIZE; k++)
-        if (ok) push(a, (a.rank + k) % WORLD_SIZE, parity, index, mine[k]);
-    Packet v[WORLD_SIZE];
-    ok = receive(a, TWO_SHOT, parity, index, ok, v);
-    insert(v, a.rank, mine[0]);
-    Packet sum = sum_in_rank_order<T>(v);
+    for (u32 k = 0; k < PACKETS; k++)
 #pragma unroll
-    for (u32 k = 1; k < WORLD_SIZE; k++)
-        if (ok) push(a, (a.rank + k) % WORLD_SIZE, GATHER, index, sum);
-    if (inside) out.store(a.rank * part + index, sum);
-    poison(a, parity, index);
-    receive(a, TWO_SHOT, GATHER, index, ok, v);
+        for (u32 j = 0; j < PEERS; j++)
+            if (ok) push(a, target(a, j), scatter, first + k * WARP, theirs[k][j]);
+    if (follows) griddepcontrol_wait();
+
+    Packet peers[PEERS];
 #pragma unroll
-    for (u32 s = 0; s < WORLD_SIZE; s++)
-        if (s != a.rank && inside) out.store(s * part + index, v[s]);
-    poison(a, GATHER, index);
+    for (u32 k = 0; k < PACKETS; k++) {
+        const u32 packet = first + k * WARP;
+        Packet v[WORLD_SIZE];
+        ok = receive<SLEEP_NS>(a, scatter, channel, packet, ok, peers);
+        if (STREAM && k == 0) griddepcontrol_launch_dependents();
+        in_rank_order(peers, own[k], a.rank, v);
+        own[k] = sum<T>(v);
+#pragma unroll
+        for (u32 j = 0; j < PEERS; j++)
+            if (ok) push(a, target(a, j), gather, packet, own[k]);
+        if (packet < part) out.store(a.rank * part + packet, own[k]);
+        poison(a, scatter, packet);
+    }
+#pragma unroll
+    for (u32 k = 0; k < PACKETS; k++) {
+        const u32 packet = first + k * WARP;
+        ok = receive<SLEEP_NS>(a, gather, channel, packet, ok, peers);
+#pragma unroll
+        for (u32 j = 0; j < PEERS; j++)
+            if (packet < part) out.store(source_at(j, a.rank) * part + packet, peers[j]);
+        poison(a, gather, packet);
+    }
     __syncwarp();  // every lane has read the epoch
-    if (lane == 0) st_relaxed_gpu_u32(epoch, parity ^ 1);
+    if (lane > 0) return;
+    if (!STREAM) st_relaxed_gpu_u32(epoch, parity ^ 1);
+    if (a.last && first + WARP * PACKETS >= part) leave(a);
 }
 
-ENTRY_ALL_DTYPES(two_shot, two_shot)
+ENTRY_ALL_DTYPES(two_shot)
