@@ -26,17 +26,17 @@ from unittest import mock
 import torch
 
 from allreduce_jit import reference, v2
-from allreduce_jit.kernel import DTYPES, catalogue
-from allreduce_jit.plan import v2_layout, v2_plan, v2_shape
+from allreduce_jit.kernel import DTYPES, cuda_module, v2_algorithms
+from allreduce_jit.memory import REPORT_BYTES, LocalState
+from allreduce_jit.plan import HEADER_BYTES, MAX_BLOCK, Plan, v2_shape
+from allreduce_jit.tuning import NEVER, Band
 
 HERE = Path(__file__).parent / "twin"
 KERNELS = Path(__file__).parent.parent / "kernels" / "cuda"
 COMPILER = os.environ.get("CXX", "g++")
-STAGING = 3 << 19  # bytes; holds every algorithm's regions, and makes a few MB take several launches
+STAGING_MB = 3  # holds every algorithm's slots, and makes a few MB take several launches
 ARENA = 24 << 20  # bytes of a rank's tensors
 GUARD = 64  # bytes between tensors, which nobody may touch
-CONTROL_BYTES = 256  # LocalState.CONTROL_BYTES
-REPORT_WORDS = 16
 PAGE = 4096
 
 Edit = tuple[str, str, str]  # file, old text, new text
@@ -79,7 +79,7 @@ def build(directory: Path, world_size: int, tsan: bool = False, edits: Sequence[
     texts, args_bytes = sources(edits), ctypes.sizeof(v2.Args)
     headers = {name: text for name, text in texts.items() if name.endswith(("uh", "hpp"))}
     sanitize = ["-fsanitize=thread", "-g1"] if tsan else []
-    specs = catalogue("v2", world_size)
+    specs = [cuda_module(name, world_size) for name in algorithms(world_size)]
     entries = [entry for spec in specs for entry in spec.entries]
     declarations = "".join(f'extern "C" void {entry}_call(const void *);\n' for entry in entries)
     table = (
@@ -105,6 +105,12 @@ def build(directory: Path, world_size: int, tsan: bool = False, edits: Sequence[
     if not executable.exists():
         _call([COMPILER, *sanitize, *map(str, objects), "-o", str(executable)])
     return executable
+
+
+def algorithms(world_size: int) -> list[str]:
+    """Every algorithm that a plan can pick, the one for the largest messages last."""
+    wide, narrow = v2_algorithms(world_size), v2_algorithms(world_size, narrow=True)
+    return list(dict.fromkeys([wide[0], *narrow, *wide[1:]]))
 
 
 def digest(*texts: str) -> str:
@@ -146,9 +152,9 @@ class Call:
         kind: of values, see ``reference.values``.
         offset: elements by which input and output are off a 16-byte boundary.
         in_place: the output is the input.
+        block: threads of a block, if the algorithm is named.
         chained: the input is the output of the call before, of the same dtype and size, and the output (unless in
             place) goes to that call's input: any access that is not ordered by the stream shows.
-        sm_count: multiprocessors that the plan spreads blocks over.
     """
 
     algorithm: str | None
@@ -158,7 +164,7 @@ class Call:
     offset: int = 0
     in_place: bool = False
     chained: bool = False
-    sm_count: int = 132
+    block: int = 32
 
 
 @dataclass(frozen=True)
@@ -236,15 +242,29 @@ class World:
         executable: what ``build`` returned for this world size.
         world_size: number of ranks.
         pdl: whether launches may start before the kernel ahead has ended.
-        epoch: what all epoch words hold at first.
+        epoch: what all epoch words hold at first; the sequence number of calls is a few behind.
+        max_ctas: as in ``allreduce_jit.init``; then only the algorithms of such communicators have slots.
         relayout: a change of the package's layout (for planted bugs).
     """
 
-    def __init__(self, executable: Path, world_size: int, *, pdl: bool = True, epoch: int = 0, relayout=lambda layout: layout):
+    def __init__(self, executable: Path, world_size: int, *, pdl: bool = True, epoch: int = 0, max_ctas: int | None = None,
+                 relayout=lambda layout: layout):  # fmt: skip
         self.world_size = world_size
-        self.layout = relayout(v2_layout(world_size, STAGING))
-        channels = sum(region.channels for region in self.layout.regions.values())
-        parts = {"staging": self.layout.nbytes, "local": CONTROL_BYTES + 4 * channels, "report": 4 * REPORT_WORDS, "arena": ARENA}
+        names = algorithms(world_size)
+        # Small messages already take different algorithms, and every algorithm has a region.
+        tuned = tuple(Band(2048 << 2 * i, name, 32 << i) for i, name in enumerate(names[:-1]))
+        tuned += (Band(NEVER, names[-1], MAX_BLOCK),)
+        self.engines = [
+            v2.V2Engine(SimpleNamespace(
+                rank=rank, world_size=world_size, device=SimpleNamespace(index=0), arch="sm_90", nvlink=True,
+                deterministic=True, settings=SimpleNamespace(staging_mb=STAGING_MB, pdl=pdl), max_ctas=max_ctas, tuned=tuned,
+            ))
+            for rank in range(world_size)
+        ]  # fmt: skip
+        self.layout = relayout(self.engines[0].layout)
+        channels = {name: region.channels for name, region in self.layout.regions.items()}
+        local = LocalState.CONTROL_BYTES + 4 * sum(channels.values())
+        parts = {"staging": self.layout.nbytes, "local": local, "report": REPORT_BYTES, "arena": ARENA}
         self._offsets, size = [], 0
         for _ in range(world_size):
             self._offsets.append({})
@@ -257,35 +277,31 @@ class World:
         self._parts = [
             {name: memory[start : start + parts[name]] for name, start in offsets.items()} for offsets in self._offsets
         ]
+        epochs, sequence = torch.tensor([epoch, max(0, epoch - 4)]).to(torch.int32)  # the same bits
         for parts in self._parts:
-            parts["staging"].fill_(0xFF)
-            parts["local"][CONTROL_BYTES:].view(torch.int32).fill_(epoch - (1 << 32) if epoch >> 31 else epoch)
+            parts["staging"][HEADER_BYTES:].fill_(0xFF)
+            parts["local"][:4].view(torch.int32).fill_(sequence)  # Control.sequence
+            parts["local"][LocalState.CONTROL_BYTES :].view(torch.int32).fill_(epochs)
         self._stderr = tempfile.TemporaryFile()
         self._process = subprocess.Popen(
             [executable, f"/dev/fd/{self._file.fileno()}"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._stderr,
             pass_fds=[self._file.fileno()], env={**os.environ, "TSAN_OPTIONS": "history_size=0"},
         )  # fmt: skip
         self._base = int(self._process.stdout.readline() or self._crash())
-        entries = [entry for spec in catalogue("v2", world_size) for entry in spec.entries]
         self._queue: list[bytes] = []
-        self._engines = [self._engine(rank, entries, pdl) for rank in range(world_size)]
-        self.collectives = self.pushes = self.steps = 0
-
-    def _engine(self, rank: int, entries: Sequence[str], pdl: bool) -> v2.V2Engine:
-        engine = object.__new__(v2.V2Engine)
-        address = {name: self._base + offset for name, offset in self._offsets[rank].items()}
-        epochs, at = {}, address["local"] + CONTROL_BYTES
-        for name, region in self.layout.regions.items():
-            epochs[name] = at
-            at += 4 * region.channels
-        engine.config = SimpleNamespace(rank=rank, world_size=self.world_size)
-        engine.layout = self.layout
-        engine.memory = SimpleNamespace(addresses=[self._base + offsets["staging"] for offsets in self._offsets])
-        engine.state = SimpleNamespace(epochs=epochs, control=address["local"], report=address["report"])
-        engine._pdl, engine._args, engine._launches, engine._steps = pdl, {}, {}, {}
-        engine._kernels = {entry: (self._queue, rank, number) for number, entry in enumerate(entries)}
-        engine._bind()
-        return engine
+        self._configs: dict[tuple, int] = {}
+        entries = [entry for name in names for entry in cuda_module(name, world_size).entries]
+        for rank, engine in enumerate(self.engines):
+            address = {name: self._base + offset for name, offset in self._offsets[rank].items()}
+            epochs, at = {}, address["local"] + LocalState.CONTROL_BYTES
+            for name, count in channels.items():
+                epochs[name] = at
+                at += 4 * count
+            engine.layout = self.layout
+            engine.memory = SimpleNamespace(addresses=[self._base + offsets["staging"] for offsets in self._offsets])
+            engine.state = SimpleNamespace(epochs=epochs, control=address["local"], report=address["report"])
+            engine._kernels = {entry: (self._queue, rank, number) for number, entry in enumerate(entries)}
+        self.collectives = self.pushes = self.switches = 0
 
     def run(self, program: Program, seed: int, *, skip: Sequence[int] = (), complete: bool = True, **options) -> None:
         """All calls of ``program`` on every rank but ``skip``, enqueued at once; ``complete``: then check bits and slots.
@@ -308,17 +324,21 @@ class World:
     def _enqueue(self, rank: int, call: Call, x: Buffer, out: Buffer) -> None:
         if not call.numel:  # as Communicator does
             return
-        shape = (self.world_size, call.dtype, call.numel, call.sm_count, self.layout)
-        plan = v2_shape(call.algorithm, *shape) if call.algorithm else v2_plan(*shape)
+        plan = self.plan(call)
+        engine, config = self.engines[rank], self._configs.setdefault((call.dtype, call.numel, plan), len(self._configs))
         arena = self._base + self._offsets[rank]["arena"]
-        tensors = [
-            SimpleNamespace(
-                data_ptr=lambda b=b: arena + b.start, numel=lambda: call.numel, element_size=lambda: x.dtype.itemsize
-            )
-            for b in (x, out)
-        ]
         with mock.patch.object(v2, "Launch", Recorder):
-            v2._fire(*self._engines[rank]._step(plan, x.dtype), *tensors, 0)
+            step = engine._step(plan, call.numel, x.dtype, config)
+        v2._fire(step, arena + x.start, arena + out.start, 0)
+
+    def plan(self, call: Call) -> Plan:
+        """The named algorithm, if it can be had for so few elements, else the engine's choice."""
+        if call.algorithm in self.layout.regions:
+            try:
+                return v2_shape(call.algorithm, call.block, self.world_size, call.dtype, call.numel, self.layout)
+            except ValueError:  # too few to stream
+                pass
+        return self.engines[0].plan(call.numel, call.dtype)
 
     def _run(self, seed: int, *, room: int = 0, jitter: float = 0.05, sleep: float = 0.001, patience: int = 400_000,
              pokes: Sequence[tuple[int, int, int]] = ()) -> None:  # fmt: skip
@@ -345,7 +365,7 @@ class World:
         if answer["reports"]:
             raise Failed("race", self._log())
         self.pushes += answer["pushes"]
-        self.steps += answer["switches"]
+        self.switches += answer["switches"]
 
     def check_slots(self) -> None:
         """Every slot is empty, and nobody gave up."""
@@ -356,8 +376,10 @@ class World:
                 if slots.min() != 0xFF:
                     full = (slots.view(torch.int32) != -1).nonzero()
                     raise Failed("slots", f"{name} of rank {rank}: {len(full)} words left, the first at {int(full[0])}")
-            if parts["report"].any():
+            if parts["report"].any() or parts["staging"][:4].any():
                 raise Failed("report", f"rank {rank} gave up: {self.report(rank)}")
+            if parts["local"][4:8].any():  # Control.in_flight
+                raise Failed("in flight", f"rank {rank} thinks that calls are still in flight")
 
     def arena(self, rank: int) -> torch.Tensor:
         return self._parts[rank]["arena"]
@@ -368,14 +390,14 @@ class World:
     def staging(self, rank: int) -> torch.Tensor:
         return self._parts[rank]["staging"]
 
-    def set_deadline(self, steps: int) -> None:
+    def set_deadlines(self, steps: int) -> None:
         """After how many steps of the driver, its nanoseconds, a wait ends; 0 for never."""
         for parts in self._parts:
-            parts["local"][8:16].view(torch.int64).fill_(steps)
+            parts["local"][LocalState.DEADLINE_AT :][:16].view(torch.int64).fill_(steps)
 
-    def control(self, rank: int) -> int:
-        """Address of that rank's control block, for pokes."""
-        return self._base + self._offsets[rank]["local"]
+    def abort_word(self, rank: int) -> int:
+        """Address of the word that stops that rank's kernels, for pokes."""
+        return self._base + self._offsets[rank]["staging"]
 
     def _log(self) -> str:
         self._stderr.seek(0)

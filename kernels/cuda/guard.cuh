@@ -16,7 +16,8 @@ __device__ inline void guard(const Args &a) {
     const u32 lane = threadIdx.x;
     if (lane >= WARP) return;
     griddepcontrol_wait();
-    const u32 sequence = ld_relaxed_gpu_u32(a.control + FIELD(Control, sequence));
+    // From 1: the zeros of an untouched header must not look like a signature.
+    const u32 sequence = ld_relaxed_gpu_u32(a.control + FIELD(Control, sequence)) + 1;
     const bool ok = alive(a);
     u32 in_flight = 0;
     if (lane == 0) in_flight = atom_add_relaxed_gpu_u32(a.control + FIELD(Control, in_flight), 1);
@@ -47,7 +48,7 @@ __device__ inline void guard(const Args &a) {
     if (lane == 0 && ok && int(in_flight) > 0) stop(a, CONCURRENT, a.rank, 0, 0, 0);
     met = all_sync(met);
     if (lane == 0) {
-        st_relaxed_gpu_u32(a.control + FIELD(Control, sequence), sequence + 1);
+        st_relaxed_gpu_u32(a.control + FIELD(Control, sequence), sequence);
         if (met) st_relaxed_gpu_u32(a.control + FIELD(Control, met) + 4 * a.config, 1);
     }
 }

@@ -63,14 +63,14 @@ struct Fiber;
 // not yet order who is late in leaving this one.
 struct Barrier {
     u32 live = 0, turn = 0;
-    u32 votes = 0, outcome[2] = {0, 0};
+    bool all = true, outcome[2] = {true, true};  // votes
     std::vector<Fiber *> arrived;
     char order[2] = {0, 0};
 };
 
 struct Store {
-    u32 *address;
-    u32 value;
+    u64 address, value;
+    u32 nbytes;
     bool packet;
     u64 number;
 };
@@ -247,9 +247,10 @@ void commit(Block &block, size_t i) {
         if (block.stores[j].address == block.stores[i].address) i = j;
     const Store s = block.stores[i];
     block.stores.erase(block.stores.begin() + i);
-    if (s.packet) check_slot(u64(s.address), s.value, block.kernel->rank);
-    __atomic_store_n(s.address, s.value, __ATOMIC_RELAXED);
-    changed(u64(s.address));
+    if (s.packet) check_slot(s.address, s.value, block.kernel->rank);
+    if (s.nbytes == 4) __atomic_store_n(reinterpret_cast<u32 *>(s.address), u32(s.value), __ATOMIC_RELAXED);
+    else __atomic_store_n(reinterpret_cast<u64 *>(s.address), s.value, __ATOMIC_RELAXED);
+    changed(s.address);
 }
 
 void advance(Rank &rank);
@@ -367,8 +368,8 @@ void sleep() {
 }
 
 void open(Barrier &barrier) {
-    barrier.outcome[barrier.turn] = barrier.votes;
-    barrier.votes = 0;
+    barrier.outcome[barrier.turn] = barrier.all;
+    barrier.all = true;
     barrier.turn ^= 1;
     for (Fiber *fiber : barrier.arrived)
         if (fiber != current) make_runnable(fiber);
@@ -376,11 +377,11 @@ void open(Barrier &barrier) {
     progress = now;
 }
 
-u32 meet(Barrier &barrier, u32 vote = 0) {
+bool meet(Barrier &barrier, bool vote = true) {
     current->fenced = false;
     const u32 turn = barrier.turn;
     release(current->context, &barrier.order[turn]);
-    barrier.votes |= vote;
+    barrier.all &= vote;
     barrier.arrived.push_back(current);
     if (barrier.arrived.size() == barrier.live) {
         open(barrier);
@@ -574,10 +575,10 @@ void syncthreads() {
     meet(current->block->all);
 }
 
-u32 ballot(bool vote) {
+bool all(bool vote) {
     pause();
     Driver driver;
-    return meet(current->block->warps[current->lane.thread.x / WARP], u32(vote) << current->lane.thread.x % WARP);
+    return meet(current->block->warps[current->lane.thread.x / WARP], vote);
 }
 
 void trigger() {
@@ -631,28 +632,27 @@ void stored(u64 address) {
     changed(address);
 }
 
-u32 load(u64 address) {
-    u32 *p = reinterpret_cast<u32 *>(address);
+u64 load(u64 address, u32 nbytes) {
     const auto &stores = current->block->stores;
     for (size_t i = stores.size(); i-- > 0;)
-        if (stores[i].address == p) return stores[i].value;
-    return __atomic_load_n(p, __ATOMIC_RELAXED);
+        if (stores[i].address == address && stores[i].nbytes == nbytes) return stores[i].value;
+    if (nbytes == 4) return __atomic_load_n(reinterpret_cast<u32 *>(address), __ATOMIC_RELAXED);
+    return __atomic_load_n(reinterpret_cast<u64 *>(address), __ATOMIC_RELAXED);
 }
 
-void store(u64 address, u32 value, bool packet) {
+void store(u64 address, u64 value, u32 nbytes, bool packet) {
     Block &block = *current->block;
     if (!block.dirty) dirty.push_back(&block);
     block.dirty = true;
-    block.stores.push_back({reinterpret_cast<u32 *>(address), value, packet, store_number++});
+    block.stores.push_back({address, value, nbytes, packet, store_number++});
     while (block.stores.size() > BUFFERED) commit(block, below(block.stores.size()));
 }
 
-u32 exchange(u64 address, u32 value) {
-    u32 *p = reinterpret_cast<u32 *>(address);
+void settle(u64 address) {
     Block &block = *current->block;
     for (size_t i = block.stores.size(); i-- > 0;)
-        if (block.stores[i].address == p) commit(block, i), i = block.stores.size();
-    return __atomic_exchange_n(p, value, __ATOMIC_RELAXED);
+        if (block.stores[i].address == address) commit(block, i), i = block.stores.size();
+    progress = now;
 }
 
 }  // namespace twin

@@ -47,15 +47,15 @@ u64 clock();         // virtual nanoseconds
 void fence();
 void syncwarp();
 void syncthreads();
-u32 ballot(bool vote);
+bool all(bool vote);    // of a warp
 void trigger();      // griddepcontrol.launch_dependents
 void wait();         // griddepcontrol.wait
 void weak();         // a weak access follows
 
-// A strong access by the running fiber. Packets are checked: a push may only meet an empty slot.
-u32 load(u64 address);
-void store(u64 address, u32 value, bool packet);
-u32 exchange(u64 address, u32 value);
+// Strong accesses of the running fiber, of 4 or 8 bytes. Packets are checked: a push may only meet an empty slot.
+u64 load(u64 address, u32 nbytes);
+void store(u64 address, u64 value, u32 nbytes, bool packet);
+void settle(u64 address);  // what the block has stored there leaves its buffer
 
 #ifdef __SANITIZE_THREAD__
 bool fenced();               // a relaxed store now is a release
@@ -64,26 +64,35 @@ void storing(u64 address, u32 value);
 void stored(u64 address);
 #endif
 
-inline u32 load_word(u64 address) {
+template <class Word>
+inline Word load_word(u64 address) {
     pause();
 #ifdef __SANITIZE_THREAD__
     loaded(address);
-    return __atomic_load_n(reinterpret_cast<u32 *>(address), __ATOMIC_RELAXED);
+    return __atomic_load_n(reinterpret_cast<Word *>(address), __ATOMIC_RELAXED);
 #else
-    return load(address);
+    return Word(load(address, sizeof(Word)));
 #endif
 }
 
-inline void store_word(u64 address, u32 value, bool packet) {
+template <class Word>
+inline void store_word(u64 address, Word value, bool packet = false) {
     pause();
 #ifdef __SANITIZE_THREAD__
     if (packet) storing(address, value);
-    if (fenced()) __atomic_store_n(reinterpret_cast<u32 *>(address), value, __ATOMIC_RELEASE);
-    else __atomic_store_n(reinterpret_cast<u32 *>(address), value, __ATOMIC_RELAXED);
+    if (fenced()) __atomic_store_n(reinterpret_cast<Word *>(address), value, __ATOMIC_RELEASE);
+    else __atomic_store_n(reinterpret_cast<Word *>(address), value, __ATOMIC_RELAXED);
     stored(address);
 #else
-    store(address, value, packet);
+    store(address, value, sizeof(Word), packet);
 #endif
+}
+
+// Where a read-modify-write acts.
+inline u32 *target_of_atomic(u64 address) {
+    pause();
+    settle(address);
+    return reinterpret_cast<u32 *>(address);
 }
 
 inline u32 bits(float f) { return __builtin_bit_cast(u32, f); }
@@ -113,7 +122,7 @@ inline Packet ld_relaxed_sys_v4(u64 address) {
     bool empty = false;
     for (u32 i = 0; i < 4; i++) {
         const u32 k = (turn < 4 ? turn + i : turn - i) % 4;
-        p.w[k] = twin::load_word(address + 4 * k);
+        p.w[k] = twin::load_word<u32>(address + 4 * k);
         empty |= p.w[k] == 0xFFFFFFFFu;
     }
     if (empty) twin::spin(address);
@@ -128,25 +137,40 @@ inline void st_relaxed_sys_v4(u64 address, Packet p) {
     }
 }
 
-inline u32 ld_relaxed_gpu_u32(u64 address) { return twin::load_word(address); }
-
-inline u64 ld_relaxed_gpu_u64(u64 address) {
-    twin::pause();
-    return __atomic_load_n(reinterpret_cast<u64 *>(address), __ATOMIC_RELAXED);
+// Two 8-byte scalars, each whole.
+inline Packet ld_relaxed_sys_v2_u64(u64 address) {
+    u64 w[2];
+    const u32 turn = twin::random(2);
+    for (u32 i = 0; i < 2; i++) w[i ^ turn] = twin::load_word<u64>(address + 8 * (i ^ turn));
+    return Packet{{u32(w[0]), u32(w[0] >> 32), u32(w[1]), u32(w[1] >> 32)}};
 }
 
-inline void st_relaxed_gpu_u32(u64 address, u32 v) { twin::store_word(address, v, false); }
+inline void st_relaxed_sys_v2_u64(u64 address, Packet p) {
+    const u64 w[2] = {p.w[0] | u64(p.w[1]) << 32, p.w[2] | u64(p.w[3]) << 32};
+    const u32 turn = twin::random(2);
+    for (u32 i = 0; i < 2; i++) twin::store_word(address + 8 * (i ^ turn), w[i ^ turn]);
+}
 
-inline void st_relaxed_sys_u32(u64 address, u32 v) { twin::store_word(address, v, false); }
+inline u32 ld_relaxed_sys_u32(u64 address) { return twin::load_word<u32>(address); }
+inline u32 ld_relaxed_gpu_u32(u64 address) { return twin::load_word<u32>(address); }
+inline u64 ld_relaxed_gpu_u64(u64 address) { return twin::load_word<u64>(address); }
+inline void st_relaxed_gpu_u32(u64 address, u32 v) { twin::store_word(address, v); }
+inline void st_relaxed_sys_u32(u64 address, u32 v) { twin::store_word(address, v); }
 
 inline u32 atom_exch_relaxed_gpu_u32(u64 address, u32 v) {
-    twin::pause();
-#ifdef __SANITIZE_THREAD__
-    return __atomic_exchange_n(reinterpret_cast<u32 *>(address), v, __ATOMIC_RELAXED);
-#else
-    return twin::exchange(address, v);
-#endif
+    return __atomic_exchange_n(twin::target_of_atomic(address), v, __ATOMIC_RELAXED);
 }
+
+inline u32 atom_cas_relaxed_sys_u32(u64 address, u32 expected, u32 v) {
+    __atomic_compare_exchange_n(twin::target_of_atomic(address), &expected, v, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED);
+    return expected;
+}
+
+inline u32 atom_add_relaxed_gpu_u32(u64 address, u32 v) {
+    return __atomic_fetch_add(twin::target_of_atomic(address), v, __ATOMIC_RELAXED);
+}
+
+inline void red_add_relaxed_gpu_u32(u64 address, u32 v) { atom_add_relaxed_gpu_u32(address, v); }
 
 inline void fence_acq_rel_sys() { twin::fence(); }
 
@@ -155,6 +179,8 @@ inline u64 globaltimer() { return twin::clock(); }
 inline void griddepcontrol_launch_dependents() { twin::trigger(); }
 inline void griddepcontrol_wait() { twin::wait(); }
 
+inline void nanosleep(u32) { twin::pause(); }
+inline bool all_sync(bool p) { return twin::all(p); }
 inline void __syncwarp() { twin::syncwarp(); }
 inline void __syncthreads() { twin::syncthreads(); }
 inline u32 __float_as_uint(float f) { return twin::bits(f); }
