@@ -10,8 +10,10 @@ import torch
 
 import twin
 from allreduce_jit import reference
-from allreduce_jit.kernel import ALGORITHMS, DTYPES
-from twin import Call, Failed, Program, World
+from allreduce_jit.failure import Kind, abort_code
+from allreduce_jit.kernel import DTYPES, V2_ALGORITHMS
+from allreduce_jit.plan import HEADER_BYTES
+from twin import Call, Failed, Program, World, cramped
 
 pytestmark = pytest.mark.skipif(twin.missing() is not None, reason=str(twin.missing()))
 
@@ -26,17 +28,23 @@ def objects(tmp_path_factory):
     return tmp_path_factory.mktemp("twin")
 
 
-def mixed(dice: random.Random, count: int, largest: int, kinds=(reference.RANDOM,), chains: bool = True) -> list[Call]:
-    """Sizes (up to 2**largest elements), dtypes, algorithms, grids and alignments that change from call to call."""
+def mixed(dice: random.Random, world_size: int, count: int, largest: int, kinds=(reference.RANDOM,), *, chains: bool = True,
+          only: str | None = None) -> list[Call]:  # fmt: skip
+    """Sizes (up to 2**largest elements, more for streams), dtypes, algorithms and alignments that change from call to
+    call. ``only``: one algorithm."""
     calls: list[Call] = []
     for _ in range(count):
-        in_place, algorithm = dice.random() < 0.3, dice.choice([*ALGORITHMS, None])
+        in_place = dice.random() < 0.3
+        algorithm = only or dice.choice([*twin.algorithms(world_size), None])
+        stream = algorithm is not None and V2_ALGORITHMS[algorithm].stream
         if calls and chains and dice.random() < 0.4:
             calls.append(replace(calls[-1], algorithm=algorithm, chained=True, in_place=in_place))
             continue
         numel = int(2 ** dice.uniform(0, largest)) if dice.random() < 0.97 else 0
-        grids = dice.choice([1, 2, 132])
-        calls.append(Call(algorithm, dice.choice(list(DTYPES)), numel, dice.choice(kinds), dice.randint(0, 3), in_place, False, grids))
+        if stream:
+            numel = dice.randint(2, 6) * 128 * world_size - dice.choice([0, 0, dice.randint(1, 99)])
+        offset, block = dice.choice([0, 0, 1, 2, 3]), dice.choice([32, 64])
+        calls.append(Call(algorithm, dice.choice(list(DTYPES)), numel, dice.choice(kinds), offset, in_place, False, block))
     return calls
 
 
@@ -50,10 +58,11 @@ def test_sizes(objects, world_size):
     with World(twin.build(objects, world_size), world_size) as world:
         for dtype in DTYPES:
             calls = [
-                Call(algorithm, dtype, numel, offset=dice.randint(0, 1) * dice.randint(1, 7), in_place=dice.random() < 0.5)
-                for algorithm in (*ALGORITHMS, None)
-                for numel in [0, 1, world_size - 1, 7, 8, 9, 255, 256, 257, 4095, 20_001]
-            ]
+                Call(algorithm, dtype, numel, offset=dice.randint(0, 1) * dice.randint(1, 7), in_place=dice.random() < 0.5,
+                     block=dice.choice([32, 128, 512]))
+                for algorithm in (*twin.algorithms(world_size), None)
+                for numel in [0, 1, world_size - 1, 8, 9, 255, 256, 4095, 20_000]
+            ]  # fmt: skip
             dice.shuffle(calls)
             world.run(Program(world_size, calls, seed=1), seed=world_size, room=dice.choice([64, 256]))
         large = [Call(None, "float32", (1 << 19) + 5), Call(None, "bfloat16", (1 << 17) + 3, offset=1)]
@@ -79,81 +88,73 @@ def test_every_16_bit_pattern_and_every_rounding(objects):
 
 
 @pytest.mark.parametrize("world_size", WORLDS)
-@pytest.mark.parametrize("pdl", [True, False], ids=["pdl", "no_pdl"])
-def test_a_long_life(objects, world_size, pdl):
+@pytest.mark.parametrize("options", [{}, {"pdl": False}, {"max_ctas": 3}], ids=str)
+def test_a_long_life(objects, world_size, options):
     """Everything changes from call to call on one communicator, many calls are in flight, ranks and threads dawdle."""
     dice = random.Random(world_size)
-    with World(twin.build(objects, world_size), world_size, pdl=pdl) as world:
+    with World(twin.build(objects, world_size), world_size, relayout=cramped, **options) as world:
         for seed in range(3):
-            calls = mixed(dice, 40, 12 - world_size // 2, [reference.RANDOM, reference.SPECIALS])
+            calls = mixed(dice, world_size, 40, 11 - world_size // 2, [reference.RANDOM, reference.SPECIALS])
             program = Program(world_size, calls, seed)
             for jitter in (0.01, 0.2):
                 world.run(program, seed, room=dice.choice([64, 200, 600]), jitter=jitter, sleep=dice.choice([0, 0.001, 0.005]))
         assert world.collectives == 240
 
 
-@pytest.mark.parametrize("epoch", [2**31 - 1, 2**31, 2**32 - 2, 2**32 - 1])
+@pytest.mark.parametrize("epoch", [2**31 - 1, 2**31, 2**32 - 1])
 def test_epoch_words_wrap(objects, epoch):
     dice = random.Random(epoch)
-    with World(twin.build(objects, 3), 3, epoch=epoch) as world:
+    with World(twin.build(objects, 3), 3, epoch=epoch, relayout=cramped) as world:
         for seed in range(3):
-            world.run(Program(3, mixed(dice, 20, 10), seed), seed)
+            world.run(Program(3, mixed(dice, 3, 20, 9), seed), seed)
 
 
 # -- and end when a peer does not come
 
 
-PATIENCE = 8_000_000
+PATIENCE, DEADLINE = 20_000_000, 200_000  # steps
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
-@pytest.mark.parametrize("world_size", [2, 3, 5])
+@pytest.mark.parametrize("algorithm", ["one_shot", "two_shot", "two_shot_stream"])
+@pytest.mark.parametrize("world_size", [3, 5])
 def test_an_absent_rank_is_named(objects, world_size, algorithm):
     absent(objects, (), 0, world_size, algorithm)
 
 
 def absent(objects, edits, seed, world_size=3, algorithm="one_shot"):
-    """The last rank does not call: the others report it and yield NaN. When it comes at last, they push nothing more:
-    what it reads is their first call, or nothing."""
+    """The last rank does not call: the others say so, yield NaN, and push nothing more. When it comes at last, it gets
+    the right sum or NaN."""
     last = world_size - 1
-    with World(twin.build(objects, world_size, edits=edits), world_size) as world:
-        world.set_deadline(20_000)
-        first = Program(world_size, [Call(algorithm, "float32", 100)], seed)
-        world.run(first, seed, skip=[last], complete=False, patience=PATIENCE)
-        number = ALGORITHMS.index(algorithm) + 1
+    with World(twin.build(objects, world_size, edits=edits), world_size, relayout=cramped) as world:
+        world.set_deadlines(DEADLINE)
+        program = Program(world_size, 2 * [Call(algorithm, "float32", 400 * world_size)], seed)
+
+        def run(turn, **options):
+            world.run(program, seed + turn, complete=False, patience=PATIENCE, **options)
+            for rank in range(world_size):
+                program.check(rank, world.arena(rank)[: program.end], or_nan=True, calls=rank not in options.get("skip", ()))
+
+        run(0, skip=[last])
         for rank in range(last):
-            if world.report(rank)[:4] != [1, last, number, 0]:
-                raise Failed("report", f"rank {rank}: {world.report(rank)}")
-            _, _, out = first.steps[0]
-            if not out.of(world.arena(rank)).isnan().any():
+            code = world.report(rank)[0]
+            if code & 0xFFFF != abort_code(Kind.TIMEOUT, last, 0) or code >> 16 >= last:
+                raise Failed("report", f"rank {rank}: {code:#x}")
+            if not all(out.of(world.arena(rank)).isnan().any() for _, _, out in program.steps):
                 raise Failed("bits", f"rank {rank} believes in a sum without rank {last}")
-        later = Program(world_size, 3 * [Call(algorithm, "float32", 100)], seed)
-        # Its first call is the others' second: it gets what they sent in their first.
-        expected = Program(world_size, [Call(algorithm, "float32", 100)], seed)
-        late = expected.steps[0][1].of(expected.before[last])
-        for _, x, _ in later.steps:
-            x.of(later.before[last]).copy_(late)
-        world.run(later, seed + 1, complete=False, patience=PATIENCE)
-        _, _, want = expected.steps[0]
-        for i, (_, _, out) in enumerate(later.steps):
-            got, right = out.of(world.arena(last)), want.of(expected.after[last])
-            if algorithm == "one_shot" and i == 0:
-                difference = reference.compare(got, right)
-            else:
-                difference = reference.compare(got, torch.where(got.isnan(), got, right))
-                if not got.isnan().any():
-                    raise Failed("bits", f"rank {last} believes in call {i}")
-            if difference.wrong:
-                raise Failed("bits", f"rank {last}, call {i}: {difference}")
+        before = world.staging(last)[HEADER_BYTES:].clone()
+        run(1, skip=[last])
+        if not torch.equal(before, world.staging(last)[HEADER_BYTES:]):
+            raise Failed("pushed", f"somebody still pushes to rank {last}")
+        run(2)
 
 
-def host_poisons(objects, edits, seed):
-    """The host of one rank sets the poison word at some moment: every element everywhere is right, or NaN."""
+def host_stops(objects, edits, seed):
+    """The host of one rank sets its abort word at some moment: every element everywhere is right, or NaN."""
     dice = random.Random(seed)
-    with World(twin.build(objects, 3, edits=edits), 3) as world:
-        world.set_deadline(20_000)
-        program = Program(3, mixed(dice, 12, 8, chains=False), seed)
-        poke = (dice.randrange(20_000), world.control(1), 1)
+    with World(twin.build(objects, 3, edits=edits), 3, relayout=cramped) as world:
+        world.set_deadlines(DEADLINE)
+        program = Program(3, mixed(dice, 3, 12, 9, chains=False), seed)
+        poke = (dice.randrange(20_000), world.abort_word(1), abort_code(Kind.ABORTED, 1, 1))
         world.run(program, seed, complete=False, pokes=[poke], patience=PATIENCE)
         for rank in range(3):
             program.check(rank, world.arena(rank)[: program.end], or_nan=True)
@@ -161,7 +162,24 @@ def host_poisons(objects, edits, seed):
 
 
 def test_a_rank_that_its_host_stops(objects):
-    assert sum(host_poisons(objects, (), seed) for seed in range(10)) > 5  # the others gave up in most of them
+    assert sum(host_stops(objects, (), seed) for seed in range(10)) > 5  # the others gave up in most of them
+
+
+def mismatch(objects, edits, seed):
+    """One rank passes another size, dtype or algorithm: all stop, and those who found out say so."""
+    other = [Call("one_shot", "float32", 90), Call("one_shot", "float16", 100), Call("two_shot", "float32", 100)][seed % 3]
+    with World(twin.build(objects, 3, edits=edits), 3) as world:
+        world.set_deadlines(DEADLINE)
+        world.run(Program(3, [Call("one_shot", "float32", 100)], seed), seed, complete=False, instead={1: other}, patience=PATIENCE)
+        codes = [world.report(rank)[0] for rank in range(3)]
+        # A rank that had all it wanted before it was told has nothing to report; the odd one and another always do.
+        if sum(code & 0xFF == Kind.MISMATCH for code in codes) < 2:
+            raise Failed("report", f"{other}: {codes}")
+
+
+@pytest.mark.parametrize("seed", range(9))
+def test_calls_that_differ_are_an_error(objects, seed):
+    mismatch(objects, (), seed)
 
 
 # -- ThreadSanitizer
@@ -172,12 +190,12 @@ def test_no_data_race(objects, record_property):
 
     def share(world_size):
         dice, total = random.Random(world_size), COLLECTIVES * SHARES[world_size] // 100
-        with World(twin.build(objects, world_size, tsan=True), world_size, pdl=world_size % 4 != 1) as world:
+        with World(twin.build(objects, world_size, tsan=True), world_size, relayout=cramped, pdl=world_size % 4 != 1) as world:
             seed = 0
             while world.collectives < total:
                 if seed % 8 == 0:
-                    program = Program(world_size, mixed(dice, min(40, total), 7), seed)
-                world.run(program, seed, jitter=dice.choice([0.01, 0.05, 0.2]), patience=2_000_000)
+                    program = Program(world_size, mixed(dice, world_size, min(40, total), 7), seed)
+                world.run(program, seed, jitter=dice.choice([0.01, 0.05, 0.2]))
                 seed += 1
             return world.collectives
 
@@ -192,28 +210,38 @@ def test_no_data_race(objects, record_property):
 # -- planted bugs: each is a small change of the sources, caught by a check that the sources pass
 
 
-def run_mixed(objects, edits, seed, *, tsan=False, world_size=3, kinds=(reference.RANDOM,), **options):
-    dice = random.Random(seed)
+def run_mixed(objects, edits, seed, *, tsan=False, world_size=3, kinds=(reference.RANDOM,), only=None, **options):
+    dice, options = random.Random(seed), {"relayout": cramped, **options}
     with World(twin.build(objects, world_size, tsan, edits), world_size, **options) as world:
-        program = Program(world_size, mixed(dice, 40, 8, kinds), seed)
+        program = Program(world_size, mixed(dice, world_size, 40, 8, kinds, only=only), seed)
         for turn in range(2):
             world.run(program, 100 * seed + turn, jitter=0.1, sleep=0.002)
 
 
+def variant(**options):
+    return lambda objects, edits, seed, **more: run_mixed(objects, edits, seed, **options, **more)
+
+
 CHECKS = {
     "mixed calls": run_mixed,
-    "special values": lambda *args, **kw: run_mixed(*args, kinds=[reference.SPECIALS], **kw),
-    "ThreadSanitizer": lambda *args, **kw: run_mixed(*args, tsan=True, **kw),
+    "streamed calls": variant(only="two_shot_stream"),
+    "special values": variant(kinds=[reference.SPECIALS]),
+    "ThreadSanitizer": variant(tsan=True),
     "absent rank": absent,
-    "host stops a rank": host_poisons,
+    "host stops a rank": host_stops,
+    "calls differ": mismatch,
 }
 SEEDS = 6
 
 SYNC = "    __syncwarp();  // every lane has read the epoch\n"
 WAIT = "    griddepcontrol_wait();\n"
 PARITY = "    const u32 parity = ld_relaxed_gpu_u32(epoch) & 1;\n"
-EPOCH = "    if (lane == 0) st_relaxed_gpu_u32(epoch, parity ^ 1);\n"
-ANY = {"bits", "overwritten", "hang", "slots"}  # what a race of packets can end in
+PUSH = "slot(a, to, buffer, place(a.rank, to), index), p);"
+LOAD = "    for (u32 k = 0; k < PACKETS; k++) own[k] = in.load(first + k * WARP);\n"
+GATHERED = "        ok = receive<SLEEP_NS>(a, gather, channel, packet, ok, peers);\n"
+SIGNED = "theirs.w[1] != sequence || theirs.w[3] != sequence"
+CODE = "st_relaxed_sys_u32(a.report + FIELD(Report, code), code);"
+ANY = {"bits", "overwritten", "hang", "slots", "report", "foreign poison"}  # what a mix-up of packets can end in
 
 # name: check, how it may show, edits
 BUGS = {
@@ -221,55 +249,57 @@ BUGS = {
     "the epoch is not flipped": ("mixed calls", ANY, [("two_shot.cu", "st_relaxed_gpu_u32(epoch, parity ^ 1)", "st_relaxed_gpu_u32(epoch, parity)")]),
     "no __syncwarp before the epoch is written, one-shot": ("mixed calls", ANY, [("one_shot.cu", SYNC, "")]),
     "no __syncwarp before the epoch is written, two-shot": ("mixed calls", ANY, [("two_shot.cu", SYNC, "")]),
-    "epoch read before griddepcontrol_wait": (
-        "mixed calls", ANY, [("one_shot.cu", WAIT, ""), ("one_shot.cu", PARITY, PARITY + WAIT)]),
-    "no griddepcontrol_wait": ("ThreadSanitizer", {"race", *ANY}, [("two_shot.cu", WAIT, "")]),
-    "input read before griddepcontrol_wait": (
-        "ThreadSanitizer", {"race"},
-        [("one_shot.cu", WAIT, "    Packet own = in.load(index);\n" + WAIT), ("one_shot.cu", "    Packet own = in.load(index);\n    bool", "    bool")]),
-    "slots are not poisoned again": ("mixed calls", ANY, [("one_shot.cu", "    poison(a, parity, index);\n", "")]),
-    "the gather's slots are not poisoned again": ("mixed calls", ANY, [("two_shot.cu", "    poison(a, GATHER, index);\n", "")]),
-    "poison before the packets are read": (
-        "mixed calls", ANY,
-        [("two_shot.cu", "    receive(a, TWO_SHOT, GATHER, index, ok, v);\n", "    poison(a, GATHER, index);\n    receive(a, TWO_SHOT, GATHER, index, ok, v);\n")]),
-    "packets go into the neighbour's slot": (
-        "mixed calls", ANY | {"crash"}, [("staging.cuh", "slot(a, to, buffer, a.rank, index), p)", "slot(a, to, buffer, a.rank, index ^ 1), p)")]),
-    "packets go into another source's slot": (
-        "mixed calls", ANY, [("staging.cuh", "slot(a, to, buffer, a.rank, index), p)", "slot(a, to, buffer, to, index), p)")]),
-    "gather and scatter share slots": ("mixed calls", ANY, [("two_shot.cu", "GATHER = 2;", "GATHER = 1;")]),
-    "ranks are summed downwards": (
-        "mixed calls", {"bits"}, [("packet.cuh", "T::unpack(v[rank].w[i], x);", "T::unpack(v[N - rank].w[i], x);")]),
+    "epoch read before griddepcontrol_wait": ("mixed calls", ANY, [("one_shot.cu", WAIT, ""), ("one_shot.cu", PARITY, PARITY + WAIT)]),
+    "input read before griddepcontrol_wait": ("ThreadSanitizer", {"race"}, [("one_shot.cu", WAIT, ""), ("one_shot.cu", LOAD, LOAD + WAIT)]),
+    "no griddepcontrol_wait in a call's first launch": ("ThreadSanitizer", {"race", *ANY}, [("two_shot.cu", "if (!follows) griddepcontrol_wait();", "")]),
+    "no griddepcontrol_wait in the launches that follow": ("streamed calls", ANY, [("two_shot.cu", "if (follows) griddepcontrol_wait();", "")]),
+    "a stream has two scatter buffers": ("streamed calls", ANY, [("two_shot.cu", "a.launch % 3", "a.launch % 2")]),
+    "a stream has one gather buffer": ("streamed calls", ANY, [("two_shot.cu", "STREAM ? a.launch % 2 : 0", "0")]),
+    "a stream's launches start at once": ("streamed calls", ANY, [("two_shot.cu", "if (!STREAM) griddepcontrol_launch_dependents();", "griddepcontrol_launch_dependents();")]),
+    "gather and scatter share slots": ("mixed calls", ANY, [("two_shot.cu", "STREAM ? 3 : 2;", "STREAM ? 2 : 1;")]),
+    "one-shot's slots are not poisoned again": ("mixed calls", ANY, [("one_shot.cu", "        poison(a, parity, first + k * WARP);\n", "")]),
+    "scatter's slots are not poisoned again": ("mixed calls", ANY, [("two_shot.cu", "        poison(a, scatter, packet);\n", "")]),
+    "gather's slots are not poisoned again": ("mixed calls", ANY, [("two_shot.cu", "        poison(a, gather, packet);\n", "")]),
+    "slots are poisoned before they are read": ("mixed calls", ANY, [("two_shot.cu", GATHERED, "        poison(a, gather, packet);\n" + GATHERED)]),
+    "packets go into the neighbour's slot": ("mixed calls", ANY, [("staging.cuh", PUSH, PUSH.replace("index)", "index ^ 1)"))]),
+    "packets go into another source's slot": ("mixed calls", ANY, [("staging.cuh", PUSH, PUSH.replace("place(", "PEERS - 1 - place("))]),
+    "ranks are summed downwards": ("mixed calls", {"bits"}, [("packet.cuh", "T::unpack(v[rank].w[i], x);", "T::unpack(v[WORLD_SIZE - rank].w[i], x);")]),
     "the sum begins with zero": (
         "special values", {"bits"}, [("packet.cuh", "T::unpack(v[0].w[i], acc);", "T::unpack(v[0].w[i], acc); for (float &f : acc) f += 0.0f;")]),
     "every addition is rounded": (
-        "mixed calls", {"bits"},
-        [("packet.cuh", "acc[e] += x[e];\n", "acc[e] += x[e];\n            T::unpack(T::pack(acc), acc);\n")]),
-    "the own addend is forgotten": ("mixed calls", {"bits"}, [("one_shot.cu", "    insert(v, a.rank, own);\n", "    insert(v, a.rank, ZEROS);\n")]),
-    "the tail read is one too long": (
-        "mixed calls", {"bits", "guard"}, [("packet.cuh", "if (first + i < numel) p.w", "if (first + i <= numel) p.w"),
-                                           ("packet.cuh", "if (first + i < numel) x[", "if (first + i <= numel) x[")]),
-    "the tail is one too short": ("mixed calls", {"bits"}, [("packet.cuh", "if (first + i < numel) x[", "if (first + i + 1 < numel) x[")]),
-    "whole packets past the end": (
-        "mixed calls", {"guard", "bits"}, [("packet.cuh", "if (aligned && first + ELEMENTS<T> <= numel) {\n            st", "if (aligned && first < numel) {\n            st")]),
+        "mixed calls", {"bits"}, [("packet.cuh", "acc[e] += x[e];\n", "acc[e] += x[e];\n            T::unpack(T::pack(acc), acc);\n")]),
+    "the own addend is forgotten": ("mixed calls", {"bits"}, [("one_shot.cu", "in_rank_order(peers, own[k], a.rank, v);", "in_rank_order(peers, ZEROS, a.rank, v);")]),
+    "the tail is one too long": (
+        "mixed calls", {"bits", "guard"}, [("packet.cuh", "+ i < numel)\n", "+ i <= numel)\n")]),
+    "the tail is one too short": ("mixed calls", {"bits"}, [("packet.cuh", "+ i < numel)\n", "+ i + 1 < numel)\n")]),
+    "padding is not zeros": ("mixed calls", {"bits", "guard"}, [("packet.cuh", "+ i < numel) p.w", "+ i + 1 < numel) p.w")]),
     "a rank whose part is empty skips the channel": (
-        "mixed calls", ANY, [("two_shot.cu", "if (index - lane >= part) return;", "if (index - lane >= part || a.rank * part >= Tensor<T>::packets(a.numel)) return;")]),
-    "padding lanes do not push": ("mixed calls", ANY, [("two_shot.cu", "        if (ok) push(a, (a.rank + k) % WORLD_SIZE, parity,", "        if (ok && inside) push(a, (a.rank + k) % WORLD_SIZE, parity,")]),
-    "a payload may look like the sentinel": ("special values", ANY | {"foreign poison"}, [("staging.cuh", "min(p.w[i], EMPTY - 1)", "min(p.w[i], EMPTY)")]),
+        "mixed calls", ANY, [("two_shot.cu", "if (first - lane >= part) return;", "if (first - lane >= part || a.rank * part >= in.packets) return;")]),
+    "padding lanes do not push": (
+        "mixed calls", ANY, [("two_shot.cu", "if (ok) push(a, target(a, j), scatter,", "if (ok && first + k * WARP < part) push(a, target(a, j), scatter,")]),
+    "a payload may look like the sentinel": ("special values", ANY, [("staging.cuh", "min(p.w[i], EMPTY - 1)", "min(p.w[i], EMPTY)")]),
     "one word of a packet counts as all": (
-        "mixed calls", {"bits", "slots", "overwritten"}, [("staging.cuh", "p.w[0] != EMPTY && p.w[1] != EMPTY && p.w[2] != EMPTY && p.w[3] != EMPTY", "p.w[0] != EMPTY")]),
+        "mixed calls", ANY, [("staging.cuh", "p.w[0] != EMPTY && p.w[1] != EMPTY && p.w[2] != EMPTY && p.w[3] != EMPTY", "p.w[0] != EMPTY")]),
     "packets are stored weakly": ("ThreadSanitizer", {"race"}, [("staging.cuh", "st_relaxed_sys_v4(slot(a, to,", "st_global_v4(slot(a, to,")]),
-    "packets are polled weakly": ("ThreadSanitizer", {"race"}, [("staging.cuh", "if (missing >> s & 1) v[s] = ld_relaxed_sys_v4(", "if (missing >> s & 1) v[s] = ld_global_v4(")]),
-    "the report is signalled without a fence": ("absent rank", {"early report"}, [("staging.cuh", "        fence_acq_rel_sys();\n", "")]),
+    "packets are polled weakly": ("ThreadSanitizer", {"race"}, [("staging.cuh", "if (missing >> j & 1) u[j] = ld_relaxed_sys_v4(", "if (missing >> j & 1) u[j] = ld_global_v4(")]),
+    "the report is signalled without a fence": ("absent rank", {"early report"}, [("staging.cuh", "    fence_acq_rel_sys();\n", "")]),
     "the report is signalled before it is written": (
         "absent rank", {"early report"},
-        [("staging.cuh", "        st_relaxed_sys_u32(a.report + 4,", "        st_relaxed_sys_u32(a.report, 1);\n        st_relaxed_sys_u32(a.report + 4,")]),
-    "nobody looks at the clock": ("absent rank", {"hang"}, [("staging.cuh", "spins % 64 == 0 && give_up", "spins == 0 && give_up")]),
-    "who gave up keeps pushing": ("absent rank", {"overwritten", "bits"}, [("one_shot.cu", "    bool ok = alive(a);\n", "    bool ok = true;\n")]),
+        [("staging.cuh", "    st_relaxed_sys_u32(a.report + FIELD(Report, tag), a.tag);\n", f"    {CODE}\n    st_relaxed_sys_u32(a.report + FIELD(Report, tag), a.tag);\n")]),
+    "nobody looks at the clock": (
+        "absent rank", {"hang"}, [("staging.cuh", "spins % 64 == 0 &&", "spins == 0 &&"), ("guard.cuh", "spins % 64 == 0 &&", "spins == 0 &&")]),
+    "who gave up keeps pushing": ("absent rank", {"overwritten", "pushed"}, [("one_shot.cu", "    bool ok = alive(a);\n", "    bool ok = true;\n")]),
     "a sum with missing addends is sent": (
-        "host stops a rank", {"bits", "overwritten"}, [("two_shot.cu", "        if (ok) push(a, (a.rank + k) % WORLD_SIZE, GATHER,", "        push(a, (a.rank + k) % WORLD_SIZE, GATHER,"),
-                                        ("staging.cuh", "for (u32 s = 0; s < WORLD_SIZE; s++) v[s] = NOTHING;", "for (u32 s = 0; s < WORLD_SIZE; s++) v[s] = ZEROS;")]),
-    "completion is signalled before the last store": (
-        "mixed calls", {"race", *ANY}, [("driver.cpp", "if (next.drained < next.grid) break;", "if (next.triggered < next.grid) break;")]),
+        "host stops a rank", {"bits"}, [("two_shot.cu", "if (ok) push(a, target(a, j), gather,", "push(a, target(a, j), gather,"),
+                                        ("staging.cuh", "u[j] = NOTHING;", "u[j] = ZEROS;")]),
+    "the first signature is numbered 0": ("mixed calls", {"bits", "report"}, [("guard.cuh", "FIELD(Control, sequence)) + 1;", "FIELD(Control, sequence));"),
+                                                                  ("guard.cuh", "FIELD(Control, sequence), sequence);", "FIELD(Control, sequence), sequence + 1);")]),
+    "signatures have one parity": ("mixed calls", ANY, [("guard.cuh", "(sequence & 1) * 8", "0 * 8")]),
+    "half a signature counts as all": ("mixed calls", {"bits", "report"}, [("guard.cuh", SIGNED, "theirs.w[1] != sequence")]),
+    "the guard does not wait": ("mixed calls", ANY, [("guard.cuh", WAIT, "")]),
+    "sizes are not compared": ("calls differ", {"report"}, [("guard.cuh", "theirs.w[0] != mine.w[0] || ", "")]),
+    "calls never leave": ("mixed calls", {"bits", "report", "in flight"}, [("one_shot.cu", "leave(a);", "return;")]),
+    "completion is signalled before the last store": ("mixed calls", ANY, [("driver.cpp", "next.drained < next.grid", "next.triggered < next.grid")]),
 }  # fmt: skip
 
 
@@ -298,8 +328,9 @@ def test_planted_bug_is_caught(objects, bug, record_property):
 
 
 def sharing(layout):
-    """Both algorithms in the slots of the first."""
-    regions = {name: replace(region, offset=0) for name, region in layout.regions.items()}
+    """All algorithms in the slots of the first."""
+    layout = cramped(layout)
+    regions = {name: replace(region, offset=HEADER_BYTES) for name, region in layout.regions.items()}
     return replace(layout, regions=regions)
 
 

@@ -16,9 +16,9 @@ import shutil
 import struct
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -26,9 +26,9 @@ from unittest import mock
 import torch
 
 from allreduce_jit import reference, v2
-from allreduce_jit.kernel import DTYPES, cuda_module, v2_algorithms
+from allreduce_jit.kernel import V2_ALGORITHMS, cuda_module, v2_algorithms
 from allreduce_jit.memory import REPORT_BYTES, LocalState
-from allreduce_jit.plan import HEADER_BYTES, MAX_BLOCK, Plan, v2_shape
+from allreduce_jit.plan import HEADER_BYTES, MAX_BLOCK, WARP, Layout, Plan, v2_shape
 from allreduce_jit.tuning import NEVER, Band
 
 HERE = Path(__file__).parent / "twin"
@@ -47,7 +47,8 @@ class StaleEdit(Exception):
 
 
 class Failed(Exception):
-    """A run ended badly. ``kind``: overwritten, foreign poison, hang, early report, crash, race, bits, guard, slots."""
+    """A run ended badly. ``kind``: overwritten, foreign poison, hang, early report, crash, race, bits, guard,
+    slots, report, in flight."""
 
     def __init__(self, kind: str, text: str):
         super().__init__(f"{kind}: {text}")
@@ -214,8 +215,19 @@ class Program:
         assert self.end <= ARENA
         return self.buffers[-1]
 
-    def check(self, rank: int, arena: torch.Tensor, or_nan: bool = False) -> None:
-        """Compare bits, of tensors and of everything between them; ``or_nan``: a NaN is never wrong."""
+    def check(self, rank: int, arena: torch.Tensor, or_nan: bool = False, calls: bool = True) -> None:
+        """Compare bits, of tensors and of everything between them.
+
+        Args:
+            rank: whose.
+            arena: what it has now.
+            or_nan: a NaN is never wrong.
+            calls: whether this rank made the calls, or nothing may have changed.
+        """
+        if not calls:
+            if not torch.equal(arena, self.before[rank]):
+                raise Failed("guard", f"the tensors of rank {rank} have changed")
+            return
         if torch.equal(arena, self.after[rank]):
             return
         between = torch.ones(self.end, dtype=torch.bool)
@@ -303,8 +315,19 @@ class World:
             engine._kernels = {entry: (self._queue, rank, number) for number, entry in enumerate(entries)}
         self.collectives = self.pushes = self.switches = 0
 
-    def run(self, program: Program, seed: int, *, skip: Sequence[int] = (), complete: bool = True, **options) -> None:
-        """All calls of ``program`` on every rank but ``skip``, enqueued at once; ``complete``: then check bits and slots.
+    def run(self, program: Program, seed: int, *, skip: Sequence[int] = (), complete: bool = True,
+            instead: Mapping[int, Call] | None = None, **options) -> None:  # fmt: skip
+        """All calls of ``program`` on every rank, enqueued at once; then, if it is to be ``complete``, check bits and slots.
+
+        Args:
+            program: the calls.
+            seed: of the schedule.
+            skip: ranks that make no call.
+            complete: whether every call must succeed.
+            instead: what single ranks call instead of each call, with its tensors.
+            options: room (threads resident on a rank), jitter and sleep (chances that a thread loses its turn at an
+                access, and that it sleeps long), patience (steps without progress that are a hang), pokes ((step,
+                address, word): what the host writes meanwhile).
 
         Raises:
             Failed: whatever went wrong.
@@ -313,10 +336,11 @@ class World:
             self._parts[rank]["arena"][: program.end].copy_(before)
             if rank not in skip:
                 for call, x, out in program.steps:
-                    self._enqueue(rank, call, x, out)
+                    self._enqueue(rank, (instead or {}).get(rank, call), x, out)
         self._run(seed, **options)
         self.collectives += len(program.steps)
         if complete:
+            self.check_reports()
             for rank in range(self.world_size):
                 program.check(rank, self.arena(rank)[: program.end])
             self.check_slots()
@@ -368,7 +392,7 @@ class World:
         self.switches += answer["switches"]
 
     def check_slots(self) -> None:
-        """Every slot is empty, and nobody gave up."""
+        """Every slot is empty."""
         for rank, parts in enumerate(self._parts):
             for name, region in self.layout.regions.items():
                 end = min([r.offset for r in self.layout.regions.values() if r.offset > region.offset] or [self.layout.nbytes])
@@ -376,6 +400,10 @@ class World:
                 if slots.min() != 0xFF:
                     full = (slots.view(torch.int32) != -1).nonzero()
                     raise Failed("slots", f"{name} of rank {rank}: {len(full)} words left, the first at {int(full[0])}")
+
+    def check_reports(self) -> None:
+        """Nobody gave up, and all calls are over."""
+        for rank, parts in enumerate(self._parts):
             if parts["report"].any() or parts["staging"][:4].any():
                 raise Failed("report", f"rank {rank} gave up: {self.report(rank)}")
             if parts["local"][4:8].any():  # Control.in_flight
@@ -420,6 +448,13 @@ class World:
 
     def __exit__(self, *_) -> None:
         self.close()
+
+
+def cramped(layout: Layout) -> Layout:
+    """Room for one warp per launch, so that a few KB take many launches."""
+    return replace(layout, regions={
+        name: replace(region, capacity=WARP * V2_ALGORITHMS[name].packets, channels=1) for name, region in layout.regions.items()
+    })  # fmt: skip
 
 
 class Recorder:
