@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from . import groups
 from .agree import require_cpu_group, require_group
-from .errors import ClosedError, NotDeterministicError
+from .errors import ClosedError, InputError, NotDeterministicError
 from .fallback import TorchEngine
 from .inputs import as_device, check_output, packed, refuse
 from .kernel import DTYPES, ITEMSIZE

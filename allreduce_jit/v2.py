@@ -113,6 +113,7 @@ class V2Engine(KernelEngine):
         region = self.layout.regions[plan.algorithm]
         step = Step()
         parts = launches(plan, numel, name, world_size)
+        stream = V2_ALGORITHMS[plan.algorithm].stream
         for i, (start, count, blocks) in enumerate(parts):
             args = Args(
                 numel=count,
@@ -126,7 +127,7 @@ class V2Engine(KernelEngine):
                 tag=tag(plan.algorithm, name),
                 config=config,
                 launch=i,
-                last=i == len(parts) - 1,
+                last=not stream or i == len(parts) - 1,  # whoever has a guard must leave
             )
             args.staging[:world_size] = self.memory.addresses
             for whole, found in ((True, step.whole), (False, step.ragged)):

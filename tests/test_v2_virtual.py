@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from allreduce_jit import reference
-from allreduce_jit.kernel import ALGORITHMS
+from allreduce_jit.failure import Kind, tag
+from allreduce_jit.kernel import V2_ALGORITHMS
 from allreduce_jit.plan import WARP, v2_shape
 
 pytestmark = pytest.mark.gpus(1)
@@ -22,19 +23,20 @@ def world(request):
 
     torch.zeros(1, device="cuda")  # makes the context current
     world = VirtualWorld(request.param)
-    world.set_deadline(20)
+    world.set_deadlines(20)
     return world
 
 
-def plan_of(world, algorithm, numel, dtype):
-    """The grid a real plan would take, in launches small enough to be resident for all ranks at once."""
-    name, regions = str(dtype).removeprefix("torch."), world.layout.regions
-    resident = world.sm_count * RESIDENT_THREADS
-    capped = {a: replace(r, capacity=min(r.capacity, resident // WARP * WARP)) for a, r in regions.items()}
-    return v2_shape(algorithm, world.world_size, name, numel, world.sm_count, replace(world.layout, regions=capped))
+def plan_of(world, algorithm, numel, dtype, block=128):
+    """A plan whose launches are small enough to be resident for all ranks at once, guards included."""
+    name, what, regions = str(dtype).removeprefix("torch."), V2_ALGORITHMS[algorithm], world.layout.regions
+    resident = (world.sm_count * RESIDENT_THREADS - block) * what.packets
+    unit = WARP * what.packets
+    capped = {a: replace(r, capacity=min(r.capacity, resident // unit * unit)) for a, r in regions.items()}
+    return v2_shape(algorithm, block, world.world_size, name, numel, replace(world.layout, regions=capped))
 
 
-def check(world, algorithm, numel, dtype, seed, *, kind=reference.RANDOM, offset=0, in_place=False):
+def check(world, algorithm, numel, dtype, seed, *, kind=reference.RANDOM, offset=0, in_place=False, block=128):
     n = world.world_size
     inputs = []
     for rank in range(n):
@@ -46,65 +48,122 @@ def check(world, algorithm, numel, dtype, seed, *, kind=reference.RANDOM, offset
     if not in_place:
         for out in outs:
             reference.poison(out)
-    plan = plan_of(world, algorithm, numel, dtype)
-    for start in range(0, numel, plan.chunk):
-        piece = slice(start, start + plan.chunk)
-        world.all_reduce(algorithm, [x[piece] for x in inputs], [out[piece] for out in outs], plan.grid, plan.block)
+    plan = plan_of(world, algorithm, numel, dtype, block)
+    world.all_reduce(plan, inputs, outs)
     for rank, out in enumerate(outs):
         difference = reference.compare(out, want)
         assert not difference.wrong, f"{algorithm} {numel} {dtype} rank {rank} of {n}: {difference}"
     assert not world.report.any()
+    assert all(int(local[1]) == 0 for local in world.local), "in flight after the call"
     return -(-numel // plan.chunk)
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def each_algorithm(world):
+    return list(world.layout.regions)
+
+
+def least(world, algorithm):
+    """Elements from which ``algorithm`` can run: a stream takes two launches."""
+    return 2 * WARP * world.world_size * 8 if V2_ALGORITHMS[algorithm].stream else 1
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_sizes(world, algorithm, dtype):
-    launches = set()
-    for seed, numel in enumerate([1, 2, 3, 7, 8, 9, 255, 256, 257, 4095, 65536, 99_991, 1 << 20, (1 << 22) + 5]):
-        launches.add(check(world, algorithm, numel, dtype, seed))
-        check(world, algorithm, numel, dtype, seed, in_place=True, offset=1)
-    assert 1 in launches and max(launches) > 1
+def test_sizes(world, dtype):
+    for algorithm in each_algorithm(world):
+        launches = set()
+        for seed, numel in enumerate([1, 2, 3, 7, 8, 9, 255, 256, 257, 4095, 65536, 99_991, 1 << 20, (1 << 22) + 5]):
+            if numel < least(world, algorithm):
+                continue
+            launches.add(check(world, algorithm, numel, dtype, seed))
+            check(world, algorithm, numel, dtype, seed, in_place=True, offset=1, block=64)
+        assert V2_ALGORITHMS[algorithm].stream or 1 in launches
+        assert max(launches) > 1 and all(n % 3 != 1 for n in launches if V2_ALGORITHMS[algorithm].stream)
     assert world.fully_poisoned()
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_special_values(world, algorithm, dtype):
-    for numel in (1000, 300_000):
-        check(world, algorithm, numel, dtype, 5, kind=reference.SPECIALS)
+def test_special_values(world, dtype):
+    for algorithm in each_algorithm(world):
+        for numel in (10_000, 300_000):
+            check(world, algorithm, numel, dtype, 5, kind=reference.SPECIALS)
+            check(world, algorithm, numel + 1, dtype, 5, kind=reference.SPECIALS)
 
 
 def test_mixed_calls(world):
     """Sizes, dtypes, algorithms and grids back to back: the epochs of the channels must never mix."""
     dice = random.Random(world.world_size)
     for seed in range(150):
-        algorithm, dtype = dice.choice(ALGORITHMS), dice.choice(DTYPES)
-        numel = int(2 ** dice.uniform(0, 18))
-        check(world, algorithm, numel, dtype, seed, offset=dice.randint(0, 3))
+        algorithm, dtype = dice.choice(each_algorithm(world)), dice.choice(DTYPES)
+        numel = max(least(world, algorithm), int(2 ** dice.uniform(0, 18)))
+        check(world, algorithm, numel, dtype, seed, offset=dice.randint(0, 3), block=dice.choice([32, 96, 256, 512]))
     assert world.fully_poisoned()
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_missing_rank_ends_the_wait_and_is_named(world, algorithm):
+@pytest.fixture
+def broken(world):
     from virtual import VirtualWorld
 
     broken = VirtualWorld(world.world_size)
-    broken.set_deadline(0.2)
-    last = world.world_size - 1
-    inputs = [reference.values(0, rank, 5000, torch.bfloat16, "cuda") for rank in range(world.world_size)]
+    broken.set_deadlines(0.2)
+    return broken
+
+
+def call(world, algorithm, numel=20_000, dtype=torch.bfloat16, **how):
+    inputs = [reference.values(0, rank, numel, dtype, "cuda") for rank in range(world.world_size)]
     outs = [torch.zeros_like(x) for x in inputs]
-    plan = plan_of(broken, algorithm, 5000, torch.bfloat16)
-    broken.all_reduce(algorithm, inputs, outs, plan.grid, plan.block, skip=(last,))
-    assert broken.report[:last, 0].tolist() == [1] * last
-    assert broken.report[:last, 1].tolist() == [last] * last
-    assert not broken.report[last].any()
-    for out in outs[:last]:
-        assert bool(out.isnan().any())
-    # A poisoned rank ends at once and pushes nothing more: the late one must not read two epochs mixed.
-    before = broken.staging[last].clone()
-    for name in ALGORITHMS:
-        plan = plan_of(broken, name, 5000, torch.bfloat16)
-        broken.all_reduce(name, inputs, outs, plan.grid, plan.block, skip=(last,))
-        assert bool(outs[0].isnan().all())
-    assert torch.equal(before, broken.staging[last])
+    world.all_reduce(plan_of(world, algorithm, numel, dtype), inputs, outs, **how)
+    return outs
+
+
+def codes(world):
+    """(kind, culprit) as every rank reports it."""
+    return [(code & 0xFF, code >> 8 & 0xFF) for code in world.report[:, 0].tolist()]
+
+
+def test_missing_rank_ends_the_wait_and_is_named(world, broken):
+    last = world.world_size - 1
+    for algorithm in each_algorithm(world):
+        broken.report.zero_()
+        for rank in range(last):
+            broken.staging[rank][:1024] = 0
+            broken.local[rank][6] = 0
+        broken.silence(last)
+        for out in call(broken, algorithm)[:last]:
+            assert bool(out.isnan().any())
+        assert codes(broken)[:last] == [(Kind.TIMEOUT, last)] * last
+        # A stopped rank ends at once and pushes nothing more: the late one must not read two epochs mixed.
+        before = broken.staging[last].clone()
+        for name in each_algorithm(world):
+            assert all(bool(out.isnan().all()) for out in call(broken, name))
+        assert torch.equal(before, broken.staging[last])
+
+
+def test_first_call_of_a_shape_has_more_time(world, broken):
+    broken.set_deadlines(0.01, 0.4)
+    broken.silence(0)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    call(broken, "one_shot")
+    end.record()
+    end.synchronize()
+    assert 390 < start.elapsed_time(end) < 2000
+    assert codes(broken)[1:] == [(Kind.TIMEOUT, 0)] * (world.world_size - 1)
+
+
+def test_different_signatures_stop_everybody(world, broken):
+    last = world.world_size - 1
+    for algorithm in each_algorithm(world):
+        fresh = type(broken)(world.world_size)
+        fresh.set_deadlines(5)
+        call(fresh, algorithm)
+        assert not fresh.report.any()
+        call(fresh, algorithm, tags={last: tag(algorithm, "float16")})
+        assert all(kind == Kind.MISMATCH for kind, _ in codes(fresh)), codes(fresh)
+        # Culprit or the one who found out: the difference is always one with the last rank.
+        assert all(last in (code >> 8 & 0xFF, code >> 16 & 0xFF) for code in fresh.report[:, 0].tolist())
+
+
+def test_two_calls_in_flight_are_noticed(world, broken):
+    broken.local[0][1] = 1  # as if an earlier call of rank 0 had not left
+    call(broken, "one_shot")
+    assert codes(broken)[0] == (Kind.CONCURRENT, 0)

@@ -8,7 +8,7 @@ from allreduce_jit.cache import KernelCache
 from allreduce_jit.compiler import build
 from allreduce_jit.driver import Launch, Module
 from allreduce_jit.engine import DTYPE_NAMES
-from allreduce_jit.failure import tag
+from allreduce_jit.failure import Kind, abort_code, tag
 from allreduce_jit.kernel import cuda_module, entry, v2_algorithms
 from allreduce_jit.memory import LocalState
 from allreduce_jit.plan import HEADER_BYTES, PACKET, v2_layout
@@ -50,12 +50,12 @@ class VirtualWorld:
         for local in self.local:
             local[2:6].view(torch.int64).copy_(torch.tensor([int(s * 1e9) for s in (seconds, grace or seconds)]))
 
-    def all_reduce(self, plan, inputs, outs, skip: tuple = (), tags: dict | None = None) -> None:
-        """One call on every rank but those in ``skip``, whose blocks find nothing to do and sign nothing.
+    def silence(self, rank: int) -> None:
+        """As if ``rank`` had died: from now on it neither signs nor pushes."""
+        self.staging[rank][0] = abort_code(Kind.ABORTED, rank, rank)
 
-        Args:
-            tags: what some ranks sign with instead of the truth.
-        """
+    def all_reduce(self, plan, inputs, outs, tags: dict | None = None) -> None:
+        """One call on every rank; ``tags``: what some ranks sign with instead of the truth."""
         numel, dtype = inputs[0].numel(), DTYPE_NAMES[inputs[0].dtype]
         itemsize = inputs[0].element_size()
         aligned = all(t.data_ptr() % PACKET == 0 for t in (*inputs, *outs)) and numel * itemsize % PACKET == 0
@@ -66,10 +66,8 @@ class VirtualWorld:
             for rank in range(self.world_size):
                 args = self._args(rank, plan.algorithm, dtype)
                 args.input, args.output = (t[rank].data_ptr() + start * itemsize for t in (inputs, outs))
-                args.numel, args.total = (0, 0) if rank in skip else (count, numel)
+                args.numel, args.total, args.launch, args.last = count, numel, i, i == len(parts) - 1
                 args.tag = (tags or {}).get(rank, args.tag)
-                # A launch other than the first has no guard; only a stream kernel's, and it would sign as well.
-                args.launch, args.last = (1 if rank in skip else i), i == len(parts) - 1
                 table += bytes(args)
             arguments = torch.frombuffer(bytearray(table), dtype=torch.uint8).cuda()
             launch = Launch(kernel, [ctypes.c_uint64(arguments.data_ptr())], blocks, plan.block, ranks=self.world_size)

@@ -16,7 +16,7 @@ __device__ inline void guard(const Args &a) {
     const u32 lane = threadIdx.x;
     if (lane >= WARP) return;
     griddepcontrol_wait();
-    // From 1: the zeros of an untouched header must not look like a signature.
+    // Calls count from 1: the header holds zeros at first.
     const u32 sequence = ld_relaxed_gpu_u32(a.control + FIELD(Control, sequence)) + 1;
     const bool ok = alive(a);
     u32 in_flight = 0;

@@ -72,15 +72,15 @@ struct Tensor {
 // The packets of all ranks in rank order, out of the own one and those of the peers; by selects, as a run-time
 // index would move them to local memory.
 __device__ inline void in_rank_order(const Packet (&peers)[WORLD_SIZE - 1], Packet own, u32 rank, Packet (&v)[WORLD_SIZE]) {
-    if (WORLD_SIZE == 2) {  // fp32 addition commutes
-        v[0] = own, v[1] = peers[0];
-        return;
-    }
+    if constexpr (WORLD_SIZE == 2) {
+        v[0] = own, v[1] = peers[0];  // fp32 addition commutes
+    } else {
 #pragma unroll
-    for (u32 s = 0; s < WORLD_SIZE; s++) {
-        Packet below = s < WORLD_SIZE - 1 ? peers[s] : own, above = s > 0 ? peers[s - 1] : own;
+        for (u32 s = 0; s < WORLD_SIZE; s++) {
+            Packet below = s < WORLD_SIZE - 1 ? peers[s] : own, above = s > 0 ? peers[s - 1] : own;
 #pragma unroll
-        for (u32 i = 0; i < 4; i++) v[s].w[i] = s == rank ? own.w[i] : s < rank ? below.w[i] : above.w[i];
+            for (u32 i = 0; i < 4; i++) v[s].w[i] = s == rank ? own.w[i] : s < rank ? below.w[i] : above.w[i];
+        }
     }
 }
 

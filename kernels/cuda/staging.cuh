@@ -32,7 +32,7 @@ struct Args {
     u32 tag;         // dtype and algorithm, for the signature (guard.cuh)
     u32 config;      // which flag of Control.met belongs to calls of this shape
     u32 launch;      // number of this launch within the call, from 0
-    u32 last;        // whether it is the last one
+    u32 last;        // whether it is the last one before the next guard
 };
 
 // First in the staging memory: what peers may write besides packets.
@@ -65,7 +65,7 @@ struct Report {
     u32 mine[2], theirs[2];  // signatures, if they differ
 };
 
-#define FIELD(type, member) __builtin_offsetof(type, member)
+#define FIELD(type, member) reinterpret_cast<u64>(&reinterpret_cast<type *>(0)->member)
 
 // Source's place among a rank's slots: its own is left out.
 __device__ inline u32 place(u32 source, u32 owner) { return source - (source > owner); }
