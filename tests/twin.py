@@ -352,17 +352,18 @@ class World:
         engine, config = self.engines[rank], self._configs.setdefault((call.dtype, call.numel, plan), len(self._configs))
         arena = self._base + self._offsets[rank]["arena"]
         with mock.patch.object(v2, "Launch", Recorder):
-            step = engine._step(plan, call.numel, x.dtype, config)
+            step = engine._step(plan, call.numel, getattr(torch, call.dtype), config)
         v2._fire(step, arena + x.start, arena + out.start, 0)
 
     def plan(self, call: Call) -> Plan:
-        """The named algorithm, if it can be had for so few elements, else the engine's choice."""
-        if call.algorithm in self.layout.regions:
-            try:
-                return v2_shape(call.algorithm, call.block, self.world_size, call.dtype, call.numel, self.layout)
-            except ValueError:  # too few to stream
-                pass
-        return self.engines[0].plan(call.numel, call.dtype)
+        """The named algorithm or the engine's choice; one-shot where there are too few elements to stream."""
+        shape = (call.block, self.world_size, call.dtype, call.numel, self.layout)
+        try:
+            if call.algorithm in self.layout.regions:
+                return v2_shape(call.algorithm, *shape)
+            return self.engines[0].plan(call.numel, call.dtype)
+        except ValueError:
+            return v2_shape("one_shot", *shape)
 
     def _run(self, seed: int, *, room: int = 0, jitter: float = 0.05, sleep: float = 0.001, patience: int = 400_000,
              pokes: Sequence[tuple[int, int, int]] = ()) -> None:  # fmt: skip
@@ -451,9 +452,9 @@ class World:
 
 
 def cramped(layout: Layout) -> Layout:
-    """Room for one warp per launch, so that a few KB take many launches."""
+    """Room for two warps per launch, so that a few KB take many launches."""
     return replace(layout, regions={
-        name: replace(region, capacity=WARP * V2_ALGORITHMS[name].packets, channels=1) for name, region in layout.regions.items()
+        name: replace(region, capacity=2 * WARP * V2_ALGORITHMS[name].packets, channels=2) for name, region in layout.regions.items()
     })  # fmt: skip
 
 

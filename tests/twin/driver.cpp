@@ -3,7 +3,8 @@
 // A kernel may start when every block of the one before it on its rank has triggered or exited (or, without
 // programmatic dependent launch, when that one is complete). Blocks start in the order of their index, while there is
 // room. griddepcontrol_wait returns when the kernel before is complete; a kernel is complete when all its blocks
-// have exited, their stores have left the buffers, and the kernel before it is complete.
+// have exited, their stores have left the buffers, and the kernel before it is complete. A kernel sees what was
+// complete when it started even before it waits: the launches of a stream that follow rely on that for their input.
 //
 // Never instrumented itself: under ThreadSanitizer every fiber is a thread of its own, the driver is one more, switches
 // order nothing, and the order that CUDA promises is told by acquire() and release(). Fibers are used again, by a thread drawn at
@@ -93,7 +94,7 @@ struct Kernel {
     std::vector<char> args;
     u32 started = 0, triggered = 0, drained = 0;
     bool complete = false;
-    char order = 0;
+    char order = 0, start = 0;
 };
 
 struct Rank {
@@ -404,6 +405,7 @@ void run_lane() {
     current->fenced = false;
     current->loads = 0;
     acquire(current->context, &launch_order);
+    acquire(current->context, &kernel.start);
     __tsan_switch_to_fiber(current->context, 1);
     kernel.entry(kernel.args.data());
     Driver driver;
@@ -471,6 +473,7 @@ void advance(Rank &rank) {
             const Kernel &before = rank.stream[rank.started - 1];
             if (kernel.dependent ? before.triggered < before.grid : !before.complete) return;
         }
+        if (kernel.started == 0) release(rank.context, &kernel.start);
         while (kernel.started < kernel.grid) {
             if (rank.resident + kernel.block > request.room) return;
             start_block(rank, kernel);
