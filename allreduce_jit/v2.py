@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
@@ -38,8 +39,17 @@ class Args(ctypes.Structure):
     ]
 
 
-def launches(plan: Plan, numel: int, dtype: str, world_size: int) -> list[tuple[int, int, int]]:
-    """(first element, elements, blocks) of every launch of a call; the guard's block is counted in the first."""
+class Piece(NamedTuple):
+    """One launch of a call: ``numel`` elements from ``start`` on; ``last`` ends what a guard began."""
+
+    start: int
+    numel: int
+    blocks: int
+    last: bool
+
+
+def launches(plan: Plan, numel: int, dtype: str, world_size: int) -> list[Piece]:
+    """The launches of a call. Those of a stream share one guard, a block of the first; all others have their own."""
     algorithm = V2_ALGORITHMS[plan.algorithm]
     threads = plan.block * algorithm.packets
     found = []
@@ -47,7 +57,8 @@ def launches(plan: Plan, numel: int, dtype: str, world_size: int) -> list[tuple[
         count = min(plan.chunk, numel - start)
         packets = ceil_div(count * ITEMSIZE[dtype], PACKET * (world_size if algorithm.parts else 1))
         guard = 0 if algorithm.stream and start else 1
-        found.append((start, count, ceil_div(packets, threads) + guard))
+        last = not algorithm.stream or start + count == numel
+        found.append(Piece(start, count, ceil_div(packets, threads) + guard, last))
     return found
 
 
@@ -112,11 +123,9 @@ class V2Engine(KernelEngine):
         name, world_size = DTYPE_NAMES[dtype], self.config.world_size
         region = self.layout.regions[plan.algorithm]
         step = Step()
-        parts = launches(plan, numel, name, world_size)
-        stream = V2_ALGORITHMS[plan.algorithm].stream
-        for i, (start, count, blocks) in enumerate(parts):
+        for i, piece in enumerate(launches(plan, numel, name, world_size)):
             args = Args(
-                numel=count,
+                numel=piece.numel,
                 total=numel,
                 slots=region.offset,
                 epochs=self.state.epochs[plan.algorithm],
@@ -127,12 +136,13 @@ class V2Engine(KernelEngine):
                 tag=tag(plan.algorithm, name),
                 config=config,
                 launch=i,
-                last=not stream or i == len(parts) - 1,  # whoever has a guard must leave
+                last=piece.last,
             )
             args.staging[:world_size] = self.memory.addresses
             for whole, found in ((True, step.whole), (False, step.ragged)):
                 kernel = self._kernels[entry(plan.algorithm, name, world_size, whole)]
-                found.append((Launch(kernel, [args], blocks, plan.block, pdl=self._pdl), args, start * dtype.itemsize))
+                launch = Launch(kernel, [args], piece.blocks, plan.block, pdl=self._pdl)
+                found.append((launch, args, piece.start * dtype.itemsize))
         if numel * dtype.itemsize % PACKET:
             step.whole = step.ragged
         return step

@@ -135,7 +135,8 @@ def test_missing_rank_ends_the_wait_and_is_named(world, broken):
         before = broken.staging[last].clone()
         for name in each_algorithm(world):
             assert all(bool(out.isnan().all()) for out in call(broken, name))
-        assert torch.equal(before, broken.staging[last])
+        changed = broken.staging[last][before != broken.staging[last]]
+        assert bool((changed == -1).all())  # by the late one itself
 
 
 def test_first_call_of_a_shape_has_more_time(world, broken):

@@ -60,17 +60,16 @@ class VirtualWorld:
         itemsize = inputs[0].element_size()
         aligned = all(t.data_ptr() % PACKET == 0 for t in (*inputs, *outs)) and numel * itemsize % PACKET == 0
         kernel = self.kernels[entry(plan.algorithm, dtype, self.world_size, aligned)]
-        parts = launches(plan, numel, dtype, self.world_size)
-        for i, (start, count, blocks) in enumerate(parts):
+        for i, piece in enumerate(launches(plan, numel, dtype, self.world_size)):
             table = b""
             for rank in range(self.world_size):
                 args = self._args(rank, plan.algorithm, dtype)
-                args.input, args.output = (t[rank].data_ptr() + start * itemsize for t in (inputs, outs))
-                args.numel, args.total, args.launch, args.last = count, numel, i, i == len(parts) - 1
+                args.input, args.output = (t[rank].data_ptr() + piece.start * itemsize for t in (inputs, outs))
+                args.numel, args.total, args.launch, args.last = piece.numel, numel, i, piece.last
                 args.tag = (tags or {}).get(rank, args.tag)
                 table += bytes(args)
             arguments = torch.frombuffer(bytearray(table), dtype=torch.uint8).cuda()
-            launch = Launch(kernel, [ctypes.c_uint64(arguments.data_ptr())], blocks, plan.block, ranks=self.world_size)
+            launch = Launch(kernel, [ctypes.c_uint64(arguments.data_ptr())], piece.blocks, plan.block, ranks=self.world_size)
             launch(torch.cuda.current_stream().cuda_stream)
             torch.cuda.synchronize()
 

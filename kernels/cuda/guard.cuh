@@ -1,5 +1,5 @@
-// What keeps misuse from hanging or lying: block 0 of every call's first launch is its guard, while the
-// other blocks move the data. It costs no latency, as it takes no longer than they do.
+// What keeps misuse from hanging or lying: block 0 of a launch is its guard, while the other blocks move the
+// data. (The overlapping launches of a stream have one guard, in the first. "Call" here is what a guard guards.) It costs no latency, as it takes no longer than they do.
 //
 // - Signature: sequence number, number of elements, dtype and algorithm go to every peer and are compared
 //   with theirs; a difference stops the communicator on both. Each 8-byte half carries the sequence number, so
@@ -53,5 +53,5 @@ __device__ inline void guard(const Args &a) {
     }
 }
 
-// By one thread, when the last channel of a call's last launch is done.
+// By one thread, when the last channel of the call is done.
 __device__ inline void leave(const Args &a) { red_add_relaxed_gpu_u32(a.control + FIELD(Control, in_flight), u32(-1)); }

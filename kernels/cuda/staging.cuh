@@ -22,7 +22,7 @@ struct Args {
     u64 staging[8];  // of each rank, as mapped in this process: a Header, then the slots
     u64 in, out;     // the user's tensors, on this GPU, from this launch's first element on; may be equal
     u64 numel;       // of this launch
-    u64 total;       // of the whole call
+    u64 total;       // of the whole call, for the signature
     u64 slots;       // offset of this algorithm's slots in the staging memory
     u64 epochs;      // u32 per channel, local
     u64 control;     // Control, local
@@ -32,7 +32,7 @@ struct Args {
     u32 tag;         // dtype and algorithm, for the signature (guard.cuh)
     u32 config;      // which flag of Control.met belongs to calls of this shape
     u32 launch;      // number of this launch within the call, from 0
-    u32 last;        // whether it is the last one before the next guard
+    u32 last;        // whether it ends what a guard began: the last of a stream, any other launch
 };
 
 // First in the staging memory: what peers may write besides packets.
