@@ -215,7 +215,8 @@ def run_mixed(objects, edits, seed, *, tsan=False, world_size=3, kinds=(referenc
     with World(twin.build(objects, world_size, tsan, edits), world_size, **options) as world:
         program = Program(world_size, mixed(dice, world_size, 40, 8, kinds, only=only), seed)
         for turn in range(2):
-            world.run(program, 100 * seed + turn, jitter=0.1, sleep=0.002)
+            # Room for several launches of one rank at a time; ThreadSanitizer slows down with threads.
+            world.run(program, 100 * seed + turn, room=128 if tsan else 300, jitter=0.1, sleep=0.002)
 
 
 def variant(**options):

@@ -56,6 +56,7 @@ extern const unsigned args_bytes;  // generated: sizeof(Args)
 namespace {
 
 constexpr u32 WARP = 32, EMPTY = 0xFFFFFFFFu, BUFFERED = 24, LOOKBACK = 64;
+constexpr u32 REPORTED = 6;  // words of a Report that its code signals; signatures, several lanes may write
 constexpr size_t STACK = 64 << 10;
 
 struct Fiber;
@@ -316,7 +317,7 @@ void change_mood() {
 void look_at_reports() {
     for (size_t i = 0; i < report_addresses.size(); i++) {
         const u32 *words = reinterpret_cast<const u32 *>(report_addresses[i]);
-        if (first_reports[i].empty() && __atomic_load_n(words, __ATOMIC_ACQUIRE)) first_reports[i].assign(words, words + 16);
+        if (first_reports[i].empty() && __atomic_load_n(words, __ATOMIC_ACQUIRE)) first_reports[i].assign(words, words + REPORTED);
     }
 }
 
@@ -532,7 +533,7 @@ void run() {
     for (Rank &rank : ranks) acquire(host.context, &rank.order);
 
     for (size_t i = 0; i < report_addresses.size(); i++)
-        if (!first_reports[i].empty() && std::memcmp(first_reports[i].data(), reinterpret_cast<void *>(report_addresses[i]), 64))
+        if (!first_reports[i].empty() && std::memcmp(first_reports[i].data(), reinterpret_cast<void *>(report_addresses[i]), 4 * REPORTED))
             fail("early report", "rank " + std::to_string(i) + " signals its report before it is whole");
     std::printf("{\"status\": \"ok\", \"text\": \"\", \"steps\": %llu, \"switches\": %llu, \"pushes\": %llu, \"reports\": %d}\n",
                 now, switches, pushes / 4, reports);
