@@ -55,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="allreduce-jit",
         description="Check, explain and measure the all-reduce of this machine's GPUs.",
-        epilog="'allreduce-jit COMMAND --help' tells more. Started by torchrun, selftest and bench use its ranks.",
+        epilog="'allreduce-jit COMMAND --help' tells more. Started by torchrun, selftest, soak, bench and tune use its ranks.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -66,10 +66,13 @@ def _parser() -> argparse.ArgumentParser:
         return sub
 
     _selftest_arguments(command("selftest", _selftest, "compare every bit of many all-reduces with the exact sum"))
+    _soak_arguments(command("soak", _soak, "run verified traffic for long, under load and stalls if wanted"))
     command("doctor", _doctor, "say what this machine is, which path would run and why")
     _bench_arguments(command("bench", _bench, "time all-reduces of growing size, other libraries' beside them"))
+    tune = command("tune", _tune, "measure which algorithm is fastest where on this machine, and keep the table")
+    _gpu_arguments(tune, tune, "ranks, one per GPU (default: one run for every number from 2 to that of the GPUs)")
     _warmup_arguments(command("warmup", _warmup, "compile the kernels into the cache ahead of time"))
-    cache = command("cache", _cache, "show or empty the cache of compiled kernels")
+    cache = command("cache", _cache, "show or empty the cache of compiled kernels and measured tables")
     cache.add_argument("action", choices=["path", "list", "clear"])
     return parser
 
@@ -78,6 +81,18 @@ def _selftest_arguments(parser: argparse.ArgumentParser) -> None:
     _rank_arguments(parser)
     parser.add_argument("--max-bytes", type=_size, metavar="SIZE", help="largest tensor (default 64M, on the CPU 1M)")
     parser.add_argument("--seed", type=int, default=0, help="of the inputs (default 0)")
+
+
+def _soak_arguments(parser: argparse.ArgumentParser) -> None:
+    _rank_arguments(parser)
+    add = parser.add_argument
+    add("--calls", type=_from(1), metavar="N", help="calls to make at least (default 100000, without --seconds)")
+    add("--seconds", type=float, metavar="S", help="how long to go on at most")
+    add("--max-bytes", type=_size, metavar="SIZE", help="largest tensor (default 1M, on the CPU 16K)")
+    add("--seed", type=int, default=0, help="of sizes and inputs (default 0)")
+    add("--gemm", action="store_true", help="matrix products on another stream keep all multiprocessors busy")
+    add("--nccl", action="store_true", help="NCCL all-reduces on another stream and group alongside")
+    add("--stalls", action="store_true", help="random pauses of hosts and devices")
 
 
 def _bench_arguments(parser: argparse.ArgumentParser) -> None:
@@ -112,8 +127,12 @@ def _warmup_arguments(parser: argparse.ArgumentParser) -> None:
 def _rank_arguments(parser: argparse.ArgumentParser) -> None:
     where = parser.add_mutually_exclusive_group()
     text = "ranks to start, one per GPU (default: every GPU if there are two or more, 8 at most; else 4 CPU ranks)"
-    where.add_argument("--gpus", type=_from(1), metavar="N", help=text)
+    _gpu_arguments(parser, where, text)
     where.add_argument("--cpu", type=_from(1), metavar="N", help="ranks to start on the CPU instead")
+
+
+def _gpu_arguments(parser: argparse.ArgumentParser, where: Any, text: str) -> None:
+    where.add_argument("--gpus", type=_from(1), metavar="N", help=text)
     parser.add_argument(
         "--deadline", type=float, default=600.0, metavar="S", help="seconds until everything is killed (default 600)"
     )
@@ -123,6 +142,12 @@ def _selftest(args: argparse.Namespace, init: _Init | None) -> int:
     from . import selftest
 
     return selftest.run(args, init)
+
+
+def _soak(args: argparse.Namespace, init: _Init | None) -> int:
+    from . import soak
+
+    return soak.run(args, init)
 
 
 def _doctor(args: argparse.Namespace, init: _Init | None) -> int:
@@ -135,6 +160,12 @@ def _bench(args: argparse.Namespace, init: _Init | None) -> int:
     from . import bench
 
     return bench.run(args, init)
+
+
+def _tune(args: argparse.Namespace, init: _Init | None) -> int:
+    from . import tune
+
+    return tune.run(args)
 
 
 def _warmup(args: argparse.Namespace, init: _Init | None) -> int:

@@ -116,13 +116,13 @@ class KernelCache:
         """(name and arch, bytes) of every intact artifact on disk, sorted."""
         found = []
         try:
-            for path in self._disk.files() if self._disk is not None else ():
+            for path in self._disk.files(unfinished=False) if self._disk is not None else ():
                 try:
                     _, artifact = decode(path.read_bytes())
-                except (OSError, ValueError):
+                except Exception:  # noqa: BLE001 - unreadable or damaged in whatever way
                     continue
                 found.append((f"{artifact.name} {artifact.arch}", len(artifact.cubin)))
-        except OSError as e:
+        except Exception as e:  # noqa: BLE001
             log.debug("kernel cache: %s", e)
         return sorted(found)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,7 @@ from .kernel import DTYPES, ITEMSIZE
 from .ladder import climb
 from .plan import Plan
 from .verdict import Path
+from .watcher import Watch, watch
 
 if TYPE_CHECKING:
     from .engine import KernelEngine
@@ -29,6 +31,7 @@ log = logging.getLogger("allreduce_jit")
 DTYPE_NAMES = {getattr(torch, name): name for name in DTYPES}
 LARGEST_BAND = 1 << 30
 MAX_ROUTES = 4096
+_STRIDED = torch.strided
 
 
 def init(
@@ -80,6 +83,7 @@ class Communicator:
                  highest: Path = Path.V2, lowest: Path = Path.LEGACY, create_groups: bool = True,
                  max_ctas: int | None = None):
         self.device = device
+        self._index = -1 if device.type == "cpu" else device.index  # as Tensor.get_device has it
         self.deterministic = deterministic
         self.rank = dist.get_rank(group)
         self.world_size = dist.get_world_size(group)
@@ -91,9 +95,12 @@ class Communicator:
             if not create_groups:
                 require_cpu_group(group)
             self.group = groups.sibling(group, "gloo")
+        self._watch: Watch | None = None
         self._ladder = climb(self.group, device, deterministic, highest, lowest, max_ctas)
         self._engine = self._ladder.engine
         self.path = self._ladder.verdict.path
+        if self._engine is not None:
+            self._watch_peers(self._engine)
         if deterministic and self._engine is None and self.world_size > 1:
             raise NotDeterministicError(
                 f"rank {self.rank}: deterministic=True needs a kernel path, but {self.reason}; "
@@ -125,8 +132,8 @@ class Communicator:
         if (
             self._closed
             or not isinstance(x, torch.Tensor)
-            or x.device != self.device
-            or x.layout is not torch.strided
+            or x.get_device() != self._index
+            or x.layout is not _STRIDED
             or (x.requires_grad and torch.is_grad_enabled())
         ):
             self._check_open()
@@ -197,6 +204,8 @@ class Communicator:
         if local and self._engine is not None:
             self._engine.abort()
         self._closed = True
+        if self._watch is not None:
+            self._watch.close()
         engine, self._engine = self._engine, None
         self._routes.clear()
         # A group that outlives destroy_process_group can abort the process at exit.
@@ -248,7 +257,10 @@ class Communicator:
         return self._engine.plan(numel, name)
 
     def describe(self) -> dict:
-        """Path and reasons, what runs per dtype and size, memory and set-up times, ready for JSON."""
+        """Path and reasons, what runs per dtype and size, memory and set-up times, ready for JSON.
+
+        ``tuning`` is V2's table: ``package``, or the file that ``allreduce-jit tune`` wrote.
+        """
         self._check_open()
         verdict, engine = self._ladder.verdict, self._engine
         return {
@@ -259,9 +271,11 @@ class Communicator:
             "world_size": self.world_size,
             "device": str(self.device),
             "deterministic": self.deterministic or self.path is Path.V2 or self.world_size == 1,
+            "tuning": (self._ladder.tuning or "package") if self.path is Path.V2 else None,
             "bands": [band for dtype in DTYPE_NAMES for band in self._bands(dtype)],
             "staging_bytes": engine.memory.nbytes if engine else 0,
             "device_bytes": engine.memory.nbytes + engine.state.nbytes if engine else 0,
+            "watched": list(self._watch.watched) if self._watch else [],
             "timings": {name: round(seconds, 4) for name, seconds in self._ladder.timings.items()},
             "kernels": {"compiled": engine.compiled, "cached": engine.cached} if engine else {"compiled": 0, "cached": 0},
         }
@@ -287,6 +301,19 @@ class Communicator:
         ]
 
     # -- internals
+
+    def _watch_peers(self, engine: KernelEngine) -> None:
+        """Have ``engine`` told when a peer's process ends."""
+        reference = weakref.ref(engine)  # the watch must not keep alive what closes it
+
+        def on_death(rank: int) -> None:
+            engine = reference()
+            if engine is not None:
+                engine.lost(rank)
+
+        peers = {rank: process for rank, process in enumerate(self._ladder.processes) if rank != self.rank}
+        self._watch = watch(peers, on_death)
+        engine.watched = self._watch.watched
 
     def _fallback(self, original: dist.ProcessGroup, create_groups: bool) -> TorchEngine:
         group, backend = self.group, self._ladder.verdict.backend

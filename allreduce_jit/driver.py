@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from functools import partial
 
 from cuda.bindings import driver
 
@@ -83,13 +84,15 @@ class Launch:
             attributes.append(driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_COOPERATIVE)
         table = (_Attribute * len(attributes))(*(_Attribute(int(a), 0, (ctypes.c_int * 16)(1)) for a in attributes))
         pointers = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(a) for a in arguments))
+        self.arguments, self.grid = arguments, grid
         self._config = _Config((grid, ranks, 1), (block, 1, 1), shared_bytes, None, table, len(attributes))
-        self._keep = (kernel, arguments, pointers, table)
-        self._call = _entry()
-        self._addresses = (ctypes.addressof(self._config), int(kernel), ctypes.addressof(pointers), None)
+        self._keep = (kernel, pointers, table)
+        self._stream: int | None = None
+        self._call = partial(_entry(), ctypes.addressof(self._config), int(kernel), ctypes.addressof(pointers), None)
 
     def __call__(self, stream: int) -> None:
-        self._config.stream = stream
-        error = self._call(*self._addresses)
+        if stream != self._stream:
+            self._config.stream = self._stream = stream
+        error = self._call()
         if error:
             raise AllReduceError(f"kernel launch: {describe(driver.CUresult(error))}")

@@ -7,21 +7,22 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import ctypes
 import threading
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 
 from . import reference
 from .cache import Artifact, KernelCache, decode, encode
 from .compiler import build
-from .driver import Module, call
+from .driver import Launch, Module, call
 from .errors import CommunicatorFailed, Poisoned, SetupError
 from .failure import SIGNATURES, SIGNATURES_AT, Kind, abort_code, explain, heard
 from .kernel import DTYPES, KernelSpec, catalogue
 from .memory import LocalState, SideChannel, StagingMemory
-from .plan import Layout, Plan
+from .plan import PACKET, Layout, Plan
 from .settings import Settings
 from .tuning import Bands
 
@@ -29,6 +30,10 @@ TORCH_DTYPES = {name: getattr(torch, name) for name in DTYPES}
 DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 VERIFY_BYTES = 64 << 10
 VERIFY_SECONDS = 10.0
+MAX_SHAPES = 4096  # Control.met of staging.cuh
+# Neither a device nor a stream object: those take longer to make than the rest of a call's preparation.
+_current_device = getattr(torch._C, "_cuda_getDevice", None)
+_current_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 _NO_TIMING = 2  # CU_EVENT_DISABLE_TIMING
 
 
@@ -38,7 +43,7 @@ class EngineConfig:
 
     Attributes:
         max_ctas: blocks that a launch may have; None = as many as are fastest.
-        tuned: V2's table as measured on this machine; None = the package's.
+        tuned: V2's table of each dtype as measured on this machine; None = the package's.
     """
 
     rank: int
@@ -49,7 +54,27 @@ class EngineConfig:
     deterministic: bool
     settings: Settings
     max_ctas: int | None = None
-    tuned: Bands | None = None
+    tuned: Mapping[str, Bands] | None = None
+
+
+@dataclass
+class Step:
+    """The launches of one shape of call: each with its arguments for input and output, and where it begins, in bytes.
+
+    Attributes:
+        whole: for tensors at addresses that are multiples of 16.
+        ragged: for any others.
+    """
+
+    whole: list[tuple[Launch, ctypes._SimpleCData, ctypes._SimpleCData, int]] = field(default_factory=list)
+    ragged: list[tuple[Launch, ctypes._SimpleCData, ctypes._SimpleCData, int]] = field(default_factory=list)
+
+    def fire(self, source: int, target: int, stream: int) -> None:
+        """Launch from and to these addresses."""
+        for launch, x, out, offset in self.ragged if (source | target) % PACKET else self.whole:
+            x.value = source + offset
+            out.value = target + offset
+            launch(stream)
 
 
 class KernelEngine:
@@ -65,11 +90,13 @@ class KernelEngine:
         self.memory: StagingMemory | None = None
         self.state: LocalState | None = None
         self.side: SideChannel | None = None
-        self.dead: set[int] = set()  # ranks whose process has ended
-        self.watched = False  # whether the others are known to live
+        self.dead: list[int] = []  # ranks whose process has ended, the first one first
+        self.watched: tuple[int, ...] = ()  # ranks whose end would be noticed
         self._failure: CommunicatorFailed | None = None
+        self._stopped = False  # nothing is launched any more
         self._raised = False
         self._stream: int | None = None
+        self._steps: dict[tuple[int, torch.dtype], Step] = {}
         # Two threads may call, and the launches of one call belong together.
         self._lock = threading.Lock()
 
@@ -147,16 +174,18 @@ class KernelEngine:
         Raises:
             CommunicatorFailed: an earlier call did not complete; nothing was launched.
         """
-        if self.state.words[0] or self._failure or self.dead:
+        if self._stopped or self.state.words[0]:
             self._refuse()
-        if torch._C._cuda_getDevice() != self._raw_device:
+        if _current_device() != self._raw_device:
             with torch.cuda.device(self._raw_device):
                 return self.all_reduce(x, out)
-        stream = torch._C._cuda_getCurrentRawStream(self._raw_device)
+        stream = _current_stream(self._raw_device)
+        key = (x.numel(), x.dtype)
+        step = self._steps.get(key) or self._prepare(*key)
         with self._lock:
             if stream != self._stream:
                 self._order(stream)
-            self._launch(x, out, stream)
+            step.fire(x.data_ptr(), out.data_ptr(), stream)
 
     def check(self) -> None:
         """Raise what kept a call from completing: a subclass of ``CommunicatorFailed`` that names the culprit."""
@@ -171,8 +200,11 @@ class KernelEngine:
         rank = self.config.rank
         code = abort_code(kind, rank if culprit is None else culprit, rank)
         # One's own first: a kernel here may wait for somebody whose memory cannot be reached any more.
-        addresses = self.memory.addresses
-        self.side.write([addresses[rank], *(a for r, a in enumerate(addresses) if r != rank and r not in self.dead)], code)
+        memory, side = self.memory, self.side
+        if memory is None or side is None:
+            return
+        own, others = memory.addresses[rank], enumerate(memory.addresses)
+        side.write([own, *(address for r, address in others if r != rank and r not in self.dead)], code)
         if kind is Kind.ABORTED:
             self._fail(code)
 
@@ -181,25 +213,28 @@ class KernelEngine:
 
         Calls that completed before stay valid: ``check`` raises only once a kernel was stopped.
         """
-        self.dead.add(rank)
-        self.abort(Kind.LOST, rank)
+        self.dead.append(rank)
+        self._stopped = True
+        if len(self.dead) == 1:  # others may end because of it
+            self.abort(Kind.LOST, rank)
 
     def _refuse(self) -> None:
         if self._raised:
             raise Poisoned(str(self._failure), self._failure.ranks, self._failure.report) from self._failure
         if not self.state.words[0]:  # nothing was hurt so far
-            self._fail(abort_code(Kind.LOST, min(self.dead), self.config.rank))
+            self._fail(abort_code(Kind.LOST, self.dead[0], self.config.rank))
         self.check()
 
     def _fail(self, code: int) -> None:
         own = self.memory.addresses[self.config.rank]
         signed = heard(self.side.read(own + SIGNATURES_AT, SIGNATURES), self.config.world_size)
+        self._stopped = True
         self._failure = explain(self.state.words[:10], code, self.config.rank, signed, self._alive)
 
     def _alive(self, rank: int) -> bool | None:
         if rank in self.dead:
             return False
-        return True if self.watched or rank == self.config.rank else None
+        return True if rank in self.watched or rank == self.config.rank else None
 
     def _order(self, stream: int) -> None:
         """Calls of one communicator share slots and epochs: what moves to another stream waits for the one before.
@@ -242,7 +277,18 @@ class KernelEngine:
 
     def run(self, plan: Plan, x: torch.Tensor, out: torch.Tensor) -> None:
         """Launch ``plan`` on the current stream, whatever the tables would have picked."""
-        raise NotImplementedError
+        with torch.cuda.device(self._raw_device):
+            step = self._step(plan, x.numel(), x.dtype, config=0)
+            step.fire(x.data_ptr(), out.data_ptr(), _current_stream(self._raw_device))
+
+    def _prepare(self, numel: int, dtype: torch.dtype) -> Step:
+        """Remembered, as planning costs more than launching."""
+        with self._lock:
+            if len(self._steps) >= MAX_SHAPES - 1:
+                self._steps.clear()
+            plan = self.plan(numel, DTYPE_NAMES[dtype])
+            step = self._steps[numel, dtype] = self._step(plan, numel, dtype, config=len(self._steps) + 1)
+        return step
 
     def _register(self, spec: KernelSpec, entry: str, artifact: Artifact, kernel) -> None:
         raise NotImplementedError
@@ -253,5 +299,6 @@ class KernelEngine:
     def _verification_plans(self, numel: int, dtype: torch.dtype) -> list[Plan]:
         raise NotImplementedError
 
-    def _launch(self, x: torch.Tensor, out: torch.Tensor, stream: int) -> None:
+    def _step(self, plan: Plan, numel: int, dtype: torch.dtype, config: int) -> Step:
+        """Prepare a call; ``config``: which flag of ``Control.met`` is that of its shape."""
         raise NotImplementedError

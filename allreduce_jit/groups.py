@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+
 import torch.distributed as dist
+
+from .agree import TIMEOUT_S, missing
+from .errors import SettingsError
+from .settings import Settings
 
 
 def has_backend(group: dist.ProcessGroup, what: str) -> bool:
@@ -22,6 +28,7 @@ def sibling(group: dist.ProcessGroup, backend: str) -> dist.ProcessGroup:
     ``dist.new_group`` will not do. All ranks of the job have to call it; with ``use_local_synchronization`` its
     members find each other by a count of groups that need not be the same on all of them, and wait for ever if not.
     The name of ``group`` is the same on all. What is made stays: a group has threads and sockets of its own.
+    Raises ``PeerTimeout`` where a gloo group is wanted and a rank does not come within ``Settings.setup_timeout_s``.
     It takes functions that torch keeps to itself; where they have changed, ``new_group`` has to do.
     """
     from torch.distributed import distributed_c10d as c10d
@@ -31,17 +38,34 @@ def sibling(group: dist.ProcessGroup, backend: str) -> dist.ProcessGroup:
     if known is not None:
         return known
     ranks = dist.get_process_group_ranks(group)
+    store, place = c10d._get_default_store(), dist.get_rank(group)
+    usual = c10d._get_default_timeout(dist.Backend(backend))
+    timeout = _setup_timeout(usual) if backend == "gloo" else usual  # NCCL connects in its first call
+    store.set(f"{name}/{place}", "here")
     try:
         made, _ = c10d._new_process_group_helper(
-            len(ranks),
-            dist.get_rank(group),
-            ranks,
-            dist.Backend(backend),
-            c10d._get_default_store(),
-            name,
-            timeout=c10d._get_default_timeout(dist.Backend(backend)),
+            len(ranks), place, ranks, dist.Backend(backend), store, name, timeout=timeout
         )
+        if timeout != usual:
+            c10d._set_pg_timeout(usual, made)  # that of its collectives
     except (AttributeError, TypeError):
         return dist.new_group(ranks, backend=backend, use_local_synchronization=True)
+    except RuntimeError as e:
+        raise missing(place, dict.fromkeys(_absent(store, name, len(ranks)), e), timeout.total_seconds()) from e
     c10d._world.pg_group_ranks[made] = {rank: place for place, rank in enumerate(ranks)}
     return made
+
+
+def _absent(store: dist.Store, name: str, world_size: int) -> list[int]:
+    try:
+        return [rank for rank in range(world_size) if not store.check([f"{name}/{rank}"])]
+    except RuntimeError:  # it went with the rank that served it
+        return []
+
+
+def _setup_timeout(usual: timedelta) -> timedelta:
+    try:
+        seconds = Settings.from_env().setup_timeout_s
+    except SettingsError:  # the survey tells all ranks
+        seconds = TIMEOUT_S
+    return timedelta(seconds=seconds) if seconds else usual

@@ -89,16 +89,17 @@ def catalogue(path: str, world_size: int, dtypes: Sequence[str] = tuple(DTYPES),
     raise ValueError(f"no kernels for path {path!r}: expected 'v2' or 'legacy'")
 
 
-def cuda_module(algorithm: str, world_size: int, virtual_ranks: bool = False) -> KernelSpec:
-    """``virtual_ranks`` builds the one-GPU form of ``entry.cuh`` that tests use."""
+def cuda_module(algorithm: str, world_size: int, virtual_ranks: bool = False, guarded: bool = True) -> KernelSpec:
+    """``virtual_ranks`` builds the one-GPU form of ``entry.cuh`` that tests use; without ``guarded`` nothing watches over
+    calls and waits, for a test that measures what that costs."""
     what = V2_ALGORITHMS[algorithm]
     constants: tuple[tuple[str, object], ...] = (
-        ("NAME", algorithm), ("WORLD_SIZE", world_size), ("PACKETS", what.packets), ("STREAM", int(what.stream))
+        ("NAME", algorithm), ("WORLD_SIZE", world_size), ("PACKETS", what.packets), ("STREAM", int(what.stream)), ("GUARDED", int(guarded))
     )
     if virtual_ranks:
         constants += (("VIRTUAL_RANKS", 1),)
     entries = tuple(entry(algorithm, dtype, world_size, whole) for dtype in DTYPES for whole in (True, False))
-    suffix = "_virtual" if virtual_ranks else ""
+    suffix = ("_virtual" if virtual_ranks else "") + ("" if guarded else "_unguarded")
     return KernelSpec(f"{algorithm}_ws{world_size}{suffix}", "cuda", what.source, constants, entries)
 
 

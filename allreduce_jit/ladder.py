@@ -8,31 +8,41 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 
 import torch
 import torch.distributed as dist
 
-from . import __version__
+from . import __version__, tuned
 from .agree import all_gather_json
 from .dispatch import decide
 from .errors import CommunicatorFailed, InputError, SettingsError
 from .kernel import WORLD_SIZES
 from .probe import Capabilities, probe
 from .settings import Settings
+from .tuning import Bands
 from .verdict import Path, Reason, Verdict
+from .watcher import Process
 
 log = logging.getLogger("allreduce_jit")
 
 
 @dataclass
 class Ladder:
-    """What was agreed: the engine (None = torch.distributed), why, and how long each stage took in seconds."""
+    """What was agreed: the engine (None = torch.distributed), why, and how long each stage took in seconds.
+
+    ``processes``: each rank's own account of which process it is, for ``watcher.watch``.
+    ``tuned``: V2's tables per dtype as measured on this machine, ``tuning`` the file they are from; None = the
+    package's.
+    """
 
     verdict: Verdict
     capabilities: list[Capabilities]
     settings: Settings
+    processes: list[Process]
+    tuned: Mapping[str, Bands] | None = None
+    tuning: str | None = None
     engine: object | None = None
     timings: dict[str, float] = field(default_factory=dict)
 
@@ -54,30 +64,50 @@ def survey(group: dist.ProcessGroup, device: torch.device, use_v2: bool | None =
 
     Raises:
         SettingsError: on every rank, when the environment of any rank is wrong.
-        InputError: on every rank, when their requests differ.
+        InputError: on every rank, when their requests differ, or one sends what this version cannot read.
+        PeerTimeout: a rank is gone, or did not answer within ``Settings.setup_timeout_s``.
     """
     started = time.perf_counter()
     settings, problem = _settings()
     choice = {"use_v2": settings.use_v2 if use_v2 is None else use_v2, "path": settings.path}
-    facts = {"capabilities": probe(device).to_json(), "staging_mb": settings.staging_mb}
-    answers = all_gather_json(group, {"problem": problem, "request": request, "choice": choice, **facts})
+    seen = probe(device)
+    facts = {"capabilities": seen.to_json(), "staging_mb": settings.staging_mb, "tuning": settings.tuning}
+    facts |= {"process": asdict(Process.own()), "tuned": None}  # all ranks send the same fields
+    if dist.get_rank(group) == 0 and settings.tuning:
+        facts["tuned"] = tuned.load(settings.cache_dir, tuned.fingerprint(seen, dist.get_world_size(group)))
+    payload = {"problem": problem, "request": request, "choice": choice, **facts}
+    answers = _exchange(group, payload, settings.setup_timeout_s)
     _raise_first_problem(answers)
     for rank, answer in enumerate(answers):
         if answer["request"] != answers[0]["request"]:
             raise InputError(
                 f"rank {rank} asks for {answer['request']}, rank 0 for {answers[0]['request']}: ask alike on all ranks"
             )
+    caps, choices, staging_mb, processes = zip(*map(_read, range(len(answers)), answers))
     # Every address and every plan follows from it.
-    settings = replace(settings, staging_mb=min(answer["staging_mb"] for answer in answers))
-    caps = [Capabilities.from_json(a["capabilities"]) for a in answers]
-    verdict = decide(caps, [Settings(**a["choice"]) for a in answers], WORLD_SIZES)
-    return Ladder(verdict, caps, settings, timings={"probe_s": time.perf_counter() - started})
+    settings = replace(settings, staging_mb=min(staging_mb))
+    caps = list(caps)
+    verdict = decide(caps, list(choices), WORLD_SIZES)
+    ladder = Ladder(verdict, caps, settings, list(processes), *_tuned(answers))
+    ladder.timings["probe_s"] = time.perf_counter() - started
+    return ladder
+
+
+def _tuned(answers: list[dict]) -> tuple[dict[str, Bands] | None, str | None]:
+    """Rank 0's tables and their file, unless some rank wants none; the same on all ranks."""
+    found = answers[0]["tuned"]
+    if found and all(answer["tuning"] for answer in answers):
+        try:
+            return tuned.tables_from_json(len(answers), found["tables"]), found["path"]
+        except (KeyError, TypeError, ValueError) as e:
+            log.warning("rank 0's tuned table is ignored: %s", e)
+    return None, None
 
 
 def v2_is_on(group: dist.ProcessGroup) -> bool:
     """Whether the environment of no rank switches V2 off. Collective; raises as ``survey`` does."""
     settings, problem = _settings()
-    answers = all_gather_json(group, {"problem": problem, "use_v2": settings.use_v2})
+    answers = _exchange(group, {"problem": problem, "use_v2": settings.use_v2}, settings.setup_timeout_s)
     _raise_first_problem(answers)
     return all(answer["use_v2"] for answer in answers)
 
@@ -90,6 +120,27 @@ def _settings() -> tuple[Settings, str | None]:
         return Settings(), str(e) or repr(e)
 
 
+def _exchange(group: dist.ProcessGroup, payload: dict[str, object], timeout_s: float) -> list[dict]:
+    """All ranks' payloads, each with the fields of ours."""
+    answers = all_gather_json(group, payload, timeout_s)
+    for rank, answer in enumerate(answers):
+        if not isinstance(answer, dict) or answer.keys() != payload.keys():
+            raise InputError(
+                f"rank {rank} takes part in another exchange than this one ({', '.join(payload)}): "
+                "do all ranks run the same version and make the same calls?"
+            )
+    return answers
+
+
+def _read(rank: int, answer: dict) -> tuple[Capabilities, Settings, int, Process]:
+    """What a rank says of itself in the survey."""
+    try:
+        capabilities, process = Capabilities.from_json(answer["capabilities"]), Process.from_json(answer["process"])
+        return capabilities, Settings(**answer["choice"]), int(answer["staging_mb"]), process
+    except (AttributeError, KeyError, TypeError, ValueError) as e:
+        raise InputError(f"rank {rank} describes itself in words that this version does not know: {e!r}") from e
+
+
 def _raise_first_problem(answers: list[dict]) -> None:
     for rank, answer in enumerate(answers):
         if answer["problem"]:
@@ -97,17 +148,21 @@ def _raise_first_problem(answers: list[dict]) -> None:
 
 
 def climb(group: dist.ProcessGroup, device: torch.device, deterministic: bool = False,
-          highest: Path = Path.V2, lowest: Path = Path.LEGACY, max_ctas: int | None = None) -> Ladder:
+          highest: Path = Path.V2, lowest: Path = Path.LEGACY, max_ctas: int | None = None,
+          tables: Mapping[str, Bands] | None = None) -> Ladder:
     """Survey, then build the highest rung that every rank can build and verify.
 
     Args:
         highest: no rung above it is tried.
         lowest: below it there is torch.distributed alone.
-        max_ctas: blocks that V2 may occupy at once.
+        max_ctas: blocks that V2 may occupy at once; such a communicator has a table of its own.
+        tables: V2's per dtype, instead of what was measured; the same on all ranks.
     """
     # Another version may lay its memory out otherwise.
     request = {"package": __version__, "deterministic": deterministic, "highest": highest, "lowest": lowest, "max_ctas": max_ctas}
     ladder = survey(group, device, request=request)
+    if tables is not None or max_ctas is not None:
+        ladder.tuned, ladder.tuning = tables, None
     verdict = ladder.verdict
     if verdict.path is Path.V2 and highest is not Path.V2:
         verdict = _lower(ladder, verdict, Reason("v2-switched-off", "the caller asked for the legacy kernels"))
@@ -184,11 +239,12 @@ def _stage(group, ladder: Ladder, timing: str, code: str, work: Callable[[], obj
             result = work()
     except Exception as e:  # noqa: BLE001 - whatever it is, the peers must hear of it
         problem, waited = f"{type(e).__name__}: {e}", isinstance(e, CommunicatorFailed)
-    answers = all_gather_json(group, {"problem": problem, "waited": waited, "result": result})
+    payload = {"problem": problem, "waited": waited, "result": result}
+    answers = _exchange(group, payload, ladder.settings.setup_timeout_s)
     ladder.timings[timing] = ladder.timings.get(timing, 0.0) + time.perf_counter() - started
     failed = [rank for rank, answer in enumerate(answers) if answer["problem"]]
     if failed:
-        cause = min(failed, key=lambda rank: answers[rank]["waited"])  # who waited in vain is not to blame
+        cause = min(failed, key=lambda rank: bool(answers[rank]["waited"]))  # who waited in vain is not to blame
         raise StepDown(Reason(code, f"rank {cause}: {answers[cause]['problem']}", cause))
     return [answer["result"] for answer in answers]
 
@@ -207,6 +263,7 @@ def _config(rank: int, device: torch.device, deterministic: bool, max_ctas: int 
         deterministic=deterministic,
         settings=ladder.settings,
         max_ctas=max_ctas,
+        tuned=ladder.tuned,
     )
 
 

@@ -7,9 +7,10 @@ import ctypes
 import torch
 
 from .driver import Launch
-from .engine import DTYPE_NAMES, KernelEngine, EngineConfig
+from .engine import DTYPE_NAMES, EngineConfig, KernelEngine, Step
+from .failure import tag
 from .kernel import ITEMSIZE
-from .plan import PACKET, Plan, legacy_layout, legacy_part, legacy_plan, legacy_shape
+from .plan import PACKET, Plan, ceil_div, legacy_layout, legacy_part, legacy_plan, legacy_shape
 from .triton_kernels.legacy import BLOCK_BYTES, NUM_WARPS, signature
 
 THREADS = 32 * NUM_WARPS
@@ -19,14 +20,12 @@ class LegacyEngine(KernelEngine):
     """One-shot and two-shot push all-reduce that relies on nothing but peer stores of whole elements."""
 
     path = "legacy"
-    numbers = {3: "legacy_one_shot", 4: "legacy_two_shot"}
 
     def __init__(self, config: EngineConfig):
         layout = legacy_layout(config.world_size, config.settings.staging_mb << 20, BLOCK_BYTES)
         super().__init__(config, layout)
         self._kernels: dict[tuple[str, str, bool], tuple[object, int]] = {}
-        self._tables: dict[str, torch.Tensor] = {}
-        self._launches: dict[tuple[str, str, bool, int], tuple[dict[str, ctypes._SimpleCData], Launch]] = {}
+        self._table: torch.Tensor | None = None  # of the addresses of all staging memories
 
     def plan(self, numel: int, dtype: str) -> Plan:
         config = self.config
@@ -34,18 +33,12 @@ class LegacyEngine(KernelEngine):
             config.world_size, dtype, numel, self.layout, BLOCK_BYTES, THREADS, config.nvlink, config.deterministic
         )
 
-    def run(self, plan: Plan, x: torch.Tensor, out: torch.Tensor) -> None:
-        with torch.cuda.device(self._raw_device):
-            self._run(plan, x, out, torch._C._cuda_getCurrentRawStream(self._raw_device))
-
     def _register(self, spec, entry, artifact, kernel) -> None:
         constants = dict(spec.constants)
         self._kernels[entry, constants["DTYPE"], constants["VECTOR"]] = (kernel, artifact.shared_bytes)
 
     def _bind(self) -> None:
-        for algorithm, region in self.layout.regions.items():
-            addresses = [address + region.offset for address in self.memory.addresses]
-            self._tables[algorithm] = torch.tensor(addresses, dtype=torch.int64, device=self.config.device)
+        self._table = torch.tensor(self.memory.addresses, dtype=torch.int64, device=self.config.device)
 
     def _verification_plans(self, numel: int, dtype: torch.dtype) -> list[Plan]:
         # Both kernels in both forms: an odd number of elements takes the scalar one, a whole one the vector one.
@@ -57,43 +50,38 @@ class LegacyEngine(KernelEngine):
             for n in (numel, numel - numel % (PACKET // ITEMSIZE[name]))
         ]
 
-    def _launch(self, x: torch.Tensor, out: torch.Tensor, stream: int) -> None:
-        self._run(self.plan(x.numel(), DTYPE_NAMES[x.dtype]), x, out, stream)
+    def _step(self, plan: Plan, numel: int, dtype: torch.dtype, config: int) -> Step:
+        name, itemsize = DTYPE_NAMES[dtype], dtype.itemsize
+        step = Step()
+        for start in range(0, numel, plan.chunk):
+            count = min(plan.chunk, numel - start)
+            part = legacy_part(self.config.world_size, count, BLOCK_BYTES // itemsize)
+            per_peer = part if plan.algorithm == "legacy_two_shot" else count
+            blocks = 1 + ceil_div(per_peer * itemsize, BLOCK_BYTES)  # the guard, and the data
+            for aligned, found in ((True, step.whole), (False, step.ragged)):
+                vector = aligned and count * itemsize % PACKET == 0
+                kernel, shared_bytes = self._kernels[plan.algorithm, name, vector]
+                values = self._arguments(plan.algorithm, name, numel=count, total=numel, part=part, config=config)
+                # Triton's two trailing scratch pointers. No dependent launch: the protocol leans on kernel boundaries.
+                scratch = ctypes.c_uint64(0), ctypes.c_uint64(0)
+                launch = Launch(kernel, [*values.values(), *scratch], blocks, THREADS, shared_bytes)
+                found.append((launch, values["x"], values["out"], start * itemsize))
+        return step
 
-    def _run(self, plan: Plan, x: torch.Tensor, out: torch.Tensor, stream: int) -> None:
-        dtype = DTYPE_NAMES[x.dtype]
-        source, target, left = x.data_ptr(), out.data_ptr(), x.numel()
-        while left > 0:
-            numel = min(left, plan.chunk)
-            nbytes = numel * ITEMSIZE[dtype]
-            vector = (source | target | nbytes) % PACKET == 0
-            part = legacy_part(self.config.world_size, numel, BLOCK_BYTES // ITEMSIZE[dtype])
-            blocks = part * ITEMSIZE[dtype] if plan.algorithm == "legacy_two_shot" else nbytes
-            arguments, launch = self._prepared(plan.algorithm, dtype, vector, -(-blocks // BLOCK_BYTES))
-            arguments["x"].value, arguments["out"].value, arguments["numel"].value = source, target, numel
-            if "part" in arguments:
-                arguments["part"].value = part
-            launch(stream)
-            source, target, left = source + nbytes, target + nbytes, left - numel
-
-    def _prepared(self, algorithm: str, dtype: str, vector: bool, grid: int):
-        key = (algorithm, dtype, vector, grid)
-        if key not in self._launches:
-            kernel, shared_bytes = self._kernels[algorithm, dtype, vector]
-            arguments = self._arguments(algorithm)
-            # Triton's two trailing scratch pointers. No dependent launch: the protocol leans on kernel boundaries.
-            values = [*arguments.values(), ctypes.c_uint64(0), ctypes.c_uint64(0)]
-            self._launches[key] = (arguments, Launch(kernel, values, grid, THREADS, shared_bytes))
-        return self._launches[key]
-
-    def _arguments(self, algorithm: str) -> dict[str, ctypes._SimpleCData]:
-        known = {
-            "table": self._tables[algorithm].data_ptr(),
+    def _arguments(self, algorithm: str, dtype: str, **of_launch: int) -> dict[str, ctypes._SimpleCData]:
+        region = self.layout.regions[algorithm]
+        known = of_launch | {
+            "table": self._table.data_ptr(),
+            "staging": self.memory.addresses[self.config.rank],
             "epoch": self.state.epochs[algorithm],
             "control": self.state.control,
             "report": self.state.report,
+            "slots": region.offset,
+            "capacity": region.capacity,
             "rank": self.config.rank,
-            "capacity": self.layout.regions[algorithm].capacity,
+            "tag": tag(algorithm, dtype),
+            "x": 0,
+            "out": 0,
         }
         ctype = {"i32": ctypes.c_int32, "i64": ctypes.c_int64}
-        return {n: ctype[t](known.get(n, 0)) for n, t in signature(algorithm).items() if t in ctype}
+        return {name: ctype[kind](known[name]) for name, kind in signature(algorithm).items() if kind in ctype}

@@ -83,8 +83,10 @@ class SideChannel:
         self._host = int(call("cuMemHostAlloc", self.NBYTES, 0))
 
     def write(self, addresses: Sequence[int], word: int) -> None:
-        """Store a 32-bit word at every address."""
+        """Store a 32-bit word at every address; nothing once closed."""
         with self._lock:
+            if not self._host:
+                return
             ctypes.c_uint32.from_address(self._host).value = word
             self._run(lambda: [call("cuMemcpyHtoDAsync", address, self._host, 4, self._stream) for address in addresses])
 
@@ -113,7 +115,7 @@ class SideChannel:
 class LocalState:
     """What only this rank's kernels touch: the control block, epoch words, and the report on the host.
 
-    Device layout: ``Control`` (staging.cuh; legacy.py has its own) in the first ``CONTROL_BYTES``, then one u32 epoch per
+    Device layout: ``Control`` (staging.cuh) in the first ``CONTROL_BYTES``, then one u32 epoch per
     channel of each algorithm, in the layout's order.
 
     Attributes:

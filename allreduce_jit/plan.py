@@ -5,6 +5,7 @@ Every input of a plan is the same on all ranks, so all ranks choose alike.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from .kernel import ITEMSIZE, V2_ALGORITHMS, v2_algorithms
@@ -13,7 +14,7 @@ from .tuning import LEGACY_TABLES, NEVER, V2_TABLES, Band, Bands
 PACKET = 16
 WARP = 32
 MAX_BLOCK = 512
-HEADER_BYTES = 4096  # kernels/cuda: Header, before the slots
+HEADER_BYTES = 4096  # Header of kernels/cuda/staging.cuh, before the slots
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Plan:
     Attributes:
         path: ``v2``, ``legacy`` or ``torch.distributed``.
         algorithm: kernel name without dtype and world size; for torch.distributed the backend.
-        grid: blocks of a launch that move data (V2 adds a guard to the first).
+        grid: blocks of a launch that move data; a guard may come on top.
         block: threads per block.
         chunk: elements of one launch; a larger tensor takes several.
     """
@@ -74,10 +75,15 @@ def v2_bands(world_size: int, max_ctas: int | None = None, tuned: Bands | None =
     return Band((max_ctas - 1) * MAX_BLOCK * PACKET, small, MAX_BLOCK), Band(NEVER, large, MAX_BLOCK)
 
 
-def v2_layout(world_size: int, staging_bytes: int, bands: Bands, max_ctas: int | None = None) -> Layout:
-    """A region for every algorithm of ``bands``, together at most ``staging_bytes``: as large as its largest message, but
-    no more than a quarter (one-shot) or half (two-shot) of the memory; the last one gets the rest."""
-    names = list(dict.fromkeys(band.algorithm for band in bands))
+def v2_layout(world_size: int, staging_bytes: int, bands: Iterable[Band], max_ctas: int | None = None) -> Layout:
+    """A region for every algorithm of ``bands`` (of all tables there are), together at most ``staging_bytes``.
+
+    Each is as large as its largest message, but no more than a quarter (one-shot) or half (two-shot) of the memory; the
+    last one gets the rest.
+    """
+    bands = tuple(bands)
+    used = {band.algorithm for band in bands}
+    names = [name for name in V2_ALGORITHMS if name in used]
     regions, offset = {}, HEADER_BYTES
     for i, name in enumerate(names):
         algorithm = V2_ALGORITHMS[name]
@@ -97,12 +103,16 @@ def v2_layout(world_size: int, staging_bytes: int, bands: Bands, max_ctas: int |
 
 
 def v2_plan(world_size: int, dtype: str, numel: int, bands: Bands, layout: Layout) -> Plan:
-    """The V2 plan of ``numel`` > 0 elements of ``dtype`` (``float32``, ``float16``, ``bfloat16``)."""
-    nbytes = numel * ITEMSIZE[dtype]
-    band = next(band for band in bands if nbytes <= band.up_to)
-    plan = v2_shape(band.algorithm, band.block, world_size, dtype, numel, layout)
-    if plan.chunk < numel and band is not bands[-1]:  # the last band's algorithm is made for it
-        plan = v2_shape(bands[-1].algorithm, bands[-1].block, world_size, dtype, numel, layout)
+    """The V2 plan of ``numel`` > 0 elements of ``dtype`` (``float32``, ``float16``, ``bfloat16``).
+
+    What needs several launches goes to the next algorithm, if there is one: it streams, or has more room.
+    """
+    nbytes, plan = numel * ITEMSIZE[dtype], None
+    for band in bands:
+        if nbytes <= band.up_to and (plan is None or band.algorithm != plan.algorithm):
+            plan = v2_shape(band.algorithm, band.block, world_size, dtype, numel, layout)
+            if plan.chunk == numel or V2_ALGORITHMS[band.algorithm].stream:
+                break
     return plan
 
 
@@ -120,7 +130,7 @@ def v2_shape(algorithm: str, block: int, world_size: int, dtype: str, numel: int
     if what.stream and launches % 3 == 1:
         launches += 1  # the protocol's condition, see two_shot.cu
     each = ceil_div(ceil_div(packets, launches), unit) * unit
-    while what.stream and ceil_div(packets, each) % 3 == 1:  # rounding made it one launch fewer
+    while what.stream and ceil_div(packets, each) % 3 == 1:  # rounding changed their number
         each -= unit
         if each == 0:
             raise ValueError(f"{algorithm} of {numel} {dtype} elements: too few for two launches")

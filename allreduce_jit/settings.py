@@ -30,7 +30,9 @@ class Settings:
         cache_dir: where cubins are kept.
         timeout_s: seconds that a kernel waits for a peer before it gives up; 0 = for ever.
         first_timeout_s: the same in the first call of a shape, when peers may still compile or load a model.
+        setup_timeout_s: seconds that a rank waits for the others in each exchange of the set-up; 0 = for ever.
         staging_mb: upper bound of staging memory per rank, in MiB.
+        tuning: use the table that ``allreduce-jit tune`` measured on this machine, where there is one.
         pdl: launch kernels with programmatic dependent launch where the GPU has it.
     """
 
@@ -39,7 +41,9 @@ class Settings:
     cache_dir: Path = field(default_factory=lambda: default_cache_dir(os.environ))
     timeout_s: float = 30.0
     first_timeout_s: float = 600.0
+    setup_timeout_s: float = 300.0
     staging_mb: int = 32
+    tuning: bool = True
     pdl: bool = True
 
     @classmethod
@@ -110,6 +114,8 @@ VARIABLES = {
     "ALLREDUCE_JIT_CACHE_DIR": ("cache_dir", _directory),
     "ALLREDUCE_JIT_TIMEOUT": ("timeout_s", _seconds),
     "ALLREDUCE_JIT_FIRST_TIMEOUT": ("first_timeout_s", _seconds),
+    "ALLREDUCE_JIT_SETUP_TIMEOUT": ("setup_timeout_s", _seconds),
     "ALLREDUCE_JIT_STAGING_MB": ("staging_mb", _megabytes),
+    "ALLREDUCE_JIT_TUNING": ("tuning", parse_bool),
     "ALLREDUCE_JIT_PDL": ("pdl", parse_bool),
 }

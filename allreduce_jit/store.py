@@ -11,6 +11,7 @@ import os
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 _TEMPORARY = ".tmp-"
@@ -42,6 +43,13 @@ class FileStore:
 
     def __setitem__(self, key: str, blob: bytes) -> None:
         path = self.path(key)
+        try:
+            self._write(path, blob)
+        except FileNotFoundError:  # somebody removed the directory just now
+            self._write(path, blob)
+        self._shrink()
+
+    def _write(self, path: Path, blob: bytes) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(prefix=_TEMPORARY, dir=path.parent)
         try:
@@ -49,9 +57,9 @@ class FileStore:
                 file.write(blob)
             os.replace(temporary, path)
         except BaseException:
-            Path(temporary).unlink(missing_ok=True)
+            with suppress(OSError):  # the first error is the one to tell
+                Path(temporary).unlink()
             raise
-        self._shrink()
 
     def __delitem__(self, key: str) -> None:
         self.path(key).unlink(missing_ok=True)
@@ -60,11 +68,15 @@ class FileStore:
         for path in self.files():
             path.unlink(missing_ok=True)
 
-    def files(self) -> Iterator[Path]:
-        """All files of this store, those of unfinished writes among them."""
+    def files(self, unfinished: bool = True) -> Iterator[Path]:
+        """All files of this store, those of unfinished writes among them if wanted."""
         for folder in self.directory.glob("[0-9a-f][0-9a-f]"):
-            for path in folder.iterdir():
-                if path.name.startswith(_TEMPORARY) or len(path.name) == 62:
+            try:
+                names = list(folder.iterdir())
+            except OSError:  # removed by another process, or nothing of ours
+                continue
+            for path in names:
+                if len(path.name) == 62 or unfinished and path.name.startswith(_TEMPORARY):
                     yield path
 
     def _shrink(self) -> None:

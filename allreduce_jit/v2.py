@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass, field
+from itertools import chain
 from typing import NamedTuple
 
 import torch
 
 from .driver import Launch
-from .engine import DTYPE_NAMES, EngineConfig, KernelEngine
+from .engine import DTYPE_NAMES, EngineConfig, KernelEngine, Step
 from .failure import tag
 from .kernel import ITEMSIZE, V2_ALGORITHMS, KernelSpec, catalogue, entry
 from .plan import PACKET, Plan, ceil_div, v2_bands, v2_layout, v2_plan, v2_shape
-
-MAX_PLANS = 4096  # Control.met of staging.cuh
 
 
 class Args(ctypes.Structure):
@@ -22,6 +20,7 @@ class Args(ctypes.Structure):
 
     _fields_ = [
         ("staging", ctypes.c_uint64 * 8),
+        ("own", ctypes.c_uint64),
         ("input", ctypes.c_uint64),
         ("output", ctypes.c_uint64),
         ("numel", ctypes.c_uint64),
@@ -62,32 +61,23 @@ def launches(plan: Plan, numel: int, dtype: str, world_size: int) -> list[Piece]
     return found
 
 
-@dataclass
-class Step:
-    """The launches of one shape of call: each with its arguments and where it begins, in bytes."""
-
-    whole: list[tuple[Launch, Args, int]] = field(default_factory=list)
-    ragged: list[tuple[Launch, Args, int]] = field(default_factory=list)
-
-
 class V2Engine(KernelEngine):
     """Push all-reduce for GPUs that are all connected by NVLink."""
 
     path = "v2"
 
     def __init__(self, config: EngineConfig):
-        self.bands = v2_bands(config.world_size, config.max_ctas, config.tuned)
-        layout = v2_layout(config.world_size, config.settings.staging_mb << 20, self.bands, config.max_ctas)
-        super().__init__(config, layout)
+        tuned = config.tuned or {}
+        self.bands = {dtype: v2_bands(config.world_size, config.max_ctas, tuned.get(dtype)) for dtype in ITEMSIZE}
+        bands = chain.from_iterable(self.bands.values())
+        super().__init__(config, v2_layout(config.world_size, config.settings.staging_mb << 20, bands, config.max_ctas))
         # A launch that starts early occupies multiprocessors beside the one before it.
         early = config.max_ctas is None and int(config.arch.removeprefix("sm_")) >= 90
         self._pdl = config.settings.pdl and early
         self._kernels: dict[str, object] = {}
-        self._steps: dict[tuple[int, torch.dtype], Step] = {}
-        self._shapes: dict[tuple[int, torch.dtype], int] = {}
 
     def plan(self, numel: int, dtype: str) -> Plan:
-        return v2_plan(self.config.world_size, dtype, numel, self.bands, self.layout)
+        return v2_plan(self.config.world_size, dtype, numel, self.bands[dtype], self.layout)
 
     def takes(self, numel: int, dtype: str) -> bool:
         return True
@@ -103,28 +93,13 @@ class V2Engine(KernelEngine):
         shape = (32, self.config.world_size, DTYPE_NAMES[dtype])
         return [v2_shape(name, *shape, numel, self.layout) for name in self.layout.regions]
 
-    def run(self, plan: Plan, x: torch.Tensor, out: torch.Tensor) -> None:
-        with torch.cuda.device(self._raw_device):
-            step = self._step(plan, x.numel(), x.dtype, config=0)
-            _fire(step, x.data_ptr(), out.data_ptr(), torch._C._cuda_getCurrentRawStream(self._raw_device))
-
-    def _launch(self, x: torch.Tensor, out: torch.Tensor, stream: int) -> None:
-        key = (x.numel(), x.dtype)
-        step = self._steps.get(key)
-        if step is None:
-            if len(self._steps) >= MAX_PLANS - 1:
-                self._steps.clear()
-                self._shapes.clear()
-            config = self._shapes[key] = len(self._shapes) + 1
-            step = self._steps[key] = self._step(self.plan(key[0], DTYPE_NAMES[x.dtype]), *key, config)
-        _fire(step, x.data_ptr(), out.data_ptr(), stream)
-
     def _step(self, plan: Plan, numel: int, dtype: torch.dtype, config: int) -> Step:
         name, world_size = DTYPE_NAMES[dtype], self.config.world_size
         region = self.layout.regions[plan.algorithm]
         step = Step()
         for i, piece in enumerate(launches(plan, numel, name, world_size)):
             args = Args(
+                own=self.memory.addresses[self.config.rank],
                 numel=piece.numel,
                 total=numel,
                 slots=region.offset,
@@ -142,14 +117,8 @@ class V2Engine(KernelEngine):
             for whole, found in ((True, step.whole), (False, step.ragged)):
                 kernel = self._kernels[entry(plan.algorithm, name, world_size, whole)]
                 launch = Launch(kernel, [args], piece.blocks, plan.block, pdl=self._pdl)
-                found.append((launch, args, piece.start * dtype.itemsize))
+                x, out = (ctypes.c_uint64.from_buffer(args, at) for at in (Args.input.offset, Args.output.offset))
+                found.append((launch, x, out, piece.start * dtype.itemsize))
         if numel * dtype.itemsize % PACKET:
             step.whole = step.ragged
         return step
-
-
-def _fire(step: Step, source: int, target: int, stream: int) -> None:
-    for launch, args, offset in step.ragged if (source | target) % PACKET else step.whole:
-        args.input = source + offset
-        args.output = target + offset
-        launch(stream)

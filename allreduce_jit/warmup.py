@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from . import report
+from . import report, tuned
 from .errors import InputError
 from .settings import Settings
 
@@ -89,9 +89,12 @@ def run_cache(args: argparse.Namespace) -> int:
         entries = document["entries"] = [{"name": name, "bytes": size} for name, size in cache.entries()]
         lines.append(report.table(("kernel", "bytes"), [tuple(entry.values()) for entry in entries]))
         lines.append(f"{len(entries)} kernels, {sum(entry['bytes'] for entry in entries)} bytes")
+        document["tables"] = [str(file) for file in tuned.entries(cache.directory)]
+        lines += [f"{len(document['tables'])} tables of allreduce-jit tune", *document["tables"]]
     else:
-        document["removed"] = cache.clear()
+        document["removed"], document["tables_removed"] = cache.clear(), tuned.clear(cache.directory)
         lines.append(f"{document['removed']} kernels removed from {document['directory']}")
+        lines.append(f"{document['tables_removed']} tables of allreduce-jit tune removed")
     print(json.dumps(document, indent=2) if args.json else "\n".join(lines))
     return 0
 

@@ -67,6 +67,9 @@ class FakeEngine:
     def check(self):
         self._stage("check")
 
+    def abort(self):
+        self._stage("abort")
+
     def plan(self, numel, dtype):
         if self.path == "legacy" and not self.config.deterministic and numel >= LIMIT:
             return Plan("torch.distributed", "nccl", 0, 0, numel)

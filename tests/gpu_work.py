@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import time
+from contextlib import closing
 from dataclasses import replace
 
 import torch
@@ -12,12 +13,13 @@ import torch.distributed as dist
 
 import allreduce_jit
 from allreduce_jit import bench as benchmark
-from allreduce_jit import bench_page, bench_peers, reference
+from allreduce_jit import bench_page, bench_peers, reference, timing, tune, tuned
 from allreduce_jit import floor as light
 from allreduce_jit.communicator import Communicator
 from allreduce_jit.engine import DTYPE_NAMES, TORCH_DTYPES
-from allreduce_jit.kernel import V2_ALGORITHMS
+from allreduce_jit.kernel import V2_ALGORITHMS, v2_algorithms
 from allreduce_jit.plan import v2_shape
+from allreduce_jit.tuning import BLOCKS
 from allreduce_jit.verdict import Path
 
 DTYPES = list(TORCH_DTYPES.values())
@@ -342,6 +344,63 @@ def bench(place):
         assert row["p50_us"] > 0.8 * row["sol_us"], row  # nobody is faster than light, but for the noise
         assert row["peers"]["nccl"]["p50_us"] > row["sol_us"], row
     assert "ours / SoL" in bench_page.page([document]) and "xSoL" in benchmark.render(document)
+
+
+def plan_is_fastest(place, margin=0.15):
+    """At no size is the plan slower than another algorithm of ours by more than ``margin``, in two measurements."""
+    slow = _slower_than_another(place, [1 << shift for shift in range(10, 27, 2)], margin)
+    if slow:  # the clock is noisy
+        slow = _slower_than_another(place, list(slow), margin)
+    assert not slow, "\n".join(slow.values())
+
+
+def _slower_than_another(place, sizes, margin):
+    """Size in bytes -> what was found, where the plan loses; bf16, CUDA graphs, other algorithms with their best blocks."""
+    name, planned, best = "bfloat16", {}, {}
+    with allreduce_jit.init(device=place.device) as comm:
+        expect_path(comm, Path.V2)
+        staging, barrier = comm._ladder.settings.staging_mb << 20, timing.device_barrier(place, comm)
+        for size in sizes:
+            numel = size // 2
+            inputs = [reference.values(i, place.rank, numel, torch.bfloat16, place.device) for i in range(timing.ROTATE)]
+            out = torch.empty_like(inputs[0])
+            load = timing.Workload(lambda x, out=out: comm.all_reduce(x, out=out), inputs, [])
+            graph = timing.record(load, comm.capture)
+            samples = timing.replays(place, load, graph, tune.REPLAYS, tune.WARMUP, barrier)
+            planned[size] = comm.plan(numel, torch.bfloat16), timing.slowest(place, samples).p50_us
+            del graph, load, inputs, out
+        comm.check()
+    for algorithm in v2_algorithms(place.world_size):
+        with closing(tune.Meter(place, algorithm)) as meter:
+            for size in sizes:
+                if algorithm in tune.candidates(place.world_size, name, size, staging):
+                    best[size, algorithm] = min((meter(name, size, block), block) for block in BLOCKS)
+    slow = {}
+    for (size, algorithm), (us, block) in best.items():
+        plan, ours = planned[size]
+        if algorithm != plan.algorithm and ours > (1 + margin) * us:
+            slow[size] = (
+                f"{size} bytes, {place.world_size} ranks: the plan's {plan.algorithm}/{plan.block} takes {ours:.2f} µs, "
+                f"{algorithm}/{block} {us:.2f}"
+            )
+    return slow
+
+
+def tuned_table(place):
+    """``tune`` on these GPUs: a table that keeps the rules, that new communicators use, and the same bits as before."""
+    saved = tune.SIZES
+    tune.SIZES = saved[::4]
+    try:
+        document = tune.work(place, tune.Meter)
+    finally:
+        tune.SIZES = saved
+    assert document["ok"], document
+    with allreduce_jit.init(device=place.device, deterministic=True) as comm:
+        expect_path(comm, Path.V2)
+        assert comm.describe()["tuning"] == document["path"]
+        assert tuned.tables_to_json(comm._ladder.tuned) == document["tables"]
+        for seed, numel in enumerate(SIZES[1:]):
+            check(place, comm, numel, DTYPES[seed % 3], seed, offset=seed % 2)
 
 
 def suite(place, names):

@@ -26,10 +26,15 @@ from pathlib import Path
 
 import numpy as np
 
+from allreduce_jit.failure import SIGNATURES, SIGNATURES_AT, Kind, abort_code, tag
+from allreduce_jit.plan import HEADER_BYTES
+
 KERNELS = {"one_shot": "legacy_one_shot", "two_shot": "legacy_two_shot"}
 WORDS = {"float32": np.uint32, "float16": np.uint16, "bfloat16": np.uint16}
 CANARY = 0xA5
-GUARD = 64  # bytes of canary on either side of every tensor
+EDGE = 64  # bytes of canary on either side of every tensor
+LOOK = 1_000_000  # ns: what the kernels take a look for, as the interpreter has no clock
+SEQUENCE, IN_FLIGHT, DEADLINES, MET = 0, 1, slice(1, 3), 8  # of Control, in int32 words; deadlines in int64
 
 
 def source() -> Path:
@@ -58,9 +63,16 @@ class Scenario:
         jitter: how likely a rank pauses at a store or a look; stores are then torn into two random halves as well.
         slow: a rank that dawdles before it looks at what has arrived.
         absent: a rank that takes no part.
-        dies: a rank that ends after its first push.
-        poisoned: a rank whose host has set its poison flag beforehand.
-        deadline: looks after which a wait gives up.
+        dies: a rank that ends after its first push of data.
+        leaves: a rank that takes part in the first call alone.
+        late: a rank that comes to its first call after half a second.
+        aborted: a rank whose host has set its abort word beforehand.
+        stopped: a rank whose host sets its abort word when it first looks for data.
+        busy: a rank with a call in flight that never ends.
+        differs: a rank and in what its calls differ, e.g. [1, {"numel": 5}].
+        deadline: looks after which a wait gives up; 0: it does not.
+        grace: the same before a shape of call was met; None: no other than the deadline.
+        hasty: the one rank for which both hold; all others wait for ever.
     """
 
     world: int
@@ -70,8 +82,15 @@ class Scenario:
     slow: int | None = None
     absent: int | None = None
     dies: int | None = None
-    poisoned: int | None = None
+    leaves: int | None = None
+    late: int | None = None
+    aborted: int | None = None
+    stopped: int | None = None
+    busy: int | None = None
+    differs: list | None = None
     deadline: int = 20_000
+    grace: int | None = None
+    hasty: int | None = None
     block_bytes: int = 256
     source: str = field(default_factory=lambda: str(source()))
 
@@ -81,8 +100,9 @@ class Outcome:
     """`wrong`: everything that differs from the contract, in words. The rest: per rank, as the host would see it."""
 
     wrong: list[str]
-    reports: list[list[int]]
-    poisoned: list[int]
+    reports: list[list[int]]  # Report of kernels/cuda/staging.cuh
+    aborted: list[int]  # abort words
+    signatures: list[str]  # of the headers, in hex
     all_nan: list[bool]  # every output element of the rank's last call is NaN
     pushed: list[int]  # bytes in the rank's staging that are not poison
 
@@ -186,18 +206,25 @@ class Communicator:
         bytes_of = [call.numel * np.dtype(WORDS[call.dtype]).itemsize for call in scenario.calls]
         self.capacity = (max(bytes_of, default=1) // scenario.block_bytes + 1) * scenario.block_bytes
         channels = self.capacity // scenario.block_bytes
-        slots = {"one_shot": 2 * world, "two_shot": 4 * world}
-        self.staging = {a: [self.take(n * self.capacity, 0xFF) for _ in range(world)] for a, n in slots.items()}
-        self.table = {a: self.take(8 * world, 0) for a in slots}
-        for algorithm, regions in self.staging.items():
-            self.table[algorithm].view(np.int64)[:] = [address(region) for region in regions]
-        self.epoch = {a: [self.take(4 * channels, 0) for _ in range(world)] for a in slots}
-        self.control = [self.take(16, 0) for _ in range(world)]
-        self.report = [self.take(32, 0) for _ in range(world)]
-        for control in self.control:
-            control.view(np.int64)[1] = scenario.deadline
-        if scenario.poisoned is not None:
-            self.control[scenario.poisoned].view(np.int32)[0] = 1
+        one_shot, two_shot = 2 * world * self.capacity, 4 * world * self.capacity
+        self.slots = {"one_shot": HEADER_BYTES, "two_shot": HEADER_BYTES + one_shot}
+        self.staging = [self.take(HEADER_BYTES + one_shot + two_shot, 0xFF) for _ in range(world)]
+        self.header = [staging[:HEADER_BYTES].view(np.int32) for staging in self.staging]
+        self.table = self.take(8 * world, 0)
+        self.table.view(np.int64)[:] = [address(staging) for staging in self.staging]
+        self.epoch = {a: [self.take(4 * channels, 0) for _ in range(world)] for a in self.slots}
+        self.shapes = sorted({(call.algorithm, call.dtype, call.numel) for call in scenario.calls})
+        self.control = [self.take(4 * (MET + len(self.shapes)), 0).view(np.int32) for _ in range(world)]
+        self.report = [self.take(64, 0).view(np.int32) for _ in range(world)]
+        grace = scenario.deadline if scenario.grace is None else scenario.grace
+        for rank in range(world):
+            self.header[rank][:] = 0
+            if scenario.hasty in (None, rank):
+                self.control[rank][:6].view(np.int64)[DEADLINES] = scenario.deadline * LOOK, grace * LOOK
+        if scenario.aborted is not None:
+            self.abort(scenario.aborted)
+        if scenario.busy is not None:
+            self.control[scenario.busy][IN_FLIGHT] = 1
         rng = np.random.default_rng(scenario.seed)
         self.inputs, self.x, self.out = [], [], []
         for call in scenario.calls:
@@ -210,30 +237,42 @@ class Communicator:
     def take(self, nbytes: int, fill: int) -> np.ndarray:
         return self.memory.take(nbytes, fill)
 
+    def abort(self, rank: int) -> None:
+        """What the host of a rank does, but for telling the others."""
+        self.header[rank][0] = abort_code(Kind.ABORTED, rank, rank)
+
     def tensor(self, call: Call, bits: np.ndarray | None) -> np.ndarray:
         word = np.dtype(WORDS[call.dtype])
-        first = GUARD + call.offset * word.itemsize
-        whole = self.take(first + call.numel * word.itemsize + GUARD, CANARY)
-        tensor = whole[first:len(whole) - GUARD].view(word)
+        first = EDGE + call.offset * word.itemsize
+        whole = self.take(first + call.numel * word.itemsize + EDGE, CANARY)
+        tensor = whole[first:len(whole) - EDGE].view(word)
         if bits is not None:
             tensor[:] = bits
         return tensor
 
     def play(self, rank: int, module, tl) -> None:
-        for call, x, out in zip(self.scenario.calls, self.x, self.out):
-            self.launch(rank, call, x[rank], out[rank], module, tl)
+        if rank == self.scenario.late:
+            time.sleep(0.5)
+        who, how = self.scenario.differs or (None, {})
+        for number, (call, x, out) in enumerate(zip(self.scenario.calls, self.x, self.out)):
+            if number == 1 and rank == self.scenario.leaves:
+                break
+            config = self.shapes.index((call.algorithm, call.dtype, call.numel))
+            call = dataclasses.replace(call, **how) if rank == who else call
+            self.launch(rank, call, x[rank][:call.numel], out[rank][:call.numel], config, module, tl)
 
-    def launch(self, rank: int, call: Call, x: np.ndarray, out: np.ndarray, module, tl) -> None:
+    def launch(self, rank: int, call: Call, x: np.ndarray, out: np.ndarray, config: int, module, tl) -> None:
         world, block = self.scenario.world, self.scenario.block_bytes // x.itemsize
         part = -(-call.numel // (world * block)) * block
         arguments = dict(
-            table=address(self.table[call.algorithm]), x=address(x), out=address(out),
+            table=address(self.table), staging=address(self.staging[rank]), x=address(x), out=address(out),
             epoch=address(self.epoch[call.algorithm][rank]), control=address(self.control[rank]),
-            report=address(self.report[rank]), numel=call.numel, rank=rank, capacity=self.capacity,
+            report=address(self.report[rank]), numel=call.numel, total=call.numel, slots=self.slots[call.algorithm],
+            capacity=self.capacity, rank=rank, tag=tag(KERNELS[call.algorithm], call.dtype), config=config,
         )
-        grid = -(-call.numel // block)
+        grid = 1 + -(-call.numel // block)
         if call.algorithm == "two_shot":
-            arguments["part"], grid = part, part // block
+            arguments["part"], grid = part, 1 + part // block
         aligned = not (address(x) | address(out) | call.numel * x.itemsize) % 16
         kernel = getattr(module, KERNELS[call.algorithm])
         constants = dict(WORLD=world, DTYPE=getattr(tl, call.dtype), BLOCK=block, VECTOR=aligned, INTERPRET=True)
@@ -252,22 +291,28 @@ class Communicator:
                 if not np.array_equal(out, outs[0]):
                     wrong.append(f"call {number} {call}: ranks 0 and {rank} differ")
         for rank in range(scenario.world):
-            for algorithm, regions in self.staging.items():
-                left = np.count_nonzero(regions[rank] != 0xFF)
-                if left:
-                    wrong.append(f"{left} bytes of the {algorithm} staging of rank {rank} are not poisoned")
-            if self.control[rank].view(np.int32)[0]:
-                wrong.append(f"rank {rank} is poisoned: report {self.report[rank].view(np.int32)[:4]}")
+            if self.left(rank):
+                wrong.append(f"{self.left(rank)} bytes of the staging of rank {rank} are not poisoned")
+            if self.header[rank][0]:
+                wrong.append(f"rank {rank} was stopped: report {self.report[rank][:10]}")
+            if self.control[rank][SEQUENCE] != len(scenario.calls) or self.control[rank][IN_FLIGHT]:
+                wrong.append(f"rank {rank} counts its calls wrong: {self.control[rank][:2]}")
+            if not self.control[rank][MET:].all():
+                wrong.append(f"rank {rank} does not know of all calls that they were met")
         wrong += self.overruns()
         last, dtype = self.out[-1], scenario.calls[-1].dtype
         return Outcome(
             wrong=wrong,
-            reports=[report.view(np.int32)[:4].tolist() for report in self.report],
-            poisoned=[int(control.view(np.int32)[0]) for control in self.control],
+            reports=[report[:10].tolist() for report in self.report],
+            aborted=[int(header[0]) for header in self.header],
+            signatures=[header.tobytes()[SIGNATURES_AT:SIGNATURES_AT + SIGNATURES].hex() for header in self.header],
             all_nan=[bool(np.isnan(widen(out, dtype)).all()) for out in last],
-            pushed=[sum(int(np.count_nonzero(regions[rank] != 0xFF)) for regions in self.staging.values())
-                    for rank in range(scenario.world)],
+            pushed=[self.left(rank) for rank in range(scenario.world)],
         )
+
+    def left(self, rank: int) -> int:
+        """Bytes in the slots of a rank that are not poison."""
+        return int(np.count_nonzero(self.staging[rank][HEADER_BYTES:] != 0xFF))
 
     def overruns(self) -> list[str]:
         """Tensors that were written beyond their ends."""
@@ -275,7 +320,7 @@ class Communicator:
         for number, tensors in enumerate(self.out):
             for rank, tensor in enumerate(tensors):
                 start = address(tensor) - address(self.memory.all)
-                edges = self.memory.all[start - GUARD:start], self.memory.all[start + tensor.nbytes:][:GUARD]
+                edges = self.memory.all[start - EDGE:start], self.memory.all[start + tensor.nbytes:][:EDGE]
                 if any((edge != CANARY).any() for edge in edges):
                     found.append(f"call {number} wrote past the end of out on rank {rank}")
         return found
@@ -335,9 +380,10 @@ def patch_once(interpreter) -> None:
     interpreter.InterpretedFunction.__call__ = call
 
 
-def disturb(interpreter, scenario: Scenario, rank: int) -> None:
+def disturb(interpreter, tl, communicator: Communicator, rank: int) -> None:
     """Pauses, torn stores, slowness and death at the points where ranks meet: block stores and volatile looks."""
-    builder, rng = interpreter.InterpreterBuilder, random.Random(f"{scenario.seed} {rank}")
+    scenario, builder = communicator.scenario, interpreter.InterpreterBuilder
+    rng = random.Random(f"{scenario.seed} {rank}")
     looks = itertools.count()
     whole_load, whole_store = builder.create_masked_load, builder.create_masked_store
 
@@ -348,8 +394,11 @@ def disturb(interpreter, scenario: Scenario, rank: int) -> None:
     # How the cache policy is passed depends on Triton's version; volatile comes last in all of them.
     def load(self, pointers, mask, other, *policy):
         if policy[-1] and pointers.data.size > 1:
-            if rank == scenario.dies:
+            for_data = pointers.get_element_ty() != tl.int64  # rather than for signatures
+            if for_data and rank == scenario.dies:
                 os._exit(0)
+            if for_data and rank == scenario.stopped:
+                communicator.abort(rank)
             dawdles = rank == scenario.slow and next(looks) < 60  # enough to be overtaken; a hang need not be slow
             time.sleep(20e-3 if dawdles else 2e-4)  # in any case, as ranks share few cores, let the others get on
             pause()
@@ -373,7 +422,7 @@ def play(scenario: Scenario, interpreter, tl) -> Outcome:
     spec.loader.exec_module(module)
     communicator = Communicator(scenario)
     ranks = [
-        fork(lambda: (disturb(interpreter, scenario, rank), communicator.play(rank, module, tl)))
+        fork(lambda: (disturb(interpreter, tl, communicator, rank), communicator.play(rank, module, tl)))
         for rank in range(scenario.world) if rank != scenario.absent
     ]
     failed = sum(os.waitpid(rank, 0)[1] != 0 for rank in ranks)

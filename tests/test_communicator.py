@@ -24,6 +24,7 @@ from allreduce_jit.fallback import TorchEngine
 from allreduce_jit.inputs import as_device
 from allreduce_jit.kernel import ITEMSIZE
 from allreduce_jit.plan import legacy_layout, legacy_plan, v2_layout, v2_plan
+from allreduce_jit.tuning import V2_TABLES
 from allreduce_jit.verdict import Path
 
 CPU = torch.device("cpu")
@@ -396,12 +397,27 @@ def test_after_close(driven):
     assert engine.closed == 1 and driven.closed and not driven._routes  # nothing holds the engine any more
     x = torch.ones(2)
     for call in (lambda: driven.all_reduce(x), lambda: driven.all_reduce(x, out=x), lambda: driven.all_reduce(3),
-                 driven.warmup, driven.check, driven.describe, lambda: driven.plan(5, torch.float32), lambda: driven.capture().__enter__()):  # fmt: skip
+                 driven.warmup, driven.check, driven.abort, driven.describe, lambda: driven.plan(5, torch.float32), lambda: driven.capture().__enter__()):  # fmt: skip
         raised(ClosedError, call, "rank 0", "closed", "build a new one")
     assert driven.path is Path.TORCH and driven.reason  # what it was can still be asked
     assert driven.group is None and not driven.takes(5, torch.float32)
     with allreduce_jit.init(device="cpu") as another:
         assert another.all_reduce(x).tolist() == [1.0, 1.0]
+
+
+def test_abort_and_local_close(driven):
+    """``abort`` stops the engine's kernels; so does a local close, before it waits for them."""
+    engine = driven._engine
+    driven.abort()
+    assert engine.events[-1] == "abort" and not driven.closed
+    driven.close(local=True)
+    driven.close(local=True)
+    assert engine.events[-2:] == ["abort", "close"]
+
+
+@pytest.mark.parametrize("max_ctas", [0, 1, -5, 2.0, "8"])
+def test_max_ctas_that_are_none(driven, max_ctas):
+    raised(InputError, lambda: allreduce_jit.init(device="cpu", max_ctas=max_ctas), repr(max_ctas), "2 blocks or more")
 
 
 def test_context_manager_closes_after_an_error(driven):
@@ -558,10 +574,11 @@ def test_no_plan_comes_back_to_one_that_it_has_left(world_size):
     """What the search for bands relies on, of the plans that there are."""
     sizes = sorted({min(1 << 28, int(2 ** (power / 16)) + k) for power in range(28 * 16) for k in (-1, 0, 1)} - {0})
     for staging in (4, 32, 1024):
-        v2, legacy = v2_layout(world_size, staging << 20), legacy_layout(world_size, staging << 20, 4096)
+        bands = V2_TABLES[world_size]
+        v2, legacy = v2_layout(world_size, staging << 20, bands), legacy_layout(world_size, staging << 20, 4096)
         for dtype in ITEMSIZE:
             for plan in (
-                lambda n, d=dtype, layout=v2: v2_plan(world_size, d, n, 132, layout),
+                lambda n, d=dtype, layout=v2, bands=bands: v2_plan(world_size, d, n, bands, layout),
                 lambda n, d=dtype, layout=legacy: legacy_plan(world_size, d, n, layout, 4096, 256, True, False),
                 lambda n, d=dtype, layout=legacy: legacy_plan(world_size, d, n, layout, 4096, 256, False, True),
             ):

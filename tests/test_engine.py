@@ -1,5 +1,8 @@
-"""The engines as far as they go without a GPU: shared compilation, loading, argument blocks."""
+"""The engines as far as they go without a GPU: shared compilation, argument blocks, launches, failures."""
 
+from __future__ import annotations
+
+import struct
 from types import SimpleNamespace
 
 import pytest
@@ -7,9 +10,14 @@ import torch
 
 from allreduce_jit import engine as engines
 from allreduce_jit.cache import KernelCache
-from allreduce_jit.engine import EngineConfig
-from allreduce_jit.kernel import ALGORITHMS, DTYPES, catalogue
+from allreduce_jit.engine import MAX_SHAPES, EngineConfig, KernelEngine, Step
+from allreduce_jit.errors import CallMismatch, PeerLost, PeerTimeout, Poisoned
+from allreduce_jit.failure import SIGNATURES, SIGNATURES_AT, Kind, abort_code, tag
+from allreduce_jit.kernel import DTYPES, LEGACY_ALGORITHMS, catalogue, entry, v2_algorithms
+from allreduce_jit.plan import HEADER_BYTES, Layout, Plan
 from allreduce_jit.settings import Settings
+
+BASES = [1 << 32, 2 << 32, 3 << 32]
 
 
 class FakeModule:
@@ -23,19 +31,32 @@ class FakeModule:
         return f"kernel {name}"
 
 
-def make(cls, rank, world_size):
-    return cls(EngineConfig(rank, world_size, torch.device("cuda", rank), "sm_90", 132, True, False, Settings()))
+class FakeLaunch:
+    """What was launched: the kernel, its arguments as they were at that moment, the grid."""
+
+    fired: list[FakeLaunch] = []
+
+    def __init__(self, kernel, arguments, grid, block, shared_bytes=0, pdl=False):
+        self.kernel, self.arguments, self.grid, self.block, self.pdl = kernel, arguments, grid, block, pdl
+
+    def __call__(self, stream):
+        values = [bytes(argument) for argument in self.arguments]
+        FakeLaunch.fired.append(SimpleNamespace(kernel=self.kernel, values=values, grid=self.grid, stream=stream, pdl=self.pdl))
 
 
-def built(cls, world_size, monkeypatch):
+def config(rank, world_size, **changes):
+    return EngineConfig(rank, world_size, torch.device("cuda", rank), "sm_90", True, False, Settings(), **changes)
+
+
+def built(cls, world_size, monkeypatch, **changes):
     """The engines of all ranks after loading what all ranks compiled."""
     monkeypatch.setattr(engines, "Module", FakeModule)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     FakeModule.loaded = []
-    ranks = [make(cls, rank, world_size) for rank in range(world_size)]
+    ranks = [cls(config(rank, world_size, **changes)) for rank in range(world_size)]
     cache = KernelCache(None)
     shares = [one.compile(cache) for one in ranks]
-    count = len(catalogue(cls.path, world_size))
+    count = len(ranks[0]._catalogue())
     assert sum(one.compiled for one in ranks) == sum(map(len, shares)) == count  # each module once
     for one in ranks:
         one.load(shares)
@@ -44,13 +65,16 @@ def built(cls, world_size, monkeypatch):
     return ranks
 
 
-def test_v2_ranks_share_the_work(monkeypatch):
+@pytest.mark.parametrize("max_ctas", [None, 8])
+def test_v2_ranks_share_the_work(monkeypatch, max_ctas):
     pytest.importorskip("cuda.bindings.nvrtc")
     from allreduce_jit.v2 import V2Engine
 
-    for one in built(V2Engine, 3, monkeypatch):
-        names = {f"{algorithm}_{dtype}_ws3" for algorithm in ALGORITHMS for dtype in DTYPES.values()}
+    for one in built(V2Engine, 3, monkeypatch, max_ctas=max_ctas):
+        algorithms = v2_algorithms(3, narrow=max_ctas is not None)
+        names = {entry(algorithm, dtype, 3, whole) for algorithm in algorithms for dtype in DTYPES for whole in (True, False)}
         assert one._kernels == {name: f"kernel {name}" for name in names}
+        assert set(one.layout.regions) == set(algorithms)
 
 
 def test_legacy_ranks_share_the_work(monkeypatch):
@@ -58,31 +82,301 @@ def test_legacy_ranks_share_the_work(monkeypatch):
     from allreduce_jit.legacy import LegacyEngine
 
     for one in built(LegacyEngine, 2, monkeypatch):
-        kinds = {(f"legacy_{a}", dtype, vector) for a in ALGORITHMS for dtype in DTYPES for vector in (True, False)}
+        assert len(one._catalogue()) == len(catalogue("legacy", 2))
+        kinds = {(f"legacy_{a}", dtype, vector) for a in LEGACY_ALGORITHMS for dtype in DTYPES for vector in (True, False)}
         assert set(one._kernels) == kinds
 
 
-def test_v2_arguments_point_into_every_ranks_region():
-    from allreduce_jit.v2 import V2Engine
-
-    one = make(V2Engine, 1, 3)
-    one.state = SimpleNamespace(epochs={"one_shot": 11, "two_shot": 12}, control=13, report=14)
-    one.memory = SimpleNamespace(addresses=[1000, 2000, 3000])
-    one._bind()
-    for algorithm, region in one.layout.regions.items():
-        args = one._args[algorithm]
-        assert list(args.staging) == [1000 + region.offset, 2000 + region.offset, 3000 + region.offset, 0, 0, 0, 0, 0]
-        assert (args.epochs, args.control, args.report) == (one.state.epochs[algorithm], 13, 14)
-        assert (args.rank, args.capacity) == (1, region.capacity)
+# -- launches
 
 
-def test_a_report_names_the_rank():
-    from allreduce_jit.errors import PeerTimeout
-    from allreduce_jit.v2 import V2Engine
+def bound(cls, module, monkeypatch, rank=1, world_size=3, **changes):
+    """An engine whose kernels and memory are made up, ready to launch."""
+    monkeypatch.setattr(module, "Launch", FakeLaunch)
+    FakeLaunch.fired = []
+    one = cls(config(rank, world_size, **changes))
+    epochs = {name: 11 + i for i, name in enumerate(one.layout.regions)}
+    one.state = SimpleNamespace(epochs=epochs, control=13, report=14)
+    one.memory = SimpleNamespace(addresses=BASES)
+    return one
 
-    one = make(V2Engine, 1, 3)
-    one.state = SimpleNamespace(words=[0, 0, 0, 0, 0])
+
+class Tensor(SimpleNamespace):
+    """As much of a tensor as a launch looks at."""
+
+    def numel(self):
+        return self.size
+
+    def data_ptr(self):
+        return self.address
+
+
+def fire(one, numel, dtype, source=1 << 20, target=1 << 21):
+    FakeLaunch.fired = []
+    one._launch(Tensor(size=numel, dtype=dtype, address=source), Tensor(size=numel, dtype=dtype, address=target), 77)
+    assert {launch.stream for launch in FakeLaunch.fired} == {77}
+    return FakeLaunch.fired
+
+
+def test_v2_launches(monkeypatch):
+    from allreduce_jit import v2
+
+    one = bound(v2.V2Engine, v2, monkeypatch)
+    one._kernels = {e: e for spec in catalogue("v2", 3) for e in spec.entries}
+    seen = set()
+    for config, numel in enumerate((8, 100_000, 30_000_000), 1):
+        for dtype in (torch.bfloat16, torch.float32)[: 1 if config > 1 else 2]:
+            plan = one.plan(numel, str(dtype).removeprefix("torch."))
+            region = one.layout.regions[plan.algorithm]
+            fired = fire(one, numel, dtype)
+            args = [v2.Args.from_buffer_copy(launch.values[0]) for launch in fired]
+            assert sum(a.numel for a in args) == numel and {a.total for a in args} == {numel}
+            assert [a.launch for a in args] == list(range(len(args)))
+            for launch, a in zip(fired, args, strict=True):
+                done = sum(b.numel for b in args[: a.launch]) * dtype.itemsize
+                assert (a.input, a.output) == ((1 << 20) + done, (1 << 21) + done)
+                assert [*a.staging] == [*BASES, 0, 0, 0, 0, 0] and a.slots == region.offset >= HEADER_BYTES
+                assert (a.epochs, a.control, a.report) == (one.state.epochs[plan.algorithm], 13, 14)
+                assert (a.rank, a.capacity, a.tag) == (1, region.capacity, tag(plan.algorithm, str(dtype)[6:]))
+                assert launch.kernel == entry(plan.algorithm, str(dtype)[6:], 3, True) and launch.pdl
+            seen.add(args[0].config)
+            assert args[-1].last and fire(one, numel, dtype) and len(one._steps) == len(seen)  # nothing is prepared twice
+            assert all(launch.kernel.endswith("_ragged") for launch in fire(one, numel, dtype, source=(1 << 20) + 4))
+    assert seen == {1, 2, 3, 4}
+
+
+def legacy_values(launch, algorithm):
+    """The kernel's arguments by name."""
+    from allreduce_jit.triton_kernels.legacy import signature
+
+    names = [name for name, kind in signature(algorithm).items() if kind != "constexpr"]
+    assert [len(value) for value in launch.values[len(names):]] == [8, 8] and not any(map(any, launch.values[len(names):]))
+    return {n: struct.unpack("<i" if len(v) == 4 else "<q", v)[0] for n, v in zip(names, launch.values)}
+
+
+@pytest.mark.parametrize(("numel", "algorithm"), [(1000, "one_shot"), (1003, "one_shot"), (10_000_003, "two_shot")])
+def test_legacy_launches(monkeypatch, numel, algorithm):
+    pytest.importorskip("triton")
+    from allreduce_jit import legacy
+
+    algorithm = f"legacy_{algorithm}"
+    one = bound(legacy.LegacyEngine, legacy, monkeypatch, **{})
+    one.config = config(1, 3)
+    monkeypatch.setattr(one, "plan", lambda n, d: legacy.legacy_plan(3, d, n, one.layout, legacy.BLOCK_BYTES, legacy.THREADS, True, True))
+    one._kernels = {(f"legacy_{a}", d, v): ((d, v), 1024) for a in LEGACY_ALGORITHMS for d in DTYPES for v in (True, False)}
+    one._table = torch.tensor(BASES)
+    region = one.layout.regions[algorithm]
+    fired = fire(one, numel, torch.float16)
+    values = [legacy_values(launch, algorithm) for launch in fired]
+    assert sum(v["numel"] for v in values) == numel and (len(fired) > 1) == (numel > 10_000_000)
+    done = 0
+    for launch, v in zip(fired, values, strict=True):
+        assert (v["x"], v["out"]) == ((1 << 20) + 2 * done, (1 << 21) + 2 * done)
+        done += v["numel"]
+        assert launch.kernel == ("float16", v["numel"] % 8 == 0) and not launch.pdl
+        assert (v["table"], v["staging"], v["slots"]) == (one._table.data_ptr(), BASES[1], region.offset)
+        assert region.offset >= HEADER_BYTES
+        assert (v["epoch"], v["control"], v["report"]) == (one.state.epochs[algorithm], 13, 14)
+        assert (v["rank"], v["tag"], v["total"], v["config"]) == (1, tag(algorithm, "float16"), numel, 1)
+        block = legacy.BLOCK_BYTES // 2
+        if algorithm == "legacy_two_shot":
+            assert v["part"] % block == 0 and 3 * v["part"] >= v["numel"] > 3 * (v["part"] - block)
+            data = v["part"] // block
+        else:
+            data = -(-v["numel"] // block)
+        assert launch.grid == data + 1 and data * legacy.BLOCK_BYTES <= v["capacity"] == region.capacity
+    assert len(fire(one, numel, torch.float16)) == len(fired) and len(one._steps) == 1
+    assert {launch.kernel for launch in fire(one, numel, torch.float16, source=(1 << 20) + 2)} == {("float16", False)}
+
+
+class Plain(KernelEngine):
+    """An engine whose launches are recorded as (shape, config, addresses)."""
+
+    path = "v2"
+
+    def __init__(self, rank=0, world_size=3):
+        super().__init__(config(rank, world_size), Layout({}, 0))
+        self.log = []
+
+    def plan(self, numel, dtype):
+        return Plan("v2", "one_shot", 1, 32, numel)
+
+    def _step(self, plan, numel, dtype, config):
+        step = Step()
+        step.fire = lambda source, target, stream: self.log.append((numel, dtype, config, stream))
+        return step
+
+
+def test_every_shape_has_a_flag_of_its_own():
+    one = Plain()
+    for numel in [*range(1, MAX_SHAPES + 10), 5]:
+        x = Tensor(size=numel, dtype=torch.float32, address=0)
+        one._launch(x, x, 0)
+    first = one.log[: MAX_SHAPES - 1]
+    assert [config for _, _, config, _ in first] == [*range(1, MAX_SHAPES)]  # 0 is the verification's
+    assert [config for _, _, config, _ in one.log[MAX_SHAPES - 1:]] == [*range(1, 12)]
+    assert len(one._steps) < MAX_SHAPES
+
+
+# -- failures
+
+
+class Side:
+    """The side channel: stores are recorded, the header's signatures are made up."""
+
+    def __init__(self):
+        self.stored = []
+        self.signatures = bytearray(SIGNATURES)
+
+    def sign(self, rank, sequence, numel, algorithm="one_shot", dtype="float32"):
+        at = ((sequence & 1) * 8 + rank) * 16
+        struct.pack_into("<4I", self.signatures, at, numel, sequence, tag(algorithm, dtype), sequence)
+
+    def write(self, addresses, word):
+        self.stored += [(address, word) for address in addresses]
+
+    def read(self, address, nbytes):
+        assert address == BASES[1] + SIGNATURES_AT and nbytes == SIGNATURES
+        return bytes(self.signatures)
+
+
+@pytest.fixture
+def one(monkeypatch):
+    """Rank 1 of 3, with calls on the raw streams that ``one.current`` says."""
+    one = Plain(rank=1)
+    one.side, one.memory = Side(), SimpleNamespace(addresses=BASES)
+    one.state = SimpleNamespace(words=[0] * 16)
+    one.current = 5
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 1, raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: one.current, raising=False)
+    one.driver = []
+    one.capturing = {}
+
+    def call(name, *args):
+        if name == "cuStreamGetCaptureInfo":
+            return one.capturing.get(args[0], (0, 0)) + ("more",)
+        one.driver.append((name, *args))
+        return "event" if name == "cuEventCreate" else None
+
+    monkeypatch.setattr(engines, "call", call)
+    return one
+
+
+def all_reduce(one, numel=4):
+    x = Tensor(size=numel, dtype=torch.float32, address=0)
+    one.all_reduce(x, x)
+
+
+def stopped(one, kind, culprit, by=1, *, sequence=7, algorithm="one_shot", buffer=0):
+    """A kernel of rank 1 has reported."""
+    one.state.words[:8] = [abort_code(kind, culprit, by), sequence, tag(algorithm, "float32"), buffer, 3, 1500, 0, 0]
+
+
+def test_nothing_is_wrong(one):
     one.check()
-    one.state.words = [1, 2, 1, 0, 77]
-    with pytest.raises(PeerTimeout, match="rank 1 waited in vain for rank 2 .one_shot, buffer 0, channel 77."):
+    all_reduce(one)
+    assert len(one.log) == 1 and not one.side.stored and not one.driver
+
+
+def test_a_report_is_raised_once_and_refers_to_itself_afterwards(one):
+    one.side.sign(0, 7, 12)
+    one.side.sign(2, 6, 10)
+    stopped(one, Kind.TIMEOUT, 2)
+    with pytest.raises(PeerTimeout, match=r"rank 1 waited for 1.5 s in vain for rank 2 in call 7") as first:
         one.check()
+    assert first.value.ranks == (2,) and [r["last_call"] and r["last_call"]["sequence"] for r in first.value.report["ranks"]] == [7, None, 6]
+    with pytest.raises(PeerTimeout) as again:
+        one.check()
+    assert again.value is first.value
+    with pytest.raises(Poisoned, match="in vain for rank 2") as later:
+        all_reduce(one)
+    assert later.value.ranks == (2,) and later.value.report == first.value.report and later.value.__cause__ is first.value
+    assert not one.log
+
+
+def test_the_next_call_raises_the_cause_if_nobody_has(one):
+    stopped(one, Kind.MISMATCH, 0)
+    one.state.words[6:10] = [12, tag("one_shot", "float32"), 10, tag("one_shot", "float32")]
+    with pytest.raises(CallMismatch, match="one_shot of 12 float32 on rank 1, but one_shot of 10 float32 on rank 0"):
+        all_reduce(one)
+    with pytest.raises(Poisoned):
+        all_reduce(one)
+
+
+def test_abort_reaches_everybody_oneself_first(one):
+    one.abort()
+    code = abort_code(Kind.ABORTED, 1, 1)
+    assert one.side.stored == [(BASES[1], code), (BASES[0], code), (BASES[2], code)]
+    with pytest.raises(Poisoned, match="rank 1 aborted this communicator"):
+        one.check()
+    with pytest.raises(Poisoned):
+        all_reduce(one)
+
+
+def test_the_dead_are_not_written_to_and_calls_that_completed_stay_valid(one):
+    one.lost(2)
+    code = abort_code(Kind.LOST, 2, 1)
+    assert one.side.stored == [(BASES[1], code), (BASES[0], code)]
+    one.check()  # no kernel was stopped
+    with pytest.raises(PeerLost, match="the process of rank 2 has ended") as e:
+        all_reduce(one)
+    assert e.value.ranks == (2,) and not one.log
+    with pytest.raises(Poisoned):
+        all_reduce(one)
+
+
+@pytest.mark.parametrize(("watched", "dead", "kind", "words"), [
+    (False, False, PeerTimeout, "may live or not"), (True, False, PeerTimeout, "lives"), (True, True, PeerLost, "is dead")])
+def test_what_is_known_of_the_culprit(one, watched, dead, kind, words):
+    one.watched = watched
+    if dead:
+        one.lost(0)
+    stopped(one, Kind.TIMEOUT, 0)
+    with pytest.raises(kind, match=f"its process {words}") as e:
+        one.check()
+    assert [r["alive"] for r in e.value.report["ranks"]] == [not dead if watched else None, True, True if watched else None]
+
+
+# -- two streams
+
+
+def test_another_stream_waits_for_the_one_before(one):
+    for stream in (5, 5, 9, 9, 5):
+        one.current = stream
+        all_reduce(one)
+    wait = [("cuEventCreate", 2)], [("cuEventDestroy", "event")]
+    expected = []
+    for before, now in ((5, 9), (9, 5)):
+        expected += [*wait[0], ("cuEventRecord", "event", before), ("cuStreamWaitEvent", now, "event", 0), *wait[1]]
+    assert one.driver == expected and [stream for *_, stream in one.log] == [5, 5, 9, 9, 5]
+
+
+@pytest.mark.parametrize(("before", "now", "ordered"), [
+    ((0, 0), (0, 0), True),
+    ((1, 33), (1, 33), True),  # two streams of one capture: an edge of the graph
+    ((0, 0), (1, 33), False),
+    ((1, 33), (0, 0), False),
+    ((1, 33), (1, 34), False),
+])
+def test_order_within_a_capture_and_not_across_its_border(one, before, now, ordered):
+    one.capturing = {5: before, 9: now}
+    all_reduce(one)
+    one.current = 9
+    all_reduce(one)
+    assert len(one.log) == 2 and [name for name, *_ in one.driver].count("cuStreamWaitEvent") == ordered
+
+
+def test_the_event_does_not_outlive_an_error(one, monkeypatch):
+    real = engines.call
+
+    def call(name, *args):
+        if name == "cuStreamWaitEvent":
+            raise RuntimeError("planted")
+        return real(name, *args)
+
+    monkeypatch.setattr(engines, "call", call)
+    all_reduce(one)
+    one.current = 9
+    with pytest.raises(RuntimeError, match="planted"):
+        all_reduce(one)
+    assert one.driver[-1] == ("cuEventDestroy", "event")

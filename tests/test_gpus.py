@@ -41,6 +41,18 @@ def test_bench(n):
     run(n, "floor", "missing_flag", "bench")
 
 
+@pytest.mark.parametrize("n", WORLDS)
+def test_plans_are_the_fastest(n, monkeypatch):
+    monkeypatch.setenv("ALLREDUCE_JIT_TUNING", "off")  # the package's table, whatever was measured here before
+    run(n, "plan_is_fastest")
+
+
+@pytest.mark.parametrize("n", WORLDS)
+def test_tune(n, monkeypatch, tmp_path):
+    monkeypatch.setenv("ALLREDUCE_JIT_CACHE_DIR", str(tmp_path))
+    run(n, "tuned_table")
+
+
 @pytest.mark.gpus(4)
 def test_groups():
     run(4, "groups")

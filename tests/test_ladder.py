@@ -159,15 +159,16 @@ def what_has_to_be_the_same_on_all_ranks(place):
     """Sizes of the staging memory follow from the smallest; requests that differ are an error, not a hang."""
     os.environ["ALLREDUCE_JIT_STAGING_MB"] = str(40 - place.rank)
     try:
-        with fake_gpus(place.control, change=lambda c: replace(c, gpu=replace(c.gpu, sm_count=132 - place.rank))):
-            config = climb(place.control, CPU).engine.config
+        with fake_gpus(place.control):
+            config = climb(place.control, CPU, max_ctas=9).engine.config
     finally:
         del os.environ["ALLREDUCE_JIT_STAGING_MB"]
-    assert (config.settings.staging_mb, config.sm_count) == (41 - place.world_size, 133 - place.world_size)
+    assert (config.settings.staging_mb, config.max_ctas) == (41 - place.world_size, 9)
     with fake_gpus(place.control) as built:
         raised(InputError, lambda: climb(place.control, CPU, place.rank == 2), "rank 2", "'deterministic': True", "rank 0")
         highest = Path.LEGACY if place.rank else Path.V2
         raised(InputError, lambda: climb(place.control, CPU, highest=highest), "rank 1 asks for", "alike")
+        raised(InputError, lambda: climb(place.control, CPU, max_ctas=2 + place.rank), "'max_ctas': 3", "alike")
         assert not built
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import random
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -9,6 +10,9 @@ import torch
 
 import legacy_ranks
 from legacy_ranks import Call, Scenario
+
+from allreduce_jit.errors import CallMismatch, ConcurrentUse, PeerLost, PeerTimeout, Poisoned
+from allreduce_jit.failure import explain, heard
 
 WORLDS = range(2, 9)
 DTYPES = tuple(legacy_ranks.WORDS)
@@ -74,62 +78,129 @@ def test_a_long_life_under_random_delays(stage, seed):
 # Waits that end.
 
 
+def explained(outcome: legacy_ranks.Outcome, rank: int, alive=lambda rank: None):
+    """What the host of a rank makes of its report."""
+    words = outcome.reports[rank]
+    signed = heard(bytes.fromhex(outcome.signatures[rank]), len(outcome.reports))
+    return explain(words, words[0], rank, signed, alive)
+
+
 @pytest.mark.parametrize("algorithm, world, absent", [
     ("one_shot", 2, 1), ("one_shot", 4, 2), ("two_shot", 2, 0), ("two_shot", 3, 1)])
 def test_an_absent_rank_is_named(stage, algorithm, world, absent):
-    """All others give up in the first phase, name it, and later calls end at once, push nothing and yield NaN."""
+    """All others give up, name it, and later calls end at once, push nothing and yield NaN."""
     calls = 4 * [Call(algorithm, "float32", 40)]
     outcome = stage.run(Scenario(world, calls, absent=absent, deadline=150))
     survivors = [rank for rank in range(world) if rank != absent]
-    number = {"one_shot": 3, "two_shot": 4}[algorithm]
-    assert [outcome.reports[rank] for rank in survivors] == len(survivors) * [[1, absent, number, 1]]
-    assert all(outcome.poisoned[rank] and outcome.all_nan[rank] for rank in survivors)
+    for rank in survivors:
+        error = explained(outcome, rank)
+        assert type(error) is PeerTimeout and error.ranks == (absent,), error
+        assert outcome.aborted[rank] and outcome.all_nan[rank]
+    told = {outcome.reports[rank][0] for rank in survivors}
+    finders = [explained(outcome, rank) for rank in survivors if outcome.reports[rank][0] >> 16 == rank]
+    assert finders and len(told) == len(finders)  # who was told repeats it
+    for error in finders:
+        report = error.report
+        assert (report["sequence"], report["algorithm"], report["dtype"]) == (1, f"legacy_{algorithm}", "float32")
+        assert report["waited_ms"] >= 150
+    assert outcome.aborted[absent] in told
     # One block from each survivor, of the first call's first phase and of no later one.
     assert outcome.pushed[absent] <= len(survivors) * Scenario(world, calls).block_bytes
 
 
 def test_a_rank_that_dies_between_the_phases_is_named(stage):
     outcome = stage.run(Scenario(3, [Call("two_shot", "float32", 40)], dies=1, deadline=150))
-    assert [outcome.reports[rank] for rank in (0, 2)] == 2 * [[1, 1, 4, 2]]
+    for rank in (0, 2):
+        error = explained(outcome, rank, alive=lambda rank: rank != 1)
+        assert type(error) is PeerLost and error.ranks == (1,) and error.report["phase"] == "gather", error
+        assert [call and call["last_call"]["sequence"] for call in error.report["ranks"] if call["last_call"]] == [1, 1]
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_a_poisoned_rank_says_nothing_and_believes_nothing(stage, algorithm):
-    """It pushes nothing, so its peers give up on it, and yields NaN though all their data is there. No report: the
-    host that set the flag knows why."""
-    outcome = stage.run(Scenario(2, [Call(algorithm, "float16", 100)], poisoned=0, slow=0, deadline=150))
+def test_an_aborted_rank_says_nothing_and_believes_nothing(stage, algorithm):
+    """It signs and pushes nothing, so its peers give up on it, and yields NaN though all their data is there."""
+    outcome = stage.run(Scenario(2, [Call(algorithm, "float16", 100)], aborted=0, late=0, deadline=150))
     assert outcome.all_nan == [True, True]
-    assert outcome.reports[0][0] == 0 and outcome.reports[1][:2] == [1, 0]
+    assert type(explained(outcome, 0)) is Poisoned
+    error = explained(outcome, 1)
+    assert type(error) is PeerTimeout and error.ranks == (0,) and error.report["ranks"][0]["last_call"] is None
 
 
 def test_no_deadline_no_report(stage):
     """A deadline of 0 means none: a rank that is very late is waited for."""
-    right(stage.run(Scenario(2, [Call("one_shot", "float32", 200)], slow=1, deadline=0)))
+    right(stage.run(Scenario(2, [Call("one_shot", "float32", 200)], slow=1, late=1, deadline=0)))
 
 
-# Planted bugs. Each is one change of the source, and each must be caught by the scenario that the source itself passes.
+@pytest.mark.parametrize("how", [{"numel": 39}, {"dtype": "bfloat16"}, {"algorithm": "two_shot"}])
+@pytest.mark.parametrize("world", [2, 3])
+def test_calls_that_differ_are_named(stage, world, how):
+    outcome = stage.run(Scenario(world, [Call("one_shot", "float16", 40)], differs=[1, how], deadline=3000))
+    for rank in range(world):
+        error = explained(outcome, rank)
+        assert type(error) is CallMismatch and 1 in error.ranks, error
+        if error.report["found_by"] == rank:
+            mine, theirs = error.report["mine"], error.report["theirs"]
+            differing = {name for name in mine if mine[name] != theirs[name]}
+            assert differing == set(how) and mine["dtype"] in ("float16", "bfloat16")
+            assert str(how.get("numel", 40)) in str(error)
+    assert any(explained(outcome, rank).report["found_by"] == rank for rank in range(world))
+
+
+def test_one_rank_in_place_and_the_other_not(stage):
+    right(stage.run(Scenario(2, 2 * [Call("two_shot", "float16", 40, in_place=True)])))
+    outcome = stage.run(Scenario(2, [Call("one_shot", "float16", 40), Call("one_shot", "float16", 40, in_place=True)]))
+    right(outcome)
+    assert [call[1].in_place for call in (heard(bytes.fromhex(outcome.signatures[0]), 2)[1],)] == [True]
+
+
+# Planted bugs. Each is one change of the source, and each must be caught by a scenario in which all is right with the
+# source itself.
 
 
 def scenario(name: str) -> Scenario:
     mixed = [Call(algorithm, "float32", 150) for algorithm in ALGORITHMS]
     unmixed = [Call(algorithm, "float32", 50) for algorithm in ALGORITHMS for _ in range(4)]
-    patience = 150
+    same = 3 * [Call("one_shot", "float32", 150)]
     return {
-        "repeated": Scenario(3, 3 * mixed, deadline=patience),
-        "one rank slow": Scenario(2, unmixed, slow=1, deadline=patience),
-        "specials": Scenario(2, [Call(a, "float16", 300, "specials") for a in ALGORITHMS], deadline=patience),
-        "rounding": Scenario(4, [Call(a, "bfloat16", 150) for a in ALGORITHMS], deadline=patience),
-        "torn": Scenario(3, 3 * mixed, jitter=1.0, deadline=patience),
+        "repeated": Scenario(3, 3 * mixed),
+        "one rank slow": Scenario(2, unmixed, slow=1),
+        "specials": Scenario(2, [Call(a, "float16", 300, "specials") for a in ALGORITHMS]),
+        "rounding": Scenario(4, [Call(a, "bfloat16", 150) for a in ALGORITHMS]),
+        "torn": Scenario(3, 3 * mixed, jitter=1.0),
         "absent": Scenario(3, mixed, absent=1, deadline=100),
+        "absent, one rank hasty": Scenario(3, mixed, absent=1, deadline=100, hasty=0),
+        "late at first": Scenario(2, same, late=1, deadline=100, grace=100_000),
+        "gone after the first": Scenario(2, same, leaves=1, deadline=100, grace=0),
+        "differing": Scenario(2, [Call("one_shot", "float16", 40)], differs=[1, {"dtype": "bfloat16"}]),
+        "busy": Scenario(2, same, busy=1),
+        "stopped midway": Scenario(2, [Call("one_shot", "float32", 150)], stopped=0, deadline=1000),
     }[name]
 
+
+def all_report(kind: type, culprit: int, ranks: Sequence[int]):
+    def judge(outcome: legacy_ranks.Outcome) -> bool:
+        if not all(outcome.reports[rank][0] for rank in ranks):
+            return False
+        errors = [explained(outcome, rank) for rank in ranks]
+        return all(type(error) is kind and culprit in error.ranks for error in errors)
+
+    return judge
+
+
+RIGHT = {
+    "absent": all_report(PeerTimeout, 1, [0, 2]),
+    "absent, one rank hasty": all_report(PeerTimeout, 1, [0, 2]),
+    "gone after the first": all_report(PeerTimeout, 1, [0]),
+    "differing": all_report(CallMismatch, 1, [0, 1]),
+    "busy": all_report(ConcurrentUse, 1, [0, 1]),
+    "stopped midway": all_report(Poisoned, 0, [0]),
+}
 
 BUGS = {
     "read data is not poisoned": (
         "repeated", "tl.store(pointers, tl.full([BLOCK], -1, WORD), mask=source != rank)",
         "tl.store(pointers, tl.full([BLOCK], -1, WORD), mask=rank < 0)"),
-    "one parity": (
-        "one rank slow", "parity.to(tl.int64) * WORLD * capacity", "parity.to(tl.int64) * 0"),
+    "one parity": ("one rank slow", "parity * WORLD + rank", "rank"),
     "the epoch is not flipped": ("one rank slow", "parity ^ 1)", "parity)"),
     "a payload may look like the sentinel": ("specials", "tl.where(bits == -1, -2, bits)", "bits"),
     "negative numbers are remapped too": ("specials", "tl.where(bits == -1, -2, bits)",
@@ -143,17 +214,29 @@ BUGS = {
         "        total = total.to(DTYPE).to(tl.float32)\n    return _encode(total.to(DTYPE)"),
     "the tail is one too long": ("repeated", "offsets < numel", "offsets <= numel"),
     "the tail is one too short": ("repeated", "offsets < numel", "offsets < numel - 1"),
-    "any element counts as all": ("torn", "tl.max(2 * late + stop)", "tl.min(2 * late + stop)"),
-    "zeros are not sent": ("repeated", "mask=stop == 0", "mask=(stop == 0) & (bits != 0)"),
-    "both phases use the same slots": ("one rank slow", "gather = scatter + 2 * WORLD * capacity", "gather = scatter"),
+    "any element counts as all": ("torn", "tl.max(4 * late + stop)", "tl.min(4 * late + stop)"),
+    "zeros are not sent": ("repeated", "bits, mask=stop == 0", "bits, mask=(stop == 0) & (bits != 0)"),
+    "both phases use the same slots": ("one rank slow", "gather = 2 + parity", "gather = parity"),
     "the own addend is forgotten": ("repeated", "other=mine", "other=0"),
     "nobody looks at the clock": ("absent", "looks % _CHECK_EVERY == 0", "looks < 0"),
+    "peers are not told": ("absent, one rank hasty", "if before == 0:", "if before < 0:"),
+    "nobody hears of it": ("absent, one rank hasty", "stop | _stopped(staging) |", "stop |"),
+    "no grace": ("late at first", "tl.where(met != 0, _DEADLINE, _GRACE)", "_DEADLINE"),
+    "grace without end": ("gone after the first", "tl.where(met != 0, _DEADLINE, _GRACE)", "_GRACE"),
+    "nobody knows who was met": ("gone after the first", "_MET + config, tl.int32), 1", "_MET + config, tl.int32), 0"),
+    "signatures are not compared": ("differing", "differ = (low", "differ = (threads < 0) & (low"),
+    "the dtype is not signed": ("differing", "number | tag |", "number |"),
+    "signatures are believed before they came": ("repeated", "low >> 32 != first >> 32", "low < 0"),
+    "calls are not counted": ("repeated", "tl.int32)) + 1  # from 1", "tl.int32)) + 0  # from 1"),
+    "calls in flight are not looked at": ("busy", "in_flight > 0, _CONCURRENT", "in_flight > 9, _CONCURRENT"),
+    "nobody leaves": ("repeated", "-1, sem=", "0, sem="),
+    "who finds itself stopped says nothing": ("stopped midway", "if verdict > 1:", "if verdict > 3:"),
 }
 
 
-def test_the_source_itself_passes_where_bugs_are_planted(stage):
-    for name in sorted({name for name, _, _ in BUGS.values()} - {"absent"}):
-        right(stage.run(dataclasses.replace(scenario(name), deadline=20_000)))
+@pytest.mark.parametrize("name", sorted({name for name, _, _ in BUGS.values()}))
+def test_the_source_itself_passes_where_bugs_are_planted(stage, name):
+    assert fails(stage.run(scenario(name)), name) is None
 
 
 @pytest.mark.parametrize("bug", BUGS)
@@ -166,9 +249,17 @@ def test_planted_bug_is_caught(stage, tmp_path, bug):
     assert any(catches(stage, name, str(mutant), seed) for seed in range(4))  # a race may need more than one try
 
 
+def fails(outcome: legacy_ranks.Outcome, name: str) -> object:
+    """What is wrong with the outcome of a scenario, or None."""
+    if name in RIGHT:
+        return None if RIGHT[name](outcome) else (outcome.reports, outcome.aborted)
+    return outcome.wrong or None
+
+
 def catches(stage, name: str, mutant: str, seed: int) -> bool:
-    planted = dataclasses.replace(scenario(name), source=mutant, seed=seed)
+    planted = scenario(name)
+    planted = dataclasses.replace(planted, source=mutant, seed=seed, deadline=min(planted.deadline, 150))
     try:
-        return bool(stage.run(planted, timeout=4 if name == "absent" else 30).wrong)
+        return fails(stage.run(planted, timeout=4 if name in RIGHT else 30), name) is not None
     except TimeoutError:
         return True

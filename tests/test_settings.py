@@ -16,19 +16,25 @@ TRUE = ["1", "true", "True", "TRUE", "yes", "YES", "on", "On", " 1 "]
 FALSE = ["0", "false", "False", "FALSE", "no", "No", "off", "OFF", " off\n"]
 VALID = {
     V2_SWITCH: [(t, True) for t in TRUE] + [(t, False) for t in FALSE],
+    "ALLREDUCE_JIT_TUNING": [(t, True) for t in TRUE] + [(t, False) for t in FALSE],
     "ALLREDUCE_JIT_PDL": [(t, True) for t in TRUE] + [(t, False) for t in FALSE],
     "ALLREDUCE_JIT_PATH": [("auto", "auto"), ("Legacy", "legacy"), (" TORCH ", "torch")],
     "ALLREDUCE_JIT_CACHE_DIR": [("/tmp/x", Path("/tmp/x")), ("rel", Path("rel"))],
     "ALLREDUCE_JIT_TIMEOUT": [("0", 0.0), ("0.5", 0.5), ("30", 30.0), ("1e3", 1000.0), ("86400", 86400.0)],
+    "ALLREDUCE_JIT_SETUP_TIMEOUT": [("0", 0.0), ("0.5", 0.5), ("300", 300.0), ("86400", 86400.0)],
+    "ALLREDUCE_JIT_FIRST_TIMEOUT": [("0", 0.0), ("600", 600.0)],
     "ALLREDUCE_JIT_STAGING_MB": [("4", 4), (" 64 ", 64), ("1024", 1024)],
 }
 NOT_BOOL = ["", "2", "tru", "enable", "none", "-1"]
 INVALID = {
     V2_SWITCH: NOT_BOOL,
+    "ALLREDUCE_JIT_TUNING": NOT_BOOL,
     "ALLREDUCE_JIT_PDL": NOT_BOOL,
     "ALLREDUCE_JIT_PATH": ["", "v2", "nccl", "legacy,torch"],
     "ALLREDUCE_JIT_CACHE_DIR": ["", "  "],
     "ALLREDUCE_JIT_TIMEOUT": ["", "-1", "86401", "nan", "inf", "-inf", "30s"],
+    "ALLREDUCE_JIT_SETUP_TIMEOUT": ["", "-1", "86401", "nan", "5m"],
+    "ALLREDUCE_JIT_FIRST_TIMEOUT": ["", "-1", "86401", "soon"],
     "ALLREDUCE_JIT_STAGING_MB": ["", "3", "1025", "32.0", "-8", "0x20", "32MB"],
 }
 

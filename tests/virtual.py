@@ -82,6 +82,7 @@ class VirtualWorld:
         names = list(self.layout.regions)
         before = sum(self.layout.regions[name].channels for name in names[: names.index(algorithm)])
         args = Args(
+            own=self.staging[rank].data_ptr(),
             slots=region.offset,
             epochs=local.data_ptr() + LocalState.CONTROL_BYTES + 4 * before,
             control=local.data_ptr(),

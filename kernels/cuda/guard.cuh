@@ -12,45 +12,45 @@
 
 constexpr u32 IN_PLACE = 1u << 15;  // in the signature for the report only: no rank depends on another's
 
+// Small, as every launch has to fetch it: a lane per peer.
 __device__ inline void guard(const Args &a) {
     const u32 lane = threadIdx.x;
-    if (lane >= WARP) return;
+    if (lane >= PEERS) return;
+    const u32 peer = source_at(lane, a.rank);
+    const u64 to = a.staging[peer] + FIELD(Header, signature) + a.rank * 16;
+    const u64 from = a.own + FIELD(Header, signature) + peer * 16;
+    const u32 tag = a.tag | u32(a.total >> 32) << 16 | (a.in == a.out ? IN_PLACE : 0);
     griddepcontrol_wait();
     // Calls count from 1: the header holds zeros at first.
     const u32 sequence = ld_relaxed_gpu_u32(a.control + FIELD(Control, sequence)) + 1;
-    const bool ok = alive(a);
+    const u32 code = ld_relaxed_sys_u32(a.own + FIELD(Header, abort));
     u32 in_flight = 0;
     if (lane == 0) in_flight = atom_add_relaxed_gpu_u32(a.control + FIELD(Control, in_flight), 1);
-    bool met = ok;
-    if (lane < PEERS && ok) {
-        const u32 peer = source_at(lane, a.rank), parity = FIELD(Header, signature) + (sequence & 1) * 8 * sizeof(Packet);
-        const u32 tag = a.tag | u32(a.total >> 32) << 16 | (a.in == a.out ? IN_PLACE : 0);
-        const Packet mine{{u32(a.total), sequence, tag, sequence}};
-        st_relaxed_sys_v2_u64(a.staging[peer] + parity + a.rank * sizeof(Packet), mine);
-        const u64 from = a.staging[a.rank] + parity + peer * sizeof(Packet);
-        Wait wait;
-        Packet theirs = ld_relaxed_sys_v2_u64(from);
-        for (u32 spins = 1; met && (theirs.w[1] != sequence || theirs.w[3] != sequence); spins++) {
-            theirs = ld_relaxed_sys_v2_u64(from);
-            if (spins % 64 == 0 && give_up(a, wait, 0, 0, 1u << lane)) met = false;
-        }
-        if (met && (theirs.w[0] != mine.w[0] || (theirs.w[2] ^ mine.w[2]) & ~IN_PLACE)) {
-            for (u32 i = 0; i < 2; i++) {
-                st_relaxed_sys_u32(a.report + FIELD(Report, mine) + 4 * i, mine.w[2 * i]);
-                st_relaxed_sys_u32(a.report + FIELD(Report, theirs) + 4 * i, theirs.w[2 * i]);
+    bool met = code == 0;
+    if (met) {
+        const u32 parity = (sequence & 1) * 8 * 16;
+        st_relaxed_sys_v2_u64(to + parity, Packet{{u32(a.total), sequence, tag, sequence}});
+        u64 since = 0;
+        Packet theirs;
+        for (u32 spins = 1;; spins++) {
+            theirs = ld_relaxed_sys_v2_u64(from + parity);
+            if (theirs.w[1] == sequence && theirs.w[3] == sequence) break;
+            if (spins % 64 == 0 && (since = keep_waiting(a, since, 0, 1u << lane)) == 0) {
+                met = false;
+                break;
             }
-            stop(a, MISMATCH, peer, 0, 0, 0);
         }
-    } else if (lane == 0 && !ok) {
-        report(a, ld_relaxed_sys_u32(a.staging[a.rank] + FIELD(Header, abort)), 0, 0, 0);
+        const bool differs = met && (theirs.w[0] != u32(a.total) || (theirs.w[2] ^ tag) & ~IN_PLACE);
+        // As signed: the last channel may have left before this thread entered.
+        if (differs || int(in_flight) > 0)
+            stop(a, differs ? MISMATCH : CONCURRENT, differs ? peer : a.rank, 0, 0);
+    } else {
+        report(a, code, 0, 0);
     }
-    // As signed: the last channel may have left before this thread entered.
-    if (lane == 0 && ok && int(in_flight) > 0) stop(a, CONCURRENT, a.rank, 0, 0, 0);
-    met = all_sync(met);
-    if (lane == 0) {
-        st_relaxed_gpu_u32(a.control + FIELD(Control, sequence), sequence);
-        if (met) st_relaxed_gpu_u32(a.control + FIELD(Control, met) + 4 * a.config, 1);
-    }
+    met = all_sync((1u << PEERS) - 1, met);
+    if (lane > 0) return;
+    st_relaxed_gpu_u32(a.control + FIELD(Control, sequence), sequence);
+    if (met) st_relaxed_gpu_u32(a.control + FIELD(Control, met) + 4 * a.config, 1);
 }
 
 // By one thread, when the last channel of the call is done.

@@ -1,6 +1,7 @@
 // One-shot push all-reduce: every rank sends its whole tensor to every peer and sums all of them.
 //
-// (WORLD_SIZE - 1) * S bytes out, one hop. WORLD_SIZE and PACKETS (of a thread) are defined by the compiler front.
+// (WORLD_SIZE - 1) * S bytes out, one hop. The compiler front defines WORLD_SIZE, PACKETS (of a thread) and
+// GUARDED (0 only to measure what guards and deadlines cost).
 // Contract: block 0 is the guard; (grid.x - 1) * block.x * PACKETS <= capacity, block.x % 32 == 0; every rank
 // passes the same numel (block and grid may differ from call to call, and between ranks).
 //
@@ -14,38 +15,41 @@
 template <class T, bool WHOLE>
 __device__ inline void one_shot(const Args &a) {
     griddepcontrol_launch_dependents();
-    if (blockIdx.x == 0) return guard(a);
-    const u32 thread = (blockIdx.x - 1) * blockDim.x + threadIdx.x, lane = thread % WARP, channel = thread / WARP;
+    if (GUARDED && blockIdx.x == 0) return guard(a);
+    const u32 thread = (blockIdx.x - GUARDED) * blockDim.x + threadIdx.x, lane = thread % WARP, channel = thread / WARP;
     const u32 first = channel * WARP * PACKETS + lane;
     const Tensor<T, WHOLE> in(a.in, a.numel), out(a.out, a.numel);
     if (first - lane >= in.packets) return;  // an idle channel, on every rank
 
+    const Slots slots(a, first);
+    const u64 epoch = a.epochs + channel * 4;
     // Before this, an earlier kernel of the stream may still be writing the input, the epoch or the slots.
     griddepcontrol_wait();
     // The loads overlap only in this order: the compiler uses the parity before it loads anything else.
     Packet own[PACKETS];
 #pragma unroll
     for (u32 k = 0; k < PACKETS; k++) own[k] = in.load(first + k * WARP);
-    const u64 epoch = a.epochs + channel * 4;
     bool ok = alive(a);
     const u32 parity = ld_relaxed_gpu_u32(epoch) & 1;
+    const u64 buffer = slots.buffer(parity);
 #pragma unroll
     for (u32 k = 0; k < PACKETS; k++)
 #pragma unroll
         for (u32 j = 0; j < PEERS; j++)
-            if (ok) push(a, target(a, j), parity, first + k * WARP, own[k]);
+            if (ok) push(slots.to[j] + buffer + k * WARP * 16, own[k]);
 #pragma unroll
     for (u32 k = 0; k < PACKETS; k++) {
+        const u64 mine = slots.mine + buffer + k * WARP * 16;
         Packet peers[PEERS], v[WORLD_SIZE];
-        ok = receive<0>(a, parity, channel, first + k * WARP, ok, peers);
+        ok = receive<0>(a, mine, slots.stride, parity, ok, peers);
         in_rank_order(peers, own[k], a.rank, v);
         out.store(first + k * WARP, sum<T>(v));
-        poison(a, parity, first + k * WARP);
+        poison(mine, slots.stride);
     }
     __syncwarp();  // every lane has read the epoch
     if (lane > 0) return;
     st_relaxed_gpu_u32(epoch, parity ^ 1);
-    if (a.last && first + WARP * PACKETS >= in.packets) leave(a);
+    if (GUARDED && a.last && first + WARP * PACKETS >= in.packets) leave(a);
 }
 
 ENTRY_ALL_DTYPES(one_shot)

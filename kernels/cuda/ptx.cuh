@@ -116,12 +116,15 @@ __device__ inline u64 globaltimer() {
     return t;
 }
 
+// The value is computed here, whatever a later branch may do with it.
+__device__ inline void materialize(u64 &value) { asm volatile("" : "+l"(value)); }
+
 __device__ inline void nanosleep(u32 ns) {
     asm volatile("nanosleep.u32 %0;" ::"r"(ns));
 }
 
-// Of a whole warp.
-__device__ inline bool all_sync(bool p) { return __all_sync(0xFFFFFFFFu, p); }
+// Of the lanes in `mask`, all of which take part.
+__device__ inline bool all_sync(u32 mask, bool p) { return __all_sync(mask, p); }
 
 // Programmatic dependent launch (sm_90 and later; before it, kernels of a stream do not overlap).
 __device__ inline void griddepcontrol_launch_dependents() {

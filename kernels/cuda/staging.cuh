@@ -20,6 +20,7 @@ constexpr u32 EMPTY = 0xFFFFFFFFu;
 // Passed by value. Only in and out differ between two calls of the same shape.
 struct Args {
     u64 staging[8];  // of each rank, as mapped in this process: a Header, then the slots
+    u64 own;         // = staging[rank]
     u64 in, out;     // the user's tensors, on this GPU, from this launch's first element on; may be equal
     u64 numel;       // of this launch
     u64 total;       // of the whole call, for the signature
@@ -47,8 +48,7 @@ struct Control {
     u32 in_flight;    // calls that entered and did not leave
     u64 deadline_ns;  // how long to wait for a peer that was met in this shape of call; 0 = for ever
     u64 grace_ns;     // the same until it is met: it may still compile, or load a model
-    u32 reported;
-    u32 reserved;
+    u32 reserved[2];
     u32 met[4096];    // per shape of call: whether all ranks have taken part in one
 };
 
@@ -57,12 +57,7 @@ constexpr u32 TIMEOUT = 1, MISMATCH = 2, CONCURRENT = 3;
 
 struct Report {
     u32 code;  // written last
-    u32 sequence;
-    u32 tag;
-    u32 buffer;
-    u32 channel;
-    u32 waited_ms;
-    u32 mine[2], theirs[2];  // signatures, if they differ
+    u32 sequence, tag, buffer, channel, waited_ms;
 };
 
 #define FIELD(type, member) reinterpret_cast<u64>(&reinterpret_cast<type *>(0)->member)
@@ -71,105 +66,114 @@ struct Report {
 __device__ inline u32 place(u32 source, u32 owner) { return source - (source > owner); }
 __device__ inline u32 source_at(u32 place, u32 owner) { return place + (place >= owner); }
 
-__device__ inline u64 slot(const Args &a, u32 owner, u32 buffer, u32 place, u32 index) {
-    return a.staging[owner] + a.slots + (u64(buffer * PEERS + place) * a.capacity + index) * 16;
-}
-
 // Peer number k, 0 <= k < PEERS: every rank and block begins with another one, so that no link is flooded.
 __device__ inline u32 target(const Args &a, u32 k) {
     u32 peer = a.rank + 1 + (k + blockIdx.x) % PEERS;
     return peer >= WORLD_SIZE ? peer - WORLD_SIZE : peer;
 }
 
+// Where a thread reads and pushes: the slots of buffer 0 at `index`. Computed before the loads return that decide
+// which buffer is next, so that nothing but an addition is left to do then.
+struct Slots {
+    u64 mine, stride;  // bytes from one place to the next
+    u64 to[PEERS];     // at target(k)
+
+    __device__ Slots(const Args &a, u32 index) : mine(a.own + a.slots + index * 16ull), stride(a.capacity * 16ull) {
+#pragma unroll
+        for (u32 k = 0; k < PEERS; k++) {
+            const u32 peer = target(a, k);
+            to[k] = a.staging[peer] + a.slots + (u64(place(a.rank, peer)) * a.capacity + index) * 16;
+            materialize(to[k]);
+        }
+        materialize(mine);
+    }
+
+    __device__ u64 buffer(u32 number) const { return number * stride * PEERS; }
+};
+
 __device__ inline bool arrived(Packet p) {
     return p.w[0] != EMPTY && p.w[1] != EMPTY && p.w[2] != EMPTY && p.w[3] != EMPTY;
 }
 
 // 0xFFFFFFFF is one fp32 NaN or two 16-bit NaNs; ...FE is NaN as well, in every dtype.
-__device__ inline void push(const Args &a, u32 to, u32 buffer, u32 index, Packet p) {
+__device__ inline void push(u64 slot, Packet p) {
 #pragma unroll
     for (u32 i = 0; i < 4; i++) p.w[i] = min(p.w[i], EMPTY - 1);
-    st_relaxed_sys_v4(slot(a, to, buffer, place(a.rank, to), index), p);
+    st_relaxed_sys_v4(slot, p);
 }
 
 // A rank that stopped waiting must stop pushing as well, now and in later kernels: it could overtake a peer
 // that is merely late and overwrite slots which that peer has not read yet. What did not arrive reads as
 // EMPTY, so the output is NaN, and the host raises.
 __device__ inline bool alive(const Args &a) {
-    return ld_relaxed_sys_u32(a.staging[a.rank] + FIELD(Header, abort)) == 0;
+    return !GUARDED || ld_relaxed_sys_u32(a.own + FIELD(Header, abort)) == 0;
 }
 
-struct Wait {
-    u64 started = 0;
-    u32 met = 0;
-};
+// The three functions below are not inlined: what never runs would stand in the way of what does, and fetching
+// instructions is a good part of a small message's time.
 
-__device__ inline void report(const Args &a, u32 code, u32 buffer, u32 channel, u64 waited_ns) {
-    if (atom_exch_relaxed_gpu_u32(a.control + FIELD(Control, reported), 1)) return;
-    st_relaxed_sys_u32(a.report + FIELD(Report, sequence), ld_relaxed_gpu_u32(a.control + FIELD(Control, sequence)));
+// Tell the host. Several threads may, one after the other: the code is the same.
+__device__ __noinline__ void report(const Args &a, u32 code, u32 buffer, u64 waited_ns) {
     st_relaxed_sys_u32(a.report + FIELD(Report, tag), a.tag);
     st_relaxed_sys_u32(a.report + FIELD(Report, buffer), buffer);
-    st_relaxed_sys_u32(a.report + FIELD(Report, channel), channel);
     st_relaxed_sys_u32(a.report + FIELD(Report, waited_ms), u32(waited_ns / 1000000));
     fence_acq_rel_sys();
     st_relaxed_sys_u32(a.report + FIELD(Report, code), code);
 }
 
 // Stop this communicator on all ranks; the first cause counts.
-__device__ inline void stop(const Args &a, u32 kind, u32 culprit, u32 buffer, u32 channel, u64 waited_ns) {
+__device__ __noinline__ void stop(const Args &a, u32 kind, u32 culprit, u32 buffer, u64 waited_ns) {
     u32 code = kind | culprit << 8 | a.rank << 16;
-    u32 before = atom_cas_relaxed_sys_u32(a.staging[a.rank] + FIELD(Header, abort), 0, code);
-    if (before == 0)
-        for (u32 j = 0; j < PEERS; j++) st_relaxed_sys_u32(a.staging[source_at(j, a.rank)] + FIELD(Header, abort), code);
-    report(a, before ? before : code, buffer, channel, waited_ns);
+    const u32 before = atom_cas_relaxed_sys_u32(a.own + FIELD(Header, abort), 0, code);
+    for (u32 j = 0; j < PEERS && before == 0; j++)
+        st_relaxed_sys_u32(a.staging[source_at(j, a.rank)] + FIELD(Header, abort), code);
+    report(a, before ? before : code, buffer, waited_ns);
 }
 
-// True when waiting is over without the packet: the communicator was stopped, or the deadline has passed and
-// this thread stops it. `missing` has a bit per place.
-__device__ inline bool give_up(const Args &a, Wait &wait, u32 buffer, u32 channel, u32 missing) {
-    u64 now = globaltimer();
-    u32 code = ld_relaxed_sys_u32(a.staging[a.rank] + FIELD(Header, abort));
-    u32 met = ld_relaxed_gpu_u32(a.control + FIELD(Control, met) + 4 * a.config);
-    if (wait.started == 0 || met != wait.met) wait.started = now;
-    wait.met = met;
+// Whether to go on waiting for a packet: returns `since`, 0 at the first call, as the next call wants it; or 0 if the
+// communicator was stopped, or the deadline has passed and this thread stops it. `missing` has a bit per place.
+__device__ __noinline__ u64 keep_waiting(const Args &a, u64 since, u32 buffer, u32 missing) {
+    const u64 now = globaltimer();
+    const u32 met = ld_relaxed_gpu_u32(a.control + FIELD(Control, met) + 4 * a.config);
+    if (since == 0 || (since & 1) != met) since = (now & ~1ull) | met;  // another limit, another start
+    const u32 code = ld_relaxed_sys_u32(a.own + FIELD(Header, abort));
     if (code) {
-        report(a, code, buffer, channel, now - wait.started);
-        return true;
+        report(a, code, buffer, now - since);
+        return 0;
     }
-    u64 limit = ld_relaxed_gpu_u64(a.control + (met ? FIELD(Control, deadline_ns) : FIELD(Control, grace_ns)));
-    if (limit == 0 || now - wait.started < limit) return false;
-    stop(a, TIMEOUT, source_at(__ffs(missing) - 1, a.rank), buffer, channel, now - wait.started);
-    return true;
+    const u64 limit = ld_relaxed_gpu_u64(a.control + (met ? FIELD(Control, deadline_ns) : FIELD(Control, grace_ns)));
+    if (limit == 0 || now < since + limit) return since;
+    stop(a, TIMEOUT, source_at(__ffs(missing) - 1, a.rank), buffer, now - since);
+    return 0;
 }
 
-// Wait for the packet of every peer, u[place]. All loads first, then all checks, so that the round trips
-// overlap. Returns whether all arrived; words that did not are EMPTY. SLEEP_NS > 0 polls less often.
+// Wait for the packet of every peer, u[place], in the slots from `first` on. All loads first, then all checks, so
+// that the round trips overlap. Returns whether all arrived; words that did not are EMPTY. SLEEP_NS > 0 polls less
+// often. `buffer` is for the report.
 template <u32 SLEEP_NS>
-__device__ inline bool receive(const Args &a, u32 buffer, u32 channel, u32 index, bool alive, Packet (&u)[PEERS]) {
+__device__ inline bool receive(const Args &a, u64 first, u64 stride, u32 buffer, bool alive, Packet (&u)[PEERS]) {
     if (!alive) {
 #pragma unroll
         for (u32 j = 0; j < PEERS; j++) u[j] = NOTHING;
         return false;
     }
-    const u64 first = slot(a, a.rank, buffer, 0, index), stride = u64(a.capacity) * 16;
 #pragma unroll
     for (u32 j = 0; j < PEERS; j++) u[j] = ld_relaxed_sys_v4(first + j * stride);
-    Wait wait;
+    u64 since = 0;
     for (u32 spins = 1;; spins++) {
         u32 missing = 0;
 #pragma unroll
         for (u32 j = 0; j < PEERS; j++) missing |= u32(!arrived(u[j])) << j;
         if (!missing) return true;
         if (SLEEP_NS) nanosleep(SLEEP_NS);
+        if (GUARDED && spins % 64 == 0 && (since = keep_waiting(a, since, buffer, missing)) == 0) return false;
 #pragma unroll
         for (u32 j = 0; j < PEERS; j++)
             if (missing >> j & 1) u[j] = ld_relaxed_sys_v4(first + j * stride);
-        if (spins % 64 == 0 && give_up(a, wait, buffer, channel, missing)) return false;
     }
 }
 
-__device__ inline void poison(const Args &a, u32 buffer, u32 index) {
-    const u64 first = slot(a, a.rank, buffer, 0, index), stride = u64(a.capacity) * 16;
+__device__ inline void poison(u64 first, u64 stride) {
 #pragma unroll
     for (u32 j = 0; j < PEERS; j++) st_relaxed_sys_v4(first + j * stride, NOTHING);
 }

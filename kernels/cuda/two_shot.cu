@@ -3,7 +3,7 @@
 // The tensor is cut into WORLD_SIZE parts of equal packets (the last ones may be short or empty); rank r
 // sums part r and sends the sum to everybody. 2 * (WORLD_SIZE - 1) / WORLD_SIZE * S bytes out, two hops;
 // a rank's own part never leaves its registers. The compiler front defines WORLD_SIZE, PACKETS (of each part a
-// thread has) and STREAM.
+// thread has), STREAM, and GUARDED (0 only to measure what guards and deadlines cost).
 // Contract: block 0 of a call's first launch is the guard; the other threads times PACKETS <= capacity,
 // block.x % 32 == 0; every rank passes the same numel (block and grid may differ from call to call, and between
 // ranks).
@@ -30,13 +30,16 @@ template <class T, bool WHOLE>
 __device__ inline void two_shot(const Args &a) {
     if (!STREAM) griddepcontrol_launch_dependents();
     const bool follows = STREAM && a.launch > 0;
-    if (!follows && blockIdx.x == 0) return guard(a);
-    const u32 thread = (blockIdx.x - !follows) * blockDim.x + threadIdx.x, lane = thread % WARP, channel = thread / WARP;
+    const bool guarded = GUARDED && !follows;
+    if (guarded && blockIdx.x == 0) return guard(a);
+    const u32 thread = (blockIdx.x - guarded) * blockDim.x + threadIdx.x, lane = thread % WARP, channel = thread / WARP;
     const u32 first = channel * WARP * PACKETS + lane;
     const Tensor<T, WHOLE> in(a.in, a.numel), out(a.out, a.numel);
     const u32 part = (in.packets + WORLD_SIZE - 1) / WORLD_SIZE;
     if (first - lane >= part) return;  // an idle channel, on every rank
 
+    const Slots slots(a, first);
+    const u64 epoch = a.epochs + channel * 4;
     // Before this, an earlier kernel of the stream may still be writing the input, the epoch or the slots. A launch
     // that follows reads an input that was complete before the call's first launch went on.
     if (!follows) griddepcontrol_wait();
@@ -49,45 +52,47 @@ __device__ inline void two_shot(const Args &a) {
 #pragma unroll
         for (u32 j = 0; j < PEERS; j++) theirs[k][j] = packet < part ? in.load(target(a, j) * part + packet) : ZEROS;
     }
-    const u64 epoch = a.epochs + channel * 4;
     bool ok = alive(a);
     const u32 parity = STREAM ? 0 : ld_relaxed_gpu_u32(epoch) & 1;
     const u32 scatter = STREAM ? a.launch % 3 : parity, gather = GATHER + (STREAM ? a.launch % 2 : 0);
+    const u64 scattered = slots.buffer(scatter), gathered = slots.buffer(gather);
 #pragma unroll
     for (u32 k = 0; k < PACKETS; k++)
 #pragma unroll
         for (u32 j = 0; j < PEERS; j++)
-            if (ok) push(a, target(a, j), scatter, first + k * WARP, theirs[k][j]);
+            if (ok) push(slots.to[j] + scattered + k * WARP * 16, theirs[k][j]);
     if (follows) griddepcontrol_wait();
 
     Packet peers[PEERS];
 #pragma unroll
     for (u32 k = 0; k < PACKETS; k++) {
         const u32 packet = first + k * WARP;
+        const u64 mine = slots.mine + scattered + k * WARP * 16;
         Packet v[WORLD_SIZE];
-        ok = receive<SLEEP_NS>(a, scatter, channel, packet, ok, peers);
+        ok = receive<SLEEP_NS>(a, mine, slots.stride, scatter, ok, peers);
         if (STREAM && k == 0) griddepcontrol_launch_dependents();
         in_rank_order(peers, own[k], a.rank, v);
         own[k] = sum<T>(v);
 #pragma unroll
         for (u32 j = 0; j < PEERS; j++)
-            if (ok) push(a, target(a, j), gather, packet, own[k]);
+            if (ok) push(slots.to[j] + gathered + k * WARP * 16, own[k]);
         if (packet < part) out.store(a.rank * part + packet, own[k]);
-        poison(a, scatter, packet);
+        poison(mine, slots.stride);
     }
 #pragma unroll
     for (u32 k = 0; k < PACKETS; k++) {
         const u32 packet = first + k * WARP;
-        ok = receive<SLEEP_NS>(a, gather, channel, packet, ok, peers);
+        const u64 mine = slots.mine + gathered + k * WARP * 16;
+        ok = receive<SLEEP_NS>(a, mine, slots.stride, gather, ok, peers);
 #pragma unroll
         for (u32 j = 0; j < PEERS; j++)
             if (packet < part) out.store(source_at(j, a.rank) * part + packet, peers[j]);
-        poison(a, gather, packet);
+        poison(mine, slots.stride);
     }
     __syncwarp();  // every lane has read the epoch
     if (lane > 0) return;
     if (!STREAM) st_relaxed_gpu_u32(epoch, parity ^ 1);
-    if (a.last && first + WARP * PACKETS >= part) leave(a);
+    if (GUARDED && a.last && first + WARP * PACKETS >= part) leave(a);
 }
 
 ENTRY_ALL_DTYPES(two_shot)

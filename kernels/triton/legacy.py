@@ -1,11 +1,11 @@
 """Push all-reduce over any memory that peers can store to: the legacy path.
 
-Nothing is asked of the link but that stores of one element (2 or 4 bytes) arrive whole: no remote atomics, no remote
-loads, no order between stores. So the data must prove its own arrival. Staging memory is poisoned with 0xFF bytes;
-an element has arrived once it differs from the all-ones *sentinel*. That pattern is a NaN: a payload that has it
-travels as its neighbour ...FE, a NaN too. The reader poisons what it has read for the next use.
+Nothing is asked of the link but that stores of one element (2 or 4 bytes; 8 for signatures) arrive whole: no remote
+atomics, no remote loads, no order between stores. So the data must prove its own arrival. Staging memory is poisoned
+with 0xFF bytes; an element has arrived once it differs from the all-ones *sentinel*. That pattern is a NaN: a payload
+that has it travels as its neighbour ...FE, a NaN too. The reader poisons what it has read for the next use.
 
-Channels and parities. Program p of a launch is channel p: it has an epoch word and bytes
+Channels and parities. Program p + 1 of a launch is channel p: it has an epoch word and bytes
 [p * BLOCK_BYTES, +BLOCK_BYTES) of every slot to itself, whatever the dtype. Each launch uses the slots of one parity
 and flips it. A slot is refilled two epochs later, which is safe because in every phase every program sends a full
 block to every peer (zeros past the end, and for empty parts too) and waits for a full block from every peer:
@@ -16,14 +16,19 @@ It leans on the boundary between launches: one stream, and *no* programmatic dep
 the peers' programs p alone. A grid may be larger than what fits on the GPU at once, as blocks start in the order of
 their index (an assumption: docs/protocol.md).
 
-Failure. A wait that outlasts its deadline, or finds the poison flag set, ends. Its program runs on to the end but
-pushes no more, nor does any later launch: a rank that no longer waits could overtake its peers, and they would read
-two epochs mixed. They run into their own deadlines instead. What such a program writes to `out` is NaN throughout.
+Program 0 is the launch's guard; the header, the control block and the report, and what they are for, are those of
+kernels/cuda/staging.cuh and guard.cuh. Every launch of a call signs for itself, with the number of elements of the
+whole call. It takes no longer than the programs beside it, so it costs no latency.
+
+Failure. A wait ends when its deadline passes or the abort word of this rank's header is set, by a peer, by the host
+or by another program. Then this rank stops its peers too. Its programs run on to the end but push no more, nor do
+those of any later launch: a rank that no longer waits could overtake its peers, and they would read two epochs mixed.
+What such a program writes to `out` is NaN throughout.
 
 Numbers. fp32 sum in rank order 0..WORLD-1, begun with rank 0's value (so -0 + -0 = -0), rounded once. The own
 addend takes its place in that order in its encoded form, so all ranks add the same bits.
 
-Addresses are plain int64 values. Staging regions, `capacity` and `part` in bytes are multiples of 16.
+Addresses are plain int64 values. Slots, `capacity` and `part` in bytes are multiples of 16.
 """
 
 import triton
@@ -33,19 +38,34 @@ BLOCK_BYTES = 2048  # what one program sends to one peer in one phase: 16 bytes 
 NUM_WARPS = 4
 MAX_REGISTERS = 168  # compile option `maxnreg`: left to itself ptxas spills a register or two in a few variants
 
+_THREADS = tl.constexpr(32 * NUM_WARPS)
 _CHECK_EVERY = tl.constexpr(64)  # looks at the staging memory between two looks at the clock
-_ONE_SHOT, _TWO_SHOT = tl.constexpr(3), tl.constexpr(4)  # algorithms, as reports name them
+_SIGNATURES, _RANKS, _SIGNATURE = tl.constexpr(256), tl.constexpr(8), tl.constexpr(16)  # Header.signature, in bytes
+_IN_PLACE = tl.constexpr(1 << 15)  # in a signature for the report only: no rank depends on another's
+
+# int32 words of Control, of its deadlines as int64, and of Report.
+_SEQUENCE, _IN_FLIGHT, _REPORTED, _MET = tl.constexpr(0), tl.constexpr(1), tl.constexpr(6), tl.constexpr(8)
+_DEADLINE, _GRACE = tl.constexpr(1), tl.constexpr(2)
+_MINE, _THEIRS = tl.constexpr(6), tl.constexpr(8)
+
+_TIMEOUT, _MISMATCH, _CONCURRENT = tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)  # failure.Kind
+_LATE, _STOPPED = tl.constexpr(1), tl.constexpr(2)  # bits of `stop`: this wait is over, this rank is stopped
 
 _ARGUMENTS = {
     "table": "i64",
+    "staging": "i64",
     "x": "i64",
     "out": "i64",
     "epoch": "i64",
     "control": "i64",
     "report": "i64",
     "numel": "i64",
-    "rank": "i32",
+    "total": "i64",
+    "slots": "i64",
     "capacity": "i64",
+    "rank": "i32",
+    "tag": "i32",
+    "config": "i32",
 }
 _CONSTANTS = ("WORLD", "DTYPE", "BLOCK", "VECTOR", "INTERPRET")
 
@@ -62,53 +82,65 @@ def signature(kernel_name: str) -> dict[str, str]:
 
 @triton.jit
 def legacy_one_shot(
-    table,  # address of int64[WORLD]: each rank's staging region as mapped in this process
+    table,  # address of int64[WORLD]: each rank's staging memory as mapped in this process
+    staging,  # this rank's: known without a load, on which the first push would wait
     x,  # address of the input
     out,  # address of the output; may equal x
-    epoch,  # address of int32[grid]: the parity of each channel, local, zero at first
-    control,  # address of the local control block: int32 poison flag, int64 at byte 8 deadline in ns (0: none)
-    report,  # address of int32[8]: {1 once valid, source waited for, 3 one-shot or 4 two-shot, phase 1 or 2}
+    epoch,  # address of int32[grid - 1]: the parity of each channel, local, zero at first
+    control,  # address of Control, local
+    report,  # address of Report, host memory
     numel,  # elements of x and out
+    total,  # elements of the call that this launch is part of
+    slots,  # offset of this algorithm's slots in the staging memory
+    capacity,  # bytes of one slot, at least (grid - 1) * BLOCK_BYTES
     rank,
-    capacity,  # bytes of one slot, at least grid * BLOCK_BYTES
+    tag,  # dtype and algorithm, for the signature
+    config,  # which flag of Control.met belongs to calls of this shape
     WORLD: tl.constexpr,  # ranks, 2 to 8
     DTYPE: tl.constexpr,  # tl.float32, tl.float16 or tl.bfloat16
     BLOCK: tl.constexpr,  # elements in BLOCK_BYTES
     VECTOR: tl.constexpr,  # x and out are 16-byte aligned and numel * itemsize is a multiple of 16
-    INTERPRET: tl.constexpr,  # run by Triton's interpreter: no clock, the deadline counts looks
+    INTERPRET: tl.constexpr,  # run by Triton's interpreter: no clock, a look takes a millisecond
 ):
     """out = sum of all ranks' x. Every rank sends all of its x to every peer.
 
-    Launch: grid = ceil(numel / BLOCK), the same numel, DTYPE and order of launches on all ranks.
-    Staging: slot (parity, source) at byte (parity * WORLD + source) * capacity.
+    Launch: grid = 1 + ceil(numel / BLOCK), the same numel, DTYPE and order of launches on all ranks.
+    Staging: slot (parity, source) at byte slots + (parity * WORLD + source) * capacity.
     """
-    WORD: tl.constexpr = tl.int32 if DTYPE == tl.float32 else tl.int16
-    channel = tl.program_id(0).to(tl.int64)
-    parity = tl.load(_words(epoch, channel, tl.int32))
-    stop = tl.load(_words(control, 0, tl.int32), volatile=True)
-    slots = parity.to(tl.int64) * WORLD * capacity
+    link = (table, staging, control, report, rank, tag, config)
+    if tl.program_id(0) == 0:
+        _guard(link, total, x == out, WORLD, INTERPRET)
+    else:
+        WORD: tl.constexpr = tl.int32 if DTYPE == tl.float32 else tl.int16
+        channel = tl.program_id(0).to(tl.int64) - 1
+        parity = tl.load(_words(epoch, channel, tl.int32))
+        stop = _stopped(staging)
 
-    regions = _regions(table, rank, WORLD)
-    mine = _read(x, channel, numel, WORD, BLOCK, VECTOR)
-    for step in tl.static_range(1, WORLD):
-        _push(regions[step], slots + rank * capacity, channel, mine, stop, WORD, BLOCK)
-    blocks, stop = _receive(regions[0], slots, channel, mine, rank, capacity, stop, control, report, _ONE_SHOT, 1,
-                            WORLD, WORD, BLOCK, INTERPRET)
-    _write(out, channel, numel, _sum(blocks, WORLD, DTYPE, WORD), stop, WORD, BLOCK, VECTOR)
-    _flip(epoch, channel, parity)
+        peers = _peers(table, rank, WORLD)
+        mine = _read(x, channel, numel, WORD, BLOCK, VECTOR)
+        for step in tl.static_range(1, WORLD):
+            _push(peers[step - 1] + slots, parity * WORLD + rank, capacity, channel, mine, stop, WORD, BLOCK)
+        blocks, stop = _receive(link, slots, parity, capacity, channel, mine, stop, WORLD, WORD, BLOCK, INTERPRET)
+        _write(out, channel, numel, _sum(blocks, WORLD, DTYPE, WORD), stop, WORD, BLOCK, VECTOR)
+        _leave(epoch, control, channel, parity)
 
 
 @triton.jit
 def legacy_two_shot(
     table,
+    staging,
     x,
     out,
     epoch,
     control,
     report,
     numel,
-    rank,
+    total,
+    slots,
     capacity,  # bytes of one slot, at least part * itemsize
+    rank,
+    tag,
+    config,
     part,  # elements of one rank's part: ceil(numel / WORLD) rounded up to BLOCK
     WORLD: tl.constexpr,
     DTYPE: tl.constexpr,
@@ -118,35 +150,109 @@ def legacy_two_shot(
 ):
     """out = sum of all ranks' x: reduce-scatter, then all-gather. Arguments as in legacy_one_shot.
 
-    Rank k sums elements [k * part, (k + 1) * part) of those that exist; program p does block p of every part.
-    Launch: grid = part / BLOCK, the same numel, DTYPE and order of launches on all ranks.
-    Staging: slot (phase, parity, source) at byte ((phase * 2 + parity) * WORLD + source) * capacity, phase 0 or 1.
+    Rank k sums elements [k * part, (k + 1) * part) of those that exist; channel p does block p of every part.
+    Launch: grid = 1 + part / BLOCK, the same numel, DTYPE and order of launches on all ranks.
+    Staging: slot (buffer, source) at byte slots + (buffer * WORLD + source) * capacity; buffers 0 and 1 are those of
+    scatter, by parity, 2 and 3 those of gather.
     """
-    WORD: tl.constexpr = tl.int32 if DTYPE == tl.float32 else tl.int16
-    channel = tl.program_id(0).to(tl.int64)
-    parity = tl.load(_words(epoch, channel, tl.int32))
-    stop = tl.load(_words(control, 0, tl.int32), volatile=True)
-    scatter = parity.to(tl.int64) * WORLD * capacity
-    gather = scatter + 2 * WORLD * capacity
-    stride = part // BLOCK  # blocks from one part to the next
+    link = (table, staging, control, report, rank, tag, config)
+    if tl.program_id(0) == 0:
+        _guard(link, total, x == out, WORLD, INTERPRET)
+    else:
+        WORD: tl.constexpr = tl.int32 if DTYPE == tl.float32 else tl.int16
+        channel = tl.program_id(0).to(tl.int64) - 1
+        parity = tl.load(_words(epoch, channel, tl.int32))
+        stop = _stopped(staging)
+        gather = 2 + parity
+        stride = part // BLOCK  # blocks from one part to the next
 
-    regions = _regions(table, rank, WORLD)
-    parts = ()
-    for step in tl.static_range(WORLD):
-        parts = parts + (_read(x, (rank + step) % WORLD * stride + channel, numel, WORD, BLOCK, VECTOR),)
-    for step in tl.static_range(1, WORLD):
-        _push(regions[step], scatter + rank * capacity, channel, parts[step], stop, WORD, BLOCK)
-    addends, stop = _receive(regions[0], scatter, channel, parts[0], rank, capacity, stop, control, report, _TWO_SHOT, 1,
-                             WORLD, WORD, BLOCK, INTERPRET)
+        peers = _peers(table, rank, WORLD)
+        parts = ()
+        for step in tl.static_range(WORLD):
+            parts = parts + (_read(x, (rank + step) % WORLD * stride + channel, numel, WORD, BLOCK, VECTOR),)
+        for step in tl.static_range(1, WORLD):
+            _push(peers[step - 1] + slots, parity * WORLD + rank, capacity, channel, parts[step], stop, WORD, BLOCK)
+        addends, stop = _receive(link, slots, parity, capacity, channel, parts[0], stop, WORLD, WORD, BLOCK, INTERPRET)
 
-    reduced = _sum(addends, WORLD, DTYPE, WORD)
-    for step in tl.static_range(1, WORLD):
-        _push(regions[step], gather + rank * capacity, channel, reduced, stop, WORD, BLOCK)
-    blocks, stop = _receive(regions[0], gather, channel, reduced, rank, capacity, stop, control, report, _TWO_SHOT, 2,
-                            WORLD, WORD, BLOCK, INTERPRET)
-    for source in tl.static_range(WORLD):
-        _write(out, source * stride + channel, numel, blocks[source], stop, WORD, BLOCK, VECTOR)
-    _flip(epoch, channel, parity)
+        reduced = _sum(addends, WORLD, DTYPE, WORD)
+        for step in tl.static_range(1, WORLD):
+            _push(peers[step - 1] + slots, gather * WORLD + rank, capacity, channel, reduced, stop, WORD, BLOCK)
+        blocks, stop = _receive(link, slots, gather, capacity, channel, reduced, stop, WORLD, WORD, BLOCK, INTERPRET)
+        for source in tl.static_range(WORLD):
+            _write(out, source * stride + channel, numel, blocks[source], stop, WORD, BLOCK, VECTOR)
+        _leave(epoch, control, channel, parity)
+
+
+@triton.jit
+def _guard(link, total, in_place, WORLD: tl.constexpr, INTERPRET: tl.constexpr):
+    """Signs this launch at every peer, compares theirs, and looks for another launch in flight.
+
+    Each thread reads for itself: of all words as they are when the reductions put them together, see _look.
+    """
+    table, staging, control, report, rank, tag, config = link
+    threads = tl.arange(0, _THREADS)
+    sources = threads % _RANKS
+    others = (sources < WORLD) & (sources != rank)
+    regions = tl.load(_words(table, sources, tl.int64), mask=others, other=0)
+    stop = _stopped(staging)
+    sequence = tl.load(_words(control, _SEQUENCE, tl.int32)) + 1  # from 1: the header holds zeros at first
+    number = sequence.to(tl.int64) << 32
+    total = total.to(tl.int64)
+    first = number | (total & 0xFFFFFFFF)
+    second = number | tag | tl.where(in_place, _IN_PLACE, 0) | ((total >> 32) << 16)
+    parity = _SIGNATURES + (sequence & 1) * _RANKS * _SIGNATURE
+    theirs = _words(regions + parity, rank * 2, tl.int64)
+    signing = others & (threads < _RANKS) & (stop == 0)
+    tl.store(theirs, first, mask=signing, cache_modifier=".wt")
+    tl.store(theirs + 1, second, mask=signing, cache_modifier=".wt")
+
+    in_flight = tl.atomic_add(_words(control, _IN_FLIGHT, tl.int32), 1, sem="relaxed")
+    # Behind the atomic's barrier: every thread has read the number before.
+    tl.store(_words(control, _SEQUENCE, tl.int32), sequence, cache_modifier=".wt")
+
+    low, high, verdict = _hear(staging + parity, sources, others, first, second, stop)
+    looks = 0
+    wait = _begin()
+    while (verdict > 3) & (verdict % 4 == 0):
+        looks += 1
+        if looks % _CHECK_EVERY == 0:
+            wait, stop = _check(link, wait, stop, looks, INTERPRET)
+        low, high, verdict = _hear(staging + parity, sources, others, first, second, stop)
+    came = verdict < 2
+    differ = (low != first) | (((high ^ second) & ~_IN_PLACE) != 0)
+    other = tl.max(tl.where(differ, 1 + sources, 0)) - 1
+    # Signed: the last program of this launch may have left before this one entered.
+    misused = tl.where(other >= 0, _MISMATCH, tl.where(in_flight > 0, _CONCURRENT, 0))
+    kind = tl.where(came, misused, _TIMEOUT)
+    if kind == _MISMATCH:
+        words = _words(report, 0, tl.int32)
+        _store_halves(words + _MINE, first, second)
+        _store_halves(words + _THEIRS, tl.sum(tl.where(threads == other, low, 0)),
+                      tl.sum(tl.where(threads == other, high, 0)))
+    if kind != 0:
+        blamed = tl.where(came, tl.where(other >= 0, other, rank), verdict // 4 - 1)
+        _fail(link, kind, blamed, 0, 0, wait, looks, WORLD, INTERPRET)
+    if came:
+        tl.store(_words(control, _MET + config, tl.int32), 1, cache_modifier=".wt")
+
+
+@triton.jit
+def _hear(signatures, sources, others, first, second, stop):
+    """Loads the signatures of all sources, this rank's own being (first, second): (their halves, verdict of _look).
+
+    The upper half of each is the sequence number, so that it proves its own arrival.
+    """
+    words = _words(signatures, sources * 2, tl.int64)
+    low = tl.load(words, mask=others, other=first, volatile=True)
+    high = tl.load(words + 1, mask=others, other=second, volatile=True)
+    late = (low >> 32 != first >> 32) | (high >> 32 != first >> 32)
+    return low, high, tl.max(4 * tl.where(late, 1 + sources, 0) + stop)
+
+
+@triton.jit
+def _store_halves(words, first, second):
+    tl.store(words, first)
+    tl.store(words + 1, second)
 
 
 @triton.jit
@@ -156,22 +262,29 @@ def _words(address, first, WORD: tl.constexpr):
 
 
 @triton.jit
-def _staging(region, slot, channel, WORD: tl.constexpr, BLOCK: tl.constexpr):
-    """Pointers to this channel's block of the slot at byte `slot` of a staging region: 16-byte aligned."""
-    pointers = (region + slot).to(tl.pointer_type(WORD)) + (channel * BLOCK + tl.arange(0, BLOCK))
+def _slot(slots, index, capacity, channel, WORD: tl.constexpr, BLOCK: tl.constexpr):
+    """Pointers to this channel's block of slot number `index` of those at an address: 16-byte aligned."""
+    first = slots + index.to(tl.int64) * capacity
+    pointers = first.to(tl.pointer_type(WORD)) + (channel * BLOCK + tl.arange(0, BLOCK))
     return tl.multiple_of(tl.max_contiguous(pointers, BLOCK), 16)
 
 
 @triton.jit
-def _regions(table, rank, WORLD: tl.constexpr):
-    """Staging regions of this rank, the next one, and so on round the ring.
+def _peers(table, rank, WORLD: tl.constexpr):
+    """Staging memory of the next rank, the one after, and so on round the ring.
 
     Loaded before the first push: a load placed after one is issued after it, and every push would wait for its own.
     """
     regions = ()
-    for step in tl.static_range(WORLD):
+    for step in tl.static_range(1, WORLD):
         regions = regions + (tl.load(_words(table, (rank + step) % WORLD, tl.int64)),)
     return regions
+
+
+@triton.jit
+def _stopped(staging):
+    """_STOPPED if this rank's abort word is set, as this thread sees it, else 0."""
+    return tl.where(tl.load(_words(staging, 0, tl.int32), volatile=True) != 0, _STOPPED, 0)
 
 
 @triton.jit
@@ -207,94 +320,121 @@ def _write(out, block, numel, bits, stop, WORD: tl.constexpr, BLOCK: tl.constexp
 
 
 @triton.jit
-def _push(region, slot, channel, bits, stop, WORD: tl.constexpr, BLOCK: tl.constexpr):
-    """Stores a block into a peer's staging region, all of it, unless this rank has stopped waiting for others.
+def _push(slots, index, capacity, channel, bits, stop, WORD: tl.constexpr, BLOCK: tl.constexpr):
+    """Stores a block into a peer's slot, all of it, unless this rank has stopped waiting for others.
 
     `.wt` compiles to st.wt = a relaxed store of system scope; nothing orders it, and nothing needs to.
     """
-    pointers = _staging(region, slot, channel, WORD, BLOCK)
+    pointers = _slot(slots, index, capacity, channel, WORD, BLOCK)
     tl.store(pointers, bits, mask=stop == 0, cache_modifier=".wt")
 
 
 @triton.jit
-def _look(region, slots, channel, mine, rank, capacity, stop,
+def _look(slots, buffer, capacity, channel, mine, rank, stop,
           WORLD: tl.constexpr, WORD: tl.constexpr, BLOCK: tl.constexpr):
     """Loads the blocks of all sources at once: (blocks in rank order, verdict).
 
-    verdict = 2 * (1 + highest source with an element missing, or 0 if none is) + stop.
-    `stop` comes from a clock and a flag that each thread reads for itself, so threads may differ. They may not differ
+    verdict = 4 * (1 + highest source with an element missing, or 0 if none is) + stop.
+    `stop` comes from a clock and a word that each thread reads for itself, so threads may differ. They may not differ
     in leaving a loop with barriers in it: all control flow hangs on the verdict, which the reduction makes one value.
     Where only threads whose elements are not the latest have seen the stop, it takes effect at the next check.
     """
     late = tl.zeros([BLOCK], tl.int32)
     blocks = ()
     for source in tl.static_range(WORLD):
-        pointers = _staging(region, slots + source * capacity, channel, WORD, BLOCK)
+        pointers = _slot(slots, buffer * WORLD + source, capacity, channel, WORD, BLOCK)
         bits = tl.load(pointers, mask=source != rank, other=mine, volatile=True)
         late = tl.where(bits == -1, 1 + source, late)
         blocks = blocks + (bits,)
-    return blocks, tl.max(2 * late + stop)
+    return blocks, tl.max(4 * late + stop)
 
 
 @triton.jit
-def _receive(region, slots, channel, mine, rank, capacity, stop, control, report,
-             ALGORITHM: tl.constexpr, PHASE: tl.constexpr,
+def _receive(link, slots, buffer, capacity, channel, mine, stop,
              WORLD: tl.constexpr, WORD: tl.constexpr, BLOCK: tl.constexpr, INTERPRET: tl.constexpr):
     """Waits for this channel's block from every source and poisons the slots again: (blocks, stop).
 
-    blocks[rank] is `mine`. On return with stop = 0 no element is missing.
+    blocks[rank] is `mine`. On return with stop = 0 no element is missing; what arrived as time ran out counts.
     The barriers of the reduction also order this program's reads before its later writes: of the epoch word before
     its flip, of x before out where these are one, of the staging by one thread before its poisoning by another.
     """
-    blocks, verdict = _look(region, slots, channel, mine, rank, capacity, stop, WORLD, WORD, BLOCK)
-    began = _clock(0, INTERPRET)
+    table, staging, control, report, rank, tag, config = link
+    own = staging + slots
+    blocks, verdict = _look(own, buffer, capacity, channel, mine, rank, stop, WORLD, WORD, BLOCK)
     looks = 0
-    while (verdict > 1) & (verdict % 2 == 0):
+    wait = _begin()
+    while (verdict > 3) & (verdict % 4 == 0):
         looks += 1
         if looks % _CHECK_EVERY == 0:
-            stop |= _over(control, _clock(looks, INTERPRET) - began)
-        blocks, verdict = _look(region, slots, channel, mine, rank, capacity, stop, WORLD, WORD, BLOCK)
+            wait, stop = _check(link, wait, stop, looks, INTERPRET)
+        blocks, verdict = _look(own, buffer, capacity, channel, mine, rank, stop, WORLD, WORD, BLOCK)
+    stop &= _STOPPED
     if verdict > 1:
-        stop |= 1
-        _fail(control, report, verdict // 2 - 1, ALGORITHM, PHASE, INTERPRET)
+        stop |= _STOPPED
+        # Of a stop that others caused, too: the host must not take what is written now for a result.
+        _fail(link, _TIMEOUT, verdict // 4 - 1, buffer, channel, wait, looks, WORLD, INTERPRET)
     for source in tl.static_range(WORLD):
-        pointers = _staging(region, slots + source * capacity, channel, WORD, BLOCK)
+        pointers = _slot(own, buffer * WORLD + source, capacity, channel, WORD, BLOCK)
         tl.store(pointers, tl.full([BLOCK], -1, WORD), mask=source != rank)
     return blocks, stop
 
 
 @triton.jit
-def _over(control, elapsed):
-    """1 if this rank is poisoned or the wait has used up its budget, as this thread sees it."""
-    poison = tl.load(_words(control, 0, tl.int32), volatile=True)
-    deadline = tl.load(_words(control, 1, tl.int64), volatile=True)
-    return poison | ((deadline != 0) & (elapsed > deadline)).to(tl.int32)
+def _begin():
+    """A wait: (when its clock was started, Control.met at that time)."""
+    return tl.full([], 0, tl.int64), tl.full([], 0, tl.int32)
+
+
+@triton.jit
+def _check(link, wait, stop, looks, INTERPRET: tl.constexpr):
+    """(wait, stop) as this thread sees them now. The clock starts afresh when all ranks have come to this launch."""
+    table, staging, control, report, rank, tag, config = link
+    began, met_before = wait
+    now = _clock(looks, INTERPRET)
+    met = tl.load(_words(control, _MET + config, tl.int32), volatile=True)
+    limit = tl.load(_words(control, tl.where(met != 0, _DEADLINE, _GRACE), tl.int64), volatile=True)
+    began = tl.where((began == 0) | (met != met_before), now, began)
+    late = (limit != 0) & (now - began >= limit)
+    return (began, met), stop | _stopped(staging) | tl.where(late, _LATE, 0)
 
 
 @triton.jit
 def _clock(looks, INTERPRET: tl.constexpr):
+    """ns"""
     if INTERPRET:
-        return looks
+        return tl.full([], 1000000, tl.int64) * looks
     else:
         return tl.extra.cuda.globaltimer()
 
 
 @triton.jit
-def _fail(control, report, source, ALGORITHM: tl.constexpr, PHASE: tl.constexpr, INTERPRET: tl.constexpr):
-    """Poisons this rank; the first program to do so tells the host why.
+def _fail(link, kind, culprit, buffer, channel, wait, looks, WORLD: tl.constexpr, INTERPRET: tl.constexpr):
+    """Stops all ranks, unless this one is stopped already; the first program to come here tells the host.
 
-    The exchange is local. One thread makes all of these stores; report[0] must reach the host after the rest.
+    No atomics but on local memory. One thread makes all of the scalar stores; the code must reach the host after the
+    rest, and what the report says of a mismatch was written before the exchange, which releases it.
     """
-    if tl.atomic_xchg(_words(control, 0, tl.int32), 1, sem="relaxed") == 0:
+    table, staging, control, report, rank, tag, config = link
+    code = kind | (culprit << 8) | (rank << 16)
+    before = tl.atomic_cas(_words(staging, 0, tl.int32), 0, code, sem="acq_rel", scope="sys")
+    if before == 0:
+        for step in tl.static_range(1, WORLD):
+            peer = tl.load(_words(table, (rank + step) % WORLD, tl.int64))
+            tl.store(_words(peer, 0, tl.int32), code, cache_modifier=".wt")
+    if tl.atomic_xchg(_words(control, _REPORTED, tl.int32), 1, sem="acq_rel") == 0:
+        began, met = wait
+        waited = tl.where(began == 0, 0, _clock(looks, INTERPRET) - began)
         words = _words(report, 0, tl.int32)
-        tl.store(words + 1, source)
-        tl.store(words + 2, ALGORITHM)
-        tl.store(words + 3, PHASE)
-        valid = 1
+        tl.store(words + 1, tl.load(_words(control, _SEQUENCE, tl.int32), volatile=True))
+        tl.store(words + 2, tag)
+        tl.store(words + 3, buffer)
+        tl.store(words + 4, channel)
+        tl.store(words + 5, waited // 1000000)
+        code = tl.where(before == 0, code, before)
         if not INTERPRET:
-            valid = tl.inline_asm_elementwise("fence.acq_rel.sys; mov.b32 $0, 1;", "=r,r", [source], dtype=tl.int32,
-                                              is_pure=False, pack=1)
-        tl.store(words, valid)
+            code = tl.inline_asm_elementwise("fence.acq_rel.sys; mov.b32 $0, $1;", "=r,r", [code], dtype=tl.int32,
+                                             is_pure=False, pack=1)
+        tl.store(words, code, cache_modifier=".wt")
 
 
 @triton.jit
@@ -307,5 +447,8 @@ def _sum(blocks, WORLD: tl.constexpr, DTYPE: tl.constexpr, WORD: tl.constexpr):
 
 
 @triton.jit
-def _flip(epoch, channel, parity):
+def _leave(epoch, control, channel, parity):
+    """The end of every channel; the last one says that the launch is over."""
     tl.store(_words(epoch, channel, tl.int32), parity ^ 1)
+    if channel + 2 == tl.num_programs(0):
+        tl.atomic_add(_words(control, _IN_FLIGHT, tl.int32), -1, sem="relaxed")

@@ -1,0 +1,137 @@
+"""V2's engine without a GPU: the launches of a call, which flag a shape of call has, and what kernels are given."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("cuda.bindings.driver")
+
+from allreduce_jit import v2
+from allreduce_jit.engine import MAX_SHAPES, EngineConfig
+from allreduce_jit.kernel import ITEMSIZE, V2_ALGORITHMS, entry, v2_algorithms
+from allreduce_jit.plan import PACKET, Plan, v2_shape
+from allreduce_jit.settings import Settings
+from allreduce_jit.v2 import V2Engine, launches
+
+
+class FakeLaunch:
+    """Notes in ``fired`` what the driver would be handed."""
+
+    fired: list[SimpleNamespace] = []
+
+    def __init__(self, kernel, arguments, grid, block, pdl):
+        (self.args,), self.kernel, self.grid, self.block, self.pdl = arguments, kernel, grid, block, pdl
+
+    def __call__(self, stream):
+        values = {name: getattr(self.args, name) for name, _ in v2.Args._fields_ if name != "staging"}
+        about = {"kernel": self.kernel, "grid": self.grid, "block": self.block, "stream": stream}
+        FakeLaunch.fired.append(SimpleNamespace(**about, **values))
+
+
+@pytest.fixture(params=[2, 4])
+def engine(request, monkeypatch):
+    n = request.param
+    monkeypatch.setattr(v2, "Launch", FakeLaunch)
+    FakeLaunch.fired = []
+    one = V2Engine(EngineConfig(1, n, torch.device("cuda", 1), "sm_90", True, False, Settings(staging_mb=4)))
+    epochs = {name: 100 + i for i, name in enumerate(one.layout.regions)}
+    one.state = SimpleNamespace(epochs=epochs, control=13, report=14)
+    one.memory = SimpleNamespace(addresses=[1000 * (rank + 1) for rank in range(n)])
+    names = [entry(name, dtype, n, whole) for name in v2_algorithms(n) for dtype in ITEMSIZE for whole in (True, False)]
+    one._kernels = {name: name for name in names}
+    return one
+
+
+def tensor(numel, dtype, address):
+    return SimpleNamespace(numel=lambda: numel, dtype=dtype, data_ptr=lambda: address)
+
+
+def launched(engine, numel, dtype=torch.bfloat16, source=1 << 40, target=1 << 41):
+    FakeLaunch.fired = []
+    engine._launch(tensor(numel, dtype, source), tensor(numel, dtype, target), 7)
+    return FakeLaunch.fired
+
+
+@pytest.mark.parametrize(("algorithm", "chunk", "numel", "found"), [
+    # 8 bf16 elements a packet; a block of 64 threads and the guard's
+    ("one_shot", 512, 512, [(0, 512, 2)]),
+    ("one_shot", 513, 513, [(0, 513, 3)]),
+    ("one_shot", 512, 1025, [(0, 512, 2), (512, 512, 2), (1024, 1, 2)]),
+    ("one_shot_wide", 4096, 2049, [(0, 2049, 3)]),
+    ("two_shot", 2048, 2056, [(0, 2048, 2), (2048, 8, 2)]),
+    ("two_shot_wide2", 4096, 4096, [(0, 4096, 2)]),
+    ("two_shot_stream", 2048, 4104, [(0, 2048, 2), (2048, 2048, 1), (4096, 8, 1)]),  # one guard for all of them
+])  # fmt: skip
+def test_launches(algorithm, chunk, numel, found):
+    pieces = launches(Plan("v2", algorithm, 0, 64, chunk), numel, "bfloat16", 4)
+    assert [tuple(piece[:3]) for piece in pieces] == found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("numel", [1, 5000, 1 << 20, (1 << 22) + 3, 1 << 25])
+def test_kernels_are_given_their_part(engine, numel, dtype):
+    fired = launched(engine, numel, dtype)
+    name = str(dtype).removeprefix("torch.")
+    plan = engine.plan(numel, name)
+    region, itemsize, done = engine.layout.regions[plan.algorithm], dtype.itemsize, 0
+    whole = numel * itemsize % PACKET == 0
+    assert {one.kernel for one in fired} == {entry(plan.algorithm, name, engine.config.world_size, whole)}
+    for one in fired:
+        assert (one.input, one.output) == ((1 << 40) + done * itemsize, (1 << 41) + done * itemsize)
+        assert (one.slots, one.capacity, one.rank, one.block) == (region.offset, region.capacity, 1, plan.block)
+        assert one.own == 2000  # rank 1's
+        assert (one.total, one.epochs) == (numel, engine.state.epochs[plan.algorithm])
+        assert (one.stream, one.control, one.report) == (7, 13, 14)
+        done += one.numel
+    assert done == numel
+
+
+@pytest.mark.parametrize("numel", [1, 5000, (1 << 23) + 8, 1 << 25])
+def test_the_guard_sees_calls_enter_and_leave(engine, numel):
+    """What enters with a guard leaves before the next one: else the guard takes two launches for two calls."""
+    fired, n = launched(engine, numel), engine.config.world_size
+    plan = engine.plan(numel, "bfloat16")
+    parts, inside = 1 if "one_shot" in plan.algorithm else n, 0
+    for one in fired:
+        moving = -(-one.numel * 2 // (PACKET * parts * plan.block * V2_ALGORITHMS[plan.algorithm].packets))
+        guarded = one.grid - moving
+        assert guarded == (not V2_ALGORITHMS[plan.algorithm].stream or one.launch == 0)
+        if guarded:
+            assert inside == 0
+            inside += 1
+        inside -= one.last
+    assert inside == 0
+
+
+def test_tensors_off_a_packets_border_take_the_ragged_kernel(engine):
+    for source, target in ((2, 0), (0, 8)):
+        fired = launched(engine, 1 << 16, source=(1 << 40) + source, target=(1 << 41) + target)
+        assert fired and all(one.kernel.endswith("_ragged") for one in fired)
+    assert not any(one.kernel.endswith("_ragged") for one in launched(engine, 1 << 16))
+
+
+def test_explicit_plans_have_the_flag_of_no_shape(engine):
+    plan = v2_shape("one_shot", 32, engine.config.world_size, "bfloat16", 999, engine.layout)
+    step = engine._step(plan, 999, torch.bfloat16, config=0)
+    assert {launch.args.config for launch, *_ in step.ragged} == {0}
+    assert min(one.config for one in launched(engine, 1)) == 1
+
+
+def test_flags_of_shapes_stay_apart_and_inside_control(engine):
+    """More shapes than flags: they are handed out anew, and no two shapes that are remembered share one."""
+    live = {}
+    for numel in range(1, 3 * MAX_SHAPES):
+        (config,) = {one.config for one in launched(engine, numel)}
+        assert 1 <= config < MAX_SHAPES
+        if len(engine._steps) < len(live):
+            live.clear()
+        assert config not in live.values()
+        live[numel] = config
+        assert len(engine._steps) == len(live) < MAX_SHAPES
+    (again,) = {one.config for one in launched(engine, numel)}
+    assert again == live[numel]  # the same shape, the same flag
+    other = launched(engine, numel, torch.float16)[0].config
+    assert other not in live.values()
