@@ -24,13 +24,20 @@ from allreduce_jit import compiler
 from allreduce_jit.cache import KernelCache
 from allreduce_jit.compiler import build
 from allreduce_jit.errors import CompileError
-from allreduce_jit.kernel import ALGORITHMS, DTYPES, WORLD_SIZES, catalogue, cuda_module, triton_module
+from allreduce_jit.kernel import (
+    DTYPES,
+    ITEMSIZE,
+    V2_ALGORITHMS,
+    WORLD_SIZES,
+    catalogue,
+    cuda_module,
+    entry,
+    triton_module,
+)
 
 ARCHS = ("sm_80", "sm_90", "sm_100")
 REGISTERS = 65536  # of a multiprocessor, on all of these
 PARAMETERS_AT = {"sm_80": 352, "sm_90": 528, "sm_100": 896}  # in constant bank 0
-PHASES = {"one_shot": 1, "two_shot": 2}
-RESIDENT = {n: 1024 if n <= 4 else 512 for n in WORLD_SIZES}  # threads of a multiprocessor: __launch_bounds__ in entry.cuh
 
 
 def available(language):
@@ -109,42 +116,74 @@ def opcodes(tmp_path, artifact):
 @needs_nvrtc
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
-def test_v2_compiles(compiled, tmp_path, world_size, arch):
-    from allreduce_jit.v2 import Args
-
-    specs = catalogue("v2", world_size)
-    assert len(specs) == len(ALGORITHMS)
+def test_v2(compiled, tmp_path, world_size, arch):
+    specs = list(dict.fromkeys(catalogue("v2", world_size) + catalogue("v2", world_size, narrow=True)))
+    assert len(specs) >= 2
     for spec, artifact in zip(specs, compiled(specs, arch), strict=True):
         assert (artifact.name, artifact.arch, artifact.threads, artifact.shared_bytes) == (spec.name, arch, 0, 0)
-        assert entries_of(artifact.cubin) == set(spec.entries) and len(spec.entries) == len(DTYPES)
-        usage = resources(tmp_path, artifact)
-        assert set(usage) == set(spec.entries)
-        for entry in spec.entries:
-            assert usage[entry]["STACK"] == usage[entry]["LOCAL"] == 0  # nothing spilled
-            assert usage[entry]["CONSTANT[0]"] == PARAMETERS_AT[arch] + ctypes.sizeof(Args)
-            warp = -(-usage[entry]["REG"] * 32 // 256) * 256  # registers are dealt to warps by the 256
-            assert REGISTERS // warp * 32 >= RESIDENT[world_size]
+        check_module(tmp_path, spec, artifact)
 
 
-@needs_nvrtc
-@pytest.mark.parametrize("world_size", WORLD_SIZES)
-def test_v2_machine_code(compiled, tmp_path, world_size):
-    specs = catalogue("v2", world_size)
-    for algorithm, spec, artifact in zip(ALGORITHMS, specs, compiled(specs, "sm_90"), strict=True):
-        code = opcodes(tmp_path, artifact)
-        assert set(code) == set(spec.entries)
-        for ops in code.values():
-            check_v2(ops, PHASES[algorithm] * (world_size - 1))
+def check_module(tmp_path, spec, artifact):
+    """Every kernel of a V2 module; raises AssertionError."""
+    name, world_size = spec.name.split("_ws")
+    usage, code = resources(tmp_path, artifact), opcodes(tmp_path, artifact)
+    assert entries_of(artifact.cubin) == set(spec.entries) == set(usage) == set(code)
+    assert len(spec.entries) == 2 * len(DTYPES)
+    for dtype in DTYPES:
+        for whole in (True, False):
+            kernel = entry(name, dtype, int(world_size), whole)
+            check_resources(usage[kernel], V2_ALGORITHMS[name], int(world_size), artifact.arch)
+            elements = 1 if whole else 16 // ITEMSIZE[dtype]  # accesses to the user's tensor for one packet
+            check_v2(code[kernel], V2_ALGORITHMS[name], int(world_size), elements, pdl=artifact.arch != "sm_80")
 
 
-def check_v2(ops, packets):
-    """``packets``: how many a thread pushes, and how many it waits for."""
+def check_resources(usage, what, world_size, arch):
+    from allreduce_jit.v2 import Args
+
+    assert usage["STACK"] == usage["LOCAL"] == 0  # nothing spilled, no array in local memory
+    assert usage["CONSTANT[0]"] == PARAMETERS_AT[arch] + ctypes.sizeof(Args)
+    warp = -(-usage["REG"] * 32 // 256) * 256  # registers are dealt to warps by the 256
+    blocks = 1 if world_size > 4 or what.packets > 1 else 2  # __launch_bounds__ in entry.cuh
+    assert REGISTERS // warp * 32 >= 512 * blocks
+
+
+def check_v2(ops, what, world_size, elements, pdl):
+    """The instructions of one kernel against what its algorithm is said to do."""
     check_memory_accesses(ops)
-    assert ops.count("STG.E.128.STRONG.SYS") >= packets
-    assert ops.count("LDG.E.128.STRONG.SYS") >= packets
-    # Dependent launch: the next kernel may start at once, this one touches no memory before it may.
-    accesses = [i for i, op in enumerate(ops) if re.match(r"(LD|ST|LDG|STG|ATOMG?|RED|MEMBAR)\b", op)]
-    assert "ACQBULK" in ops and ops.index("PREEXIT") < ops.index("ACQBULK") < min(accesses)
+    accesses = [op for op in ops if re.match(r"(LDG?|STG?|ATOMG?|REDG?)\.", op)]
+    strong = [op for op in accesses if ".STRONG." in op]
+    weak = [op for op in accesses if ".STRONG." not in op]
+
+    # Packets: in every phase each thread pushes one to every peer and poisons the slot of every peer, and loads it
+    # in two places, before and in the loop; besides there is the signature. All are strong and of system scope.
+    packets = what.packets * (world_size - 1) * (2 if what.parts else 1)
+    wide = [op for op in strong if ".128" in op]
+    assert set(wide) == {"LDG.E.128.STRONG.SYS", "STG.E.128.STRONG.SYS"}
+    assert wide.count("STG.E.128.STRONG.SYS") == 2 * packets + 1
+    assert wide.count("LDG.E.128.STRONG.SYS") - 2 * packets in (1, 2)
+    assert {op.rsplit(".STRONG.", 1)[1] for op in strong} == {"SYS", "GPU"}
+    assert "LDG.E.STRONG.SYS" in strong and "STG.E.STRONG.SYS" in strong  # abort words, the report
+    assert sum("CAS" in op and op.endswith(".SYS") for op in strong) == 1
+
+    # Weak accesses: the user's tensors, 16 bytes at a time where they are whole packets; and loads of arguments.
+    tensor = what.packets * (world_size if what.parts else 1)
+    assert len([op for op in weak if op.startswith("ST")]) == tensor * elements
+    if elements == 1:
+        assert weak.count("LDG.E.128") == weak.count("STG.E.128") == tensor
+    else:
+        assert not [op for op in weak if ".128" in op]
+
+    # The report is complete before its code is written.
+    assert [op for op in ops if op.startswith("MEMBAR")] == ["MEMBAR.ALL.SYS"]
+    assert ("PREEXIT" in ops and "ACQBULK" in ops) == pdl
+    if pdl and what.stream:
+        # The next launch may start only after the wait, and pushes before its own.
+        assert ops.index("ACQBULK") < ops.index("PREEXIT")
+    elif pdl:
+        # The next kernel may start at once, this one touches no memory before it may.
+        first = min(i for i, op in enumerate(ops) if op in accesses)
+        assert ops.index("PREEXIT") < ops.index("ACQBULK") < first
 
 
 def check_memory_accesses(ops):
@@ -152,33 +191,48 @@ def check_memory_accesses(ops):
     loads = [op for op in ops if re.match(r"LDG?\b", op)]
     assert loads and not [op for op in loads if {"CONSTANT", "CI"} & set(op.split("."))]
     assert not [op for op in ops if op.startswith("MEMBAR.SC")]
+    assert not [op for op in ops if re.match(r"(LDL|STL)\b", op)]  # local memory
 
 
 @needs_nvrtc
 @pytest.mark.parametrize(
-    ("instruction", "mistake"),
+    ("algorithm", "instruction", "mistake"),
     [
-        ("ld.relaxed.sys.global.v4", "ld.global.nc.v4"),  # may read a stale line for ever
-        ("st.relaxed.sys.global.v4", "st.global.v4"),  # may never leave this GPU
-        ("fence.acq_rel.sys", "fence.sc.sys"),
-        ("griddepcontrol.wait", "griddepcontrol.launch_dependents"),
+        ("one_shot", "ld.relaxed.sys.global.v4", "ld.global.nc.v4"),  # may read a stale line for ever
+        ("one_shot", "st.relaxed.sys.global.v4", "st.global.v4"),  # may never leave this GPU
+        ("one_shot", "st.relaxed.sys.global.v4", "st.relaxed.gpu.global.v4"),
+        ("one_shot", "st.relaxed.sys.global.v2.u64", "st.global.v2.u64"),
+        ("one_shot", "fence.acq_rel.sys", "fence.sc.sys"),
+        ("one_shot", "fence.acq_rel.sys", "fence.acq_rel.gpu"),
+        ("one_shot", "griddepcontrol.wait", "griddepcontrol.launch_dependents"),
+        ("two_shot_stream", "if (!STREAM) griddepcontrol", "griddepcontrol"),  # before the wait
+        ("two_shot", "? 1 : 2", "? 4 : 4"),  # so few registers that they spill
     ],
 )
-def test_the_check_sees_a_planted_mistake(monkeypatch, tmp_path, instruction, mistake):
-    source = compiler._cuda_source("one_shot.cu")
-    for text in (source, source.replace(instruction, mistake)):
-        monkeypatch.setattr(compiler, "_cuda_source", lambda name, text=text: text)
-        ops = opcodes(tmp_path, compile_one(cuda_module("one_shot", 4), "sm_90"))["one_shot_bf16_ws4"]
-        if text is source:
-            check_v2(ops, 3)
-        else:
-            with pytest.raises(AssertionError):
-                check_v2(ops, 3)
+def test_the_check_sees_a_planted_mistake(monkeypatch, tmp_path, algorithm, instruction, mistake):
+    spec = cuda_module(algorithm, 4)
+    source = compiler._cuda_source(spec.source)
+    assert instruction in source
+    monkeypatch.setattr(compiler, "_cuda_source", lambda name: source.replace(instruction, mistake))
+    artifact = compile_one(spec, "sm_90")
+    with pytest.raises(AssertionError):
+        check_module(tmp_path, spec, artifact)
+
+
+@pytest.mark.parametrize(("algorithm", "world_size", "most"), [("one_shot", 4, 64), ("two_shot", 8, 128), ("two_shot_wide", 4, 128)])
+def test_the_budget_of_registers(algorithm, world_size, most):
+    from allreduce_jit.v2 import Args
+
+    usage = {"REG": most, "STACK": 0, "LOCAL": 0, "CONSTANT[0]": PARAMETERS_AT["sm_90"] + ctypes.sizeof(Args)}
+    check_resources(usage, V2_ALGORITHMS[algorithm], world_size, "sm_90")
+    for worse in ({"REG": most + 1}, {"STACK": 8}, {"LOCAL": 4}):
+        with pytest.raises(AssertionError):
+            check_resources(usage | worse, V2_ALGORITHMS[algorithm], world_size, "sm_90")
 
 
 @needs_nvrtc
 def test_v2_with_virtual_ranks(compiled, tmp_path):
-    specs = [cuda_module(algorithm, 3, virtual_ranks=True) for algorithm in ALGORITHMS]
+    specs = [cuda_module(algorithm, 3, virtual_ranks=True) for algorithm in V2_ALGORITHMS]
     for spec, artifact in zip(specs, compiled(specs, "sm_90"), strict=True):
         assert artifact.name == spec.name and artifact.name.endswith("_virtual")
         assert entries_of(artifact.cubin) == set(spec.entries)

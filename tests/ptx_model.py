@@ -1,0 +1,388 @@
+"""An axiomatic checker of the PTX memory consistency model, for programs of a dozen instructions.
+
+Source: PTX ISA, chapter "Memory Consistency Model" (sections 8.2-8.10), and the note on release fences before
+``griddepcontrol.launch_dependents``; Lustig, Sahasrabuddhe, Giroux, "A Formal Analysis of the NVIDIA PTX Memory
+Consistency Model", ASPLOS 2019, for the form of the axioms.
+
+``witness`` enumerates which write every read may read from, the orders of ``fence.sc`` and the coherence orders,
+and looks for one execution that fulfils the axioms and the condition asked about.
+
+A program is a dict from thread to instructions. A thread is named ``gpu[:kK][:bB][:anything]``: kernel K (default 0)
+of the GPU's one stream, block B (default 0); a thread of the host is a GPU of its own. Instructions:
+
+    ld.relaxed.sys r, [x]      st.release.gpu [x], 1      atom.exch.relaxed.gpu r, [x], 1      fence.acq_rel.sys
+    bar.sync                   bar.warp.sync              griddepcontrol.wait                  assume r != 0
+
+State spaces and types in a mnemonic may be left out. A vector access is one access per element, in no order, and
+a scalar of 8 or 16 bytes is one access of several words. Register ``r`` of several words is ``r0``, ``r1``, ...
+``assume`` is the end of a poll loop: only executions in which it holds count.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations, permutations, product
+
+INIT = -1  # as a write to read from: the value that memory had before
+
+
+@dataclass
+class Event:
+    """One operation of the model: a scalar memory access, a fence, a barrier or a kernel boundary."""
+
+    thread: str
+    step: int  # position of its instruction in the thread
+    kind: str  # ld, st, atom, fence, bar, wait, trigger, assume
+    order: str = "weak"  # weak, relaxed, acquire, release, acq_rel, sc
+    scope: str = ""
+    words: tuple[str, ...] = ()  # the 4-byte words accessed
+    registers: tuple[str, ...] = ()
+    operand: tuple[str, ...] = ()  # of a store, per word: an expression over registers; of assume: the condition
+    add: bool = False  # an atomic addition; otherwise an exchange, or a comparison with `expected` and exchange
+    expected: str = ""
+    red: bool = False  # a reduction: forms no acquire pattern (8.11.1)
+
+    reads = property(lambda self: self.kind in ("ld", "atom"))
+    writes = property(lambda self: self.kind in ("st", "atom"))
+    strong = property(lambda self: self.order != "weak")
+
+
+ORDERS = ("relaxed", "acquire", "release", "acq_rel", "sc")
+SCOPES = ("cta", "gpu", "sys")
+KINDS = ("ld", "st", "atom", "red", "fence")
+TYPES = {"u32", "b32", "u64", "b64", "b128", "v2", "v4"}
+KNOWN = {*KINDS, *ORDERS, *SCOPES, *TYPES, "global", "weak", "volatile", "exch", "cas", "add"}
+
+
+def parse_instruction(thread: str, step: int, text: str, vector: int = 4) -> list[Event]:
+    """The events of one instruction. Vectors longer than ``vector`` are cut: all their elements are alike."""
+    mnemonic, _, operands = text.strip().partition(" ")
+    if mnemonic == "assume":
+        return [Event(thread, step, "assume", operand=(operands,))]
+    if mnemonic in ("bar.sync", "bar.warp.sync"):
+        return [Event(thread, step, "bar")]
+    if mnemonic.startswith("griddepcontrol."):
+        return [Event(thread, step, {"wait": "wait", "launch_dependents": "trigger"}[mnemonic.split(".")[1]])]
+    parts = mnemonic.split(".")
+    kind = parts[0]
+    if kind not in KINDS:
+        raise ValueError(f"not in the model: {text}")
+    # A volatile operation is a relaxed one of system scope (8.4.2).
+    order = next((p for p in parts if p in ORDERS), "weak")
+    scope = next((p for p in parts if p in SCOPES), "")
+    if "volatile" in parts:
+        order, scope = "relaxed", "sys"
+    if unknown := set(parts) - KNOWN:
+        raise ValueError(f"not in the model: {sorted(unknown)} of {text}")
+    if (order != "weak") != bool(scope):
+        raise ValueError(f"strong operations have a scope, and no others: {text}")
+    if kind == "fence":
+        return [Event(thread, step, kind, order, scope)]
+
+    match = re.fullmatch(r"(?:(\w+), )?\[(\w+)\](?:, (.+))?", operands)
+    if not match or (kind in ("ld", "atom")) != bool(match[1]) or (kind != "ld") != bool(match[3]):
+        raise ValueError(f"malformed: {text}")
+    register, address, value = match.groups()
+    if kind == "red":
+        return [Event(thread, step, "atom", order, scope, (address,), (f"{thread} {step}",), (value,), "add" in parts, red=True)]
+    if "cas" in parts:
+        expected, _, value = value.partition(", ")
+        return [Event(thread, step, kind, order, scope, (address,), (register,), (value,), expected=expected)]
+    elements = next((min(n, vector) for n in (2, 4) if f"v{n}" in parts), 1)
+    size = 4 if "b128" in parts else 2 if {"u64", "b64"} & set(parts) else 1  # words of a scalar
+    total = elements * size
+    names = [f"{address}.{i}" if total > 1 else address for i in range(total)]
+    registers = [f"{register}{i}" if total > 1 else register for i in range(total)]
+    values = (value or "").split(" ") if value and " " in value else [value or ""] * total
+    return [
+        Event(thread, step, kind, order, scope, tuple(names[i : i + size]), tuple(registers[i : i + size]) if register else (),
+              tuple(values[i : i + size]) if value else (), "add" in parts)
+        for i in range(0, total, size)
+    ]  # fmt: skip
+
+
+@dataclass
+class Program:
+    threads: Mapping[str, Sequence[str]]
+    init: Mapping[str, int] = field(default_factory=dict)  # by variable; 0 if not named
+    vector: int = 2
+    # Whether the end of a poll loop counts as a dependency of what is executed only after it, in later kernels too.
+    # The ISA speaks of "chains of instruction dependencies" and does not say whether control is one.
+    control: bool = False
+
+    def __post_init__(self):
+        self.events: list[Event] = []
+        for thread, instructions in self.threads.items():
+            for step, text in enumerate(instructions):
+                self.events += parse_instruction(thread, step, text, self.vector)
+        self.n = len(self.events)
+        self.pairs = [(a, b) for a in range(self.n) for b in range(self.n) if a != b]
+        self.place = {}
+        for thread in self.threads:
+            parts = thread.split(":")
+            number = {p[0]: int(p[1:]) for p in parts[1:] if re.fullmatch(r"[kb]\d+", p)}
+            self.place[thread] = (parts[0], number.get("k", 0), number.get("b", 0))
+        self.accesses = [i for i, e in enumerate(self.events) if e.words]
+        for a, b in combinations(self.accesses, 2):
+            if set(self.events[a].words) & set(self.events[b].words) and self.events[a].words != self.events[b].words:
+                raise ValueError(f"accesses of different sizes overlap: {self.events[a].words}, {self.events[b].words}")
+        self.strong = {(a, b) for a, b in self.pairs if self._morally_strong(a, b)}
+        self.po = {(a, b) for a, b in self.pairs if self._program_order(a, b)}
+        self.boundaries = {(a, b) for a, b in self.pairs if self._boundary(a, b)}
+
+    def _program_order(self, a: int, b: int) -> bool:
+        return self.events[a].thread == self.events[b].thread and self.events[a].step < self.events[b].step
+
+    def _includes(self, a: Event, b: Event) -> bool:
+        """Whether the scope of ``a`` includes the thread of ``b``."""
+        mine, other = self.place[a.thread], self.place[b.thread]
+        return {"sys": True, "gpu": mine[0] == other[0], "cta": mine == other}.get(a.scope, False)
+
+    def _morally_strong(self, a: int, b: int) -> bool:
+        x, y = self.events[a], self.events[b]
+        if x.words and y.words and x.words != y.words:
+            return False
+        return x.thread == y.thread or (x.strong and y.strong and self._includes(x, y) and self._includes(y, x))
+
+    def _boundary(self, a: int, b: int) -> bool:
+        """Synchronization that does not depend on the execution: barriers and kernel boundaries."""
+        x, y = self.events[a], self.events[b]
+        (gpu, kernel, block), (gpu2, kernel2, block2) = self.place[x.thread], self.place[y.thread]
+        if x.kind == y.kind == "bar" and x.thread != y.thread:
+            ordinal = [sum(e.kind == "bar" and e.thread == z.thread and e.step < z.step for e in self.events) for z in (x, y)]
+            return (gpu, kernel, block) == (gpu2, kernel2, block2) and ordinal[0] == ordinal[1]
+        if gpu != gpu2:
+            return False
+        # Every earlier kernel of the stream has completed, and its memory operations are performed and visible.
+        if y.kind == "wait" and kernel < kernel2:
+            return True
+        # A release fence before griddepcontrol.launch_dependents synchronizes with the start of the dependent grid.
+        return (
+            x.kind == "fence" and x.scope in ("gpu", "sys") and x.order in ("release", "acq_rel", "sc") and kernel + 1 == kernel2
+            and any(e.kind == "trigger" and e.thread == x.thread and e.step > x.step for e in self.events)
+        )  # fmt: skip
+
+
+@dataclass
+class Execution:
+    """An execution that fulfils the axioms: registers, and for each (read, word) the write that it reads from."""
+
+    registers: dict[str, int]
+    reads_from: dict[tuple[int, int], int]
+
+
+def closure(n: int, pairs) -> list[int]:
+    """Transitive closure, as a bit set of successors for each of ``n`` nodes."""
+    after = [0] * n
+    for a, b in pairs:
+        after[a] |= 1 << b
+    for k in range(n):
+        for a in range(n):
+            if after[a] >> k & 1:
+                after[a] |= after[k]
+    return after
+
+
+def witness(program: Program, condition: str, final: Mapping[str, int] | None = None) -> Execution | None:
+    """An execution after which ``condition`` (over registers) holds and memory is ``final``, or None if there is none."""
+    for registers, rf in candidates(program):
+        if eval(condition, {}, registers) and consistent(program, rf, values_written(program, registers), final or {}):
+            return Execution(registers, rf)
+    return None
+
+
+def values_written(program: Program, registers: Mapping[str, int]) -> dict[tuple[int, int], int]:
+    """The value of each (write, word)."""
+    return {(i, w): written(e, w, registers) for i, e in enumerate(program.events) if e.writes for w in range(len(e.words))}
+
+
+def written(e: Event, w: int, registers: Mapping[str, int]) -> int:
+    """A comparison that fails counts as a write of what was there."""
+    value = eval(e.operand[w], {}, dict(registers))
+    if e.add:
+        return registers[e.registers[w]] + value
+    if e.expected and registers[e.registers[w]] != int(e.expected):
+        return registers[e.registers[w]]
+    return value
+
+
+def candidates(program: Program) -> Iterator[tuple[dict[str, int], dict[tuple[int, int], int]]]:
+    """All ways to read (registers, reads-from) that fulfil No Thin Air and every ``assume``."""
+    events = program.events
+    reads = [(i, w) for i in program.accesses if events[i].reads for w in range(len(events[i].words))]
+    sources = [
+        [INIT, *(j for j in program.accesses if j != i and events[j].writes and events[j].words == events[i].words)]
+        for i, _ in reads
+    ]
+    assumptions = [e for e in events if e.kind == "assume"]
+    names = {r: i for i, e in enumerate(events) for r in e.registers}
+
+    def mentioned(text: str) -> set[str]:
+        return set(re.findall(r"\b[a-z]\w*\b", text)) & set(names)
+
+    depends: dict[int, set[int]] = {i: set() for i in range(program.n)}  # on these reads
+    for i, e in enumerate(events):
+        if e.writes:
+            for text in e.operand:
+                depends[i] |= {names[r] for r in mentioned(text)}
+            if e.kind == "atom":
+                depends[i].discard(i)
+    if program.control:
+        launches = {
+            (a, b) for a, b in program.pairs if events[a].kind == "trigger"
+            for (gpu, kernel, _), later in [(program.place[events[a].thread], program.place[events[b].thread])]
+            if later[:2] == (gpu, kernel + 1)
+        }  # fmt: skip
+        order = closure(program.n, program.po | program.boundaries | launches)
+        for a, assumption in enumerate(events):
+            if assumption.kind == "assume":
+                for b in program.accesses:
+                    if events[b].writes and order[a] >> b & 1:
+                        depends[b] |= {names[r] for r in mentioned(assumption.operand[0])}
+
+    for choice in product(*sources):
+        rf = dict(zip(reads, choice, strict=True))
+        edges = {(source, i) for (i, _), source in rf.items() if source != INIT}
+        edges |= {(read, i) for i in depends for read in depends[i]}
+        after = closure(program.n, edges)
+        if any(after[i] >> i & 1 for i in range(program.n)):
+            continue  # a value out of thin air
+        registers: dict[str, int] = {}
+        for i in sorted(program.accesses, key=lambda i: sum(after[j] >> i & 1 for j in range(program.n))):
+            if events[i].reads:
+                for w, register in enumerate(events[i].registers):
+                    source = rf[i, w]
+                    registers[register] = (
+                        program.init.get(events[i].words[w].split(".")[0], 0) if source == INIT
+                        else written(events[source], w, registers)
+                    )  # fmt: skip
+        if all(eval(e.operand[0], {}, dict(registers)) for e in assumptions):
+            yield registers, rf
+
+
+def consistent(program: Program, rf, values, final) -> bool:
+    """Whether some order of the fence.sc operations and some coherence order fulfil the axioms."""
+    sc = [i for i, e in enumerate(program.events) if e.order == "sc"]
+    for order in permutations(sc):
+        fence_order = {(a, b) for a, b in combinations(order, 2) if (a, b) in program.strong}
+        base, causality = causality_order(program, rf, fence_order)
+        if any((b, a) in fence_order for a in sc for b in sc if base[a] >> b & 1):
+            continue  # Fence-SC
+        if any((a, a) in causality for a in program.accesses):
+            continue
+        if all(coherent(program, words, rf, causality, values, final) for words in {program.events[i].words for i in program.accesses}):
+            return True
+    return False
+
+
+def causality_order(program: Program, rf, fence_order):
+    """Base causality order (8.9.5) as bit sets of successors, and causality order as pairs of accesses."""
+    events, n = program.events, program.n
+    observation = {(source, i) for (i, _), source in rf.items() if source != INIT and (source, i) in program.strong}
+    # W -> atom -> R: through read-modify-writes, which read what they replace.
+    observed = closure(n, observation)
+    synchronizes = set()
+    for write in program.accesses:
+        for read in program.accesses:
+            if not (events[write].writes and observed[write] >> read & 1):
+                continue
+            for x in release_patterns(program, write):
+                synchronizes |= {(x, y) for y in acquire_patterns(program, read) if (x, y) in program.strong}
+    base = closure(n, program.po | program.boundaries | synchronizes | fence_order)
+    preserved = {
+        (a, b) for a in program.accesses for b in program.accesses
+        if base[a] >> b & 1 and events[a].words == events[b].words
+    }  # fmt: skip
+    causality = set(preserved)
+    for a in program.accesses:
+        for z in program.accesses:
+            if observed[a] >> z & 1:
+                causality |= {(a, b) for b in program.accesses if (z, b) in preserved}
+    return base, causality
+
+
+def release_patterns(program: Program, write: int) -> list[int]:
+    """The first operations of the release patterns (8.8) that end in ``write``."""
+    found = []
+    for i, e in enumerate(program.events):
+        releases = e.order in ("release", "acq_rel", "sc")
+        if releases and (i == write or ((i, write) in program.po and program.events[write].strong)):
+            if e.kind == "fence" or (e.writes and e.words == program.events[write].words):
+                found.append(i)
+    return found
+
+
+def acquire_patterns(program: Program, read: int) -> list[int]:
+    """The last operations of the acquire patterns (8.8) that begin with ``read``."""
+    found = []
+    for i, e in enumerate(program.events):
+        acquires = e.order in ("acquire", "acq_rel", "sc") and not program.events[read].red
+        if acquires and (i == read or ((read, i) in program.po and program.events[read].strong)):
+            if e.kind == "fence" or (e.reads and e.words == program.events[read].words):
+                found.append(i)
+    return found
+
+
+def coherent(program: Program, words, rf, causality, values, final) -> bool:
+    """Whether one location has a coherence order that fulfils the axioms on it."""
+    events, strong = program.events, program.strong
+    here = [i for i in program.accesses if events[i].words == words]
+    writes = [i for i in here if events[i].writes]
+    reads = [i for i in here if events[i].reads]
+    # Writes in a race are not related: 8.9.6.
+    related = {(a, b) for a in writes for b in writes if a != b and {(a, b), (b, a)} & (strong | causality)}
+    seen = set()
+    for order in permutations(writes):
+        direct = {(a, b) for a, b in combinations(order, 2) if (a, b) in related}
+        if frozenset(direct) in seen:
+            continue
+        seen.add(frozenset(direct))
+        after = closure(program.n, direct)
+        co = {(a, b) for a in writes for b in writes if after[a] >> b & 1} | {(INIT, b) for b in writes}
+        if fulfils_axioms(events, here, reads, writes, rf, co, strong, causality, len(words)) and all(
+            any(
+                values.get((a, w), program.init.get(word.split(".")[0], 0)) == final[word]
+                for a in (writes or [INIT]) if not any((a, b) in co for b in writes)
+            )
+            for w, word in enumerate(words) if word in final
+        ):  # fmt: skip
+            return True
+    return False
+
+
+def fulfils_axioms(events, here, reads, writes, rf, co, strong, causality, size) -> bool:
+    sources = {r: [rf[r, w] for w in range(size)] for r in reads}
+    overtaken = {(r, w) for r in reads for w in writes if r != w and any((source, w) in co for source in sources[r])}
+    # Coherence
+    if any((a, b) in causality and (a, b) not in co for a in writes for b in writes if a != b):
+        return False
+    # Causality
+    if any((r, source) in causality for r in reads for source in sources[r]):
+        return False
+    if any((w, r) in causality for r, w in overtaken):
+        return False
+    # Atomicity: of single copies, and of read-modify-writes
+    if any(w in sources[r] and (r, w) in strong for r, w in overtaken):
+        return False
+    if any(events[a].kind == "atom" and (a, w) in strong and (w, a) in co for a, w in overtaken):
+        return False
+    # Sequential consistency per location, of operations that are morally strong in pairs
+    step = {(a, b) for a in here for b in here if events[a].thread == events[b].thread and events[a].step < events[b].step}
+    communication = co | overtaken | {(source, r) for r in reads for source in sources[r]}
+    step |= {(a, b) for a, b in communication if (a, b) in strong}
+    return not cycle_in_a_clique(here, step, strong)
+
+
+def cycle_in_a_clique(nodes, step, strong) -> bool:
+    def extend(path):
+        for b in nodes:
+            if (path[-1], b) in step:
+                if b == path[0]:
+                    return True
+                if b > path[0] and b not in path and all((a, b) in strong for a in path) and extend([*path, b]):
+                    return True
+        return False
+
+    return any(extend([a]) for a in nodes)

@@ -1,0 +1,95 @@
+"""The V2 protocols, all interleavings of them: ``spin/allreduce.pml`` checked by Spin. LONG=1 adds larger ones."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+MODEL = Path(__file__).parent / "spin/allreduce.pml"
+
+pytestmark = [
+    pytest.mark.skipif(not shutil.which("spin"), reason="needs spin (Debian's package of that name)"),
+    pytest.mark.skipif(not shutil.which("gcc"), reason="needs gcc"),
+]
+needs_long = pytest.mark.skipif(not os.environ.get("LONG"), reason="needs LONG=1")
+
+
+def check(folder: Path, **options) -> tuple[str, int]:
+    """Search the whole state space. Returns the first error found, or "", and the number of states."""
+    flags = [f"-D{name}={value}" for name, value in options.items()]
+    run = {"cwd": folder, "capture_output": True, "text": True}
+    generated = subprocess.run(["spin", "-a", *flags, MODEL], **run)
+    assert (folder / "pan.c").exists(), generated.stdout
+    subprocess.run(["gcc", "-O2", "-w", "-DSAFETY", "-DCOLLAPSE", "-o", "pan", "pan.c"], check=True, **run)
+    text = subprocess.run(["./pan", "-m100000", "-w22"], **run).stdout
+    errors = re.search(r"errors: (\d+)\n", text)
+    assert errors and "max search depth too small" not in text and "out of memory" not in text, text
+    assert "Search not completed" not in text or errors[1] != "0", text
+    error = re.search(r"pan:1: (.*)", text)
+    assert bool(error) == (errors[1] != "0")
+    return error[1] if error else "", int(re.search(r"(\d+) states, stored", text)[1])
+
+
+@pytest.mark.parametrize(
+    ("least", "options"),
+    [
+        (10_000, {}),  # 27 sequences of three calls: one-shot, two-shot, idle
+        (2_000_000, {"STREAMS": 1}),  # one-shot, two-shot, streams of 2, 3 and 5 launches, this channel active in some or all
+        (3_000_000, {"FAILURES": 1}),
+        (400_000, {"STREAMS": 1, "FAILURES": 1, "N": 3, "CALLS": 2, "LENGTH": 2}),
+        (800, {"N": 2}),
+        pytest.param(10_000_000, {"STREAMS": 1, "FAILURES": 1, "N": 3, "CALLS": 2}, marks=needs_long),
+    ],
+    ids=str,
+)
+def test_the_protocols_hold(tmp_path, least, options):
+    error, states = check(tmp_path, **options)
+    assert error == ""
+    assert states >= least  # fewer: the model lost a part of what it is to cover
+
+
+OVERWRITTEN = r"assertion violated \(slot.*==0\)"
+HANGS = r"invalid end state"
+
+
+@pytest.mark.parametrize(
+    ("found", "options"),
+    [
+        (OVERWRITTEN, {"MUTANT": "ONE_PARITY"}),
+        (OVERWRITTEN, {"MUTANT": "SCATTER_WITHOUT_PARITY"}),
+        (OVERWRITTEN, {"MUTANT": "NO_POISON"}),
+        (OVERWRITTEN, {"MUTANT": "PUSH_BEFORE_WAIT"}),
+        (HANGS, {"MUTANT": "STALE_EPOCH"}),
+        (OVERWRITTEN, {"MUTANT": "SHARED_SLOTS"}),
+        (OVERWRITTEN, {"MUTANT": "SILENT_RANK"}),
+        (OVERWRITTEN, {"MUTANT": "GATHER_FIRST"}),
+        (OVERWRITTEN, {"MUTANT": "POISON_AFTER_KERNEL"}),
+        (HANGS, {"MUTANT": "IDLE_ADVANCES"}),
+        (OVERWRITTEN, {"MUTANT": "WRONG_PARITY"}),
+        (OVERWRITTEN, {"MUTANT": "TRIGGER_FIRST", "STREAMS": 1}),
+        (OVERWRITTEN, {"MUTANT": "TRIGGER_AFTER_WAIT", "STREAMS": 1}),
+        (OVERWRITTEN, {"MUTANT": "NOBODY_ACTIVE", "STREAMS": 1}),
+        (OVERWRITTEN, {"STREAMS": 1, "SCATTERS": 2}),
+        (OVERWRITTEN, {"STREAMS": 1, "GATHERS": 1}),
+        (OVERWRITTEN, {"STREAMS": 1, "LENGTH": 4}),  # 1 modulo 3 launches
+        (OVERWRITTEN, {"MUTANT": "KEEPS_PUSHING", "FAILURES": 1}),
+        (OVERWRITTEN, {"MUTANT": "REJOINS", "FAILURES": 1}),
+        (HANGS, {"MUTANT": "NO_DEADLINE", "FAILURES": 1}),
+    ],
+    ids=str,
+)
+def test_a_planted_mistake_is_found(tmp_path, found, options):
+    error, _ = check(tmp_path, **options)
+    assert re.match(found, error)
+
+
+def test_every_mutant_of_the_model_is_tried():
+    names = re.search(r"Planted mistakes.*?\*/\n(.*?)#ifndef MUTANT", MODEL.read_text(), re.S)[1]
+    mutants = set(re.findall(r"#define (\w+)", names)) - {"NONE"}
+    parameters = next(mark for mark in test_a_planted_mistake_is_found.pytestmark if mark.name == "parametrize").args[1]
+    assert mutants == {options["MUTANT"] for _, options in parameters if "MUTANT" in options}
