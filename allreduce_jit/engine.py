@@ -180,12 +180,10 @@ class KernelEngine:
             with torch.cuda.device(self._raw_device):
                 return self.all_reduce(x, out)
         stream = _current_stream(self._raw_device)
-        key = (x.numel(), x.dtype)
-        step = self._steps.get(key) or self._prepare(*key)
         with self._lock:
             if stream != self._stream:
                 self._order(stream)
-            step.fire(x.data_ptr(), out.data_ptr(), stream)
+            self._launch(x, out, stream)
 
     def check(self) -> None:
         """Raise what kept a call from completing: a subclass of ``CommunicatorFailed`` that names the culprit."""
@@ -281,14 +279,15 @@ class KernelEngine:
             step = self._step(plan, x.numel(), x.dtype, config=0)
             step.fire(x.data_ptr(), out.data_ptr(), _current_stream(self._raw_device))
 
-    def _prepare(self, numel: int, dtype: torch.dtype) -> Step:
-        """Remembered, as planning costs more than launching."""
-        with self._lock:
+    def _launch(self, x: torch.Tensor, out: torch.Tensor, stream: int) -> None:
+        key = (x.numel(), x.dtype)
+        step = self._steps.get(key)
+        if step is None:  # planning costs more than launching
             if len(self._steps) >= MAX_SHAPES - 1:
                 self._steps.clear()
-            plan = self.plan(numel, DTYPE_NAMES[dtype])
-            step = self._steps[numel, dtype] = self._step(plan, numel, dtype, config=len(self._steps) + 1)
-        return step
+            plan = self.plan(key[0], DTYPE_NAMES[x.dtype])
+            step = self._steps[key] = self._step(plan, *key, config=len(self._steps) + 1)
+        step.fire(x.data_ptr(), out.data_ptr(), stream)
 
     def _register(self, spec: KernelSpec, entry: str, artifact: Artifact, kernel) -> None:
         raise NotImplementedError

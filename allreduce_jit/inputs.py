@@ -46,15 +46,15 @@ def refuse(x: object, device: torch.device, rank: int) -> NoReturn:
 
 def check_output(x: torch.Tensor, out: torch.Tensor, dense: bool, rank: int) -> bool:
     """Refuse an ``out`` that does not fit ``x``; whether both can be used as they are (``dense``: ``x`` can)."""
-    if not isinstance(out, torch.Tensor):
-        raise InputTypeError(f"rank {rank}: out must be a torch.Tensor, not {type(out).__name__}")
-    if out.shape != x.shape or out.dtype is not x.dtype or out.device != x.device or out.layout is not x.layout:
-        raise InputError(
-            f"rank {rank}: out is {tuple(out.shape)} {out.dtype} {out.layout} on {out.device}, "
-            f"the input {tuple(x.shape)} {x.dtype} {x.layout} on {x.device}: they must agree"
-        )
-    if out.requires_grad and torch.is_grad_enabled():
-        raise InputError(f"rank {rank}: out requires grad: detach it, or call under torch.no_grad()")
+    if (
+        not isinstance(out, torch.Tensor)
+        or out.shape != x.shape
+        or out.dtype is not x.dtype
+        or out.get_device() != x.get_device()
+        or out.layout is not x.layout
+        or (out.requires_grad and torch.is_grad_enabled())
+    ):
+        _refuse_output(x, out, rank)
     if not out.is_contiguous():
         if any(stride == 0 and size > 1 for stride, size in zip(out.stride(), out.shape, strict=True)):
             raise InputError(f"rank {rank}: out is an expanded tensor, whose elements share memory: clone it")
@@ -65,6 +65,17 @@ def check_output(x: torch.Tensor, out: torch.Tensor, dense: bool, rank: int) -> 
             f"rank {rank}: out overlaps the input without being the same view: pass out=x, or separate memory"
         )
     return dense and not out.is_neg()
+
+
+def _refuse_output(x: torch.Tensor, out: object, rank: int) -> NoReturn:
+    if not isinstance(out, torch.Tensor):
+        raise InputTypeError(f"rank {rank}: out must be a torch.Tensor, not {type(out).__name__}")
+    if out.requires_grad and torch.is_grad_enabled():
+        raise InputError(f"rank {rank}: out requires grad: detach it, or call under torch.no_grad()")
+    raise InputError(
+        f"rank {rank}: out is {tuple(out.shape)} {out.dtype} {out.layout} on {out.device}, "
+        f"the input {tuple(x.shape)} {x.dtype} {x.layout} on {x.device}: they must agree"
+    )
 
 
 def packed(x: torch.Tensor) -> torch.Tensor:

@@ -8,3 +8,11 @@ def pytest_collection_modifyitems(items):
         for mark in item.iter_markers("gpus"):
             if present < mark.args[0]:
                 item.add_marker(pytest.mark.skip(reason=f"needs {mark.args[0]} CUDA GPUs, this machine has {present}"))
+
+
+def pytest_terminal_summary(terminalreporter):
+    """What tests recorded as ``shown``: figures, and which check caught which planted bug."""
+    lines = [text for report in terminalreporter.getreports("passed") for name, text in report.user_properties if name == "shown"]
+    if lines:
+        terminalreporter.section("shown")
+        terminalreporter.write_line("\n".join(lines))

@@ -290,6 +290,39 @@ def late_peer(place):
         check(place, comm, 300_000, torch.bfloat16, 9)
 
 
+def mismatch(place):
+    """Calls that differ between ranks are an error on all of them, in size or dtype, and a new communicator works."""
+    deadline = 1.5
+    os.environ["ALLREDUCE_JIT_TIMEOUT"] = os.environ["ALLREDUCE_JIT_FIRST_TIMEOUT"] = str(deadline)
+    for highest in (Path.V2, Path.LEGACY):
+        for numel, dtype in ((2999, torch.bfloat16), (3000, torch.float16)):  # rank 1's; as many bytes in the second
+            with Communicator(dist.group.WORLD, place.device, deterministic=True, highest=highest) as comm:
+                expect_path(comm, highest)
+                check(place, comm, 3000, torch.bfloat16, 1)
+                other = place.rank == 1
+                x = torch.ones(numel if other else 3000, dtype=dtype if other else torch.bfloat16, device=place.device)
+                torch.cuda.synchronize()
+                place.barrier()
+                started = time.monotonic()
+                comm.all_reduce(x)
+                torch.cuda.synchronize()
+                waited = time.monotonic() - started
+                assert waited < deadline + 1, waited
+                try:
+                    comm.check()
+                except allreduce_jit.CallMismatch as e:
+                    assert 1 in e.ranks, (e, e.ranks)
+                except allreduce_jit.PeerTimeout as e:
+                    assert e.ranks == ((0,) if other else (1,)), (e, e.ranks)
+                else:
+                    raise AssertionError(f"{highest.value}: rank {place.rank} was not told of {numel} {dtype} on rank 1")
+                place.barrier()  # nobody unmaps what others may still write to
+    for name in ("ALLREDUCE_JIT_TIMEOUT", "ALLREDUCE_JIT_FIRST_TIMEOUT"):
+        os.environ.pop(name)
+    with allreduce_jit.init(device=place.device) as comm:
+        check(place, comm, 300_000, torch.bfloat16, 9)
+
+
 def same_gpu(place):
     """Two ranks on one GPU: gloo through the host."""
     with allreduce_jit.init(place.control, "cuda:0") as comm:

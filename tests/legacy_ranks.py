@@ -65,7 +65,8 @@ class Scenario:
         absent: a rank that takes no part.
         dies: a rank that ends after its first push of data.
         leaves: a rank that takes part in the first call alone.
-        late: a rank that comes to its first call after half a second.
+        late: a rank that comes to its first call when the others have looked for it 400 times, and whose first data
+            comes 70 looks after they have met.
         aborted: a rank whose host has set its abort word beforehand.
         stopped: a rank whose host sets its abort word when it first looks for data.
         busy: a rank with a call in flight that never ends.
@@ -221,6 +222,7 @@ class Communicator:
             self.header[rank][:] = 0
             if scenario.hasty in (None, rank):
                 self.control[rank][:6].view(np.int64)[DEADLINES] = scenario.deadline * LOOK, grace * LOOK
+        self.looks = [self.take(16, 0).view(np.int64) for _ in range(world)]  # for signatures, for data
         if scenario.aborted is not None:
             self.abort(scenario.aborted)
         if scenario.busy is not None:
@@ -252,7 +254,7 @@ class Communicator:
 
     def play(self, rank: int, module, tl) -> None:
         if rank == self.scenario.late:
-            time.sleep(0.5)
+            self.until(rank, lambda peer: self.looks[peer][0] >= 2 * 400)  # two words a look
         who, how = self.scenario.differs or (None, {})
         for number, (call, x, out) in enumerate(zip(self.scenario.calls, self.x, self.out)):
             if number == 1 and rank == self.scenario.leaves:
@@ -277,7 +279,25 @@ class Communicator:
         kernel = getattr(module, KERNELS[call.algorithm])
         constants = dict(WORLD=world, DTYPE=getattr(tl, call.dtype), BLOCK=block, VECTOR=aligned, INTERPRET=True)
         assert list(module.signature(kernel.__name__)) == list(arguments | constants)
-        kernel[(grid,)](**arguments, **constants)
+
+        def programs(first: int, count: int) -> None:
+            self.first, self.grid = first, grid
+            kernel[(count,)](**arguments, **constants)
+
+        # On a GPU the guard runs beside the others, here one program after the other, but for a fork. That takes its
+        # time, so only where it matters who overtakes whom.
+        scenario = self.scenario
+        if not scenario.jitter and scenario.slow is None and scenario.late is None:
+            return programs(0, grid)
+        guard = fork(lambda: programs(0, 1))
+        programs(1, grid - 1)
+        assert os.waitpid(guard, 0)[1] == 0, "the guard raised"
+
+    def until(self, rank: int, condition) -> None:
+        """Waits for a condition on every peer, or for the end of this rank."""
+        peers = [peer for peer in range(self.scenario.world) if peer != rank]
+        while not all(map(condition, peers)) and not self.header[rank][0]:
+            time.sleep(1e-3)
 
     def outcome(self) -> Outcome:
         scenario = self.scenario
@@ -384,7 +404,7 @@ def disturb(interpreter, tl, communicator: Communicator, rank: int) -> None:
     """Pauses, torn stores, slowness and death at the points where ranks meet: block stores and volatile looks."""
     scenario, builder = communicator.scenario, interpreter.InterpreterBuilder
     rng = random.Random(f"{scenario.seed} {rank}")
-    looks = itertools.count()
+    looks, pushes = itertools.count(), itertools.count()
     whole_load, whole_store = builder.create_masked_load, builder.create_masked_store
 
     def pause():
@@ -395,16 +415,22 @@ def disturb(interpreter, tl, communicator: Communicator, rank: int) -> None:
     def load(self, pointers, mask, other, *policy):
         if policy[-1] and pointers.data.size > 1:
             for_data = pointers.get_element_ty() != tl.int64  # rather than for signatures
+            communicator.looks[rank][int(for_data)] += not for_data or bool((~mask.data).all())  # once a round
             if for_data and rank == scenario.dies:
                 os._exit(0)
             if for_data and rank == scenario.stopped:
                 communicator.abort(rank)
-            dawdles = rank == scenario.slow and next(looks) < 60  # enough to be overtaken; a hang need not be slow
-            time.sleep(20e-3 if dawdles else 2e-4)  # in any case, as ranks share few cores, let the others get on
+            # Long enough for others to begin their next call; not for ever, as a hang need not be slow.
+            dawdles = rank == scenario.slow and next(looks) < (30 if for_data else 8)
+            time.sleep((80e-3 if for_data else 0.3) if dawdles else 2e-4)  # in any case, as ranks share few cores, let the others get on
             pause()
         return whole_load(self, pointers, mask, other, *policy)
 
     def store(self, pointers, value, mask, *policy):
+        if rank == scenario.late and pointers.data.size > 1 and pointers.get_element_ty() != tl.int64 and not next(pushes):
+            communicator.until(rank, lambda peer: communicator.control[peer][MET])
+            seen = [looks[1] for looks in communicator.looks]
+            communicator.until(rank, lambda peer: communicator.looks[peer][1] >= seen[peer] + 70)
         if not scenario.jitter or pointers.data.size == 1:
             return whole_store(self, pointers, value, mask, *policy)
         half = np.random.default_rng(rng.getrandbits(32)).random(pointers.data.shape) < 0.5
@@ -414,6 +440,11 @@ def disturb(interpreter, tl, communicator: Communicator, rank: int) -> None:
             whole_store(self, pointers, value, torn, *policy)
 
     builder.create_masked_load, builder.create_masked_store = load, store
+    builder.create_get_program_id = lambda self, axis: number(self.grid_idx[axis] + communicator.first)
+    builder.create_get_num_programs = lambda self, axis: number(communicator.grid)
+
+    def number(value: int):
+        return interpreter.TensorHandle(np.array([value], np.int32), tl.int32)
 
 
 def play(scenario: Scenario, interpreter, tl) -> Outcome:

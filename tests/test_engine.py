@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -90,13 +91,21 @@ def test_legacy_ranks_share_the_work(monkeypatch):
 # -- launches
 
 
-def bound(cls, module, monkeypatch, rank=1, world_size=3, **changes):
-    """An engine whose kernels and memory are made up, ready to launch."""
+@pytest.fixture
+def current(monkeypatch):
+    """The stream that is current on this rank's device."""
+    current = SimpleNamespace(stream=77)
+    monkeypatch.setattr(engines, "_current_device", lambda: 1)
+    monkeypatch.setattr(engines, "_current_stream", lambda device: current.stream)
+    return current
+
+
+def bound(cls, module, monkeypatch, deterministic=False):
+    """The engine of rank 1 of 3, its kernels and memory made up, ready to launch."""
     monkeypatch.setattr(module, "Launch", FakeLaunch)
-    FakeLaunch.fired = []
-    one = cls(config(rank, world_size, **changes))
+    one = cls(replace(config(1, 3), deterministic=deterministic))
     epochs = {name: 11 + i for i, name in enumerate(one.layout.regions)}
-    one.state = SimpleNamespace(epochs=epochs, control=13, report=14)
+    one.state = SimpleNamespace(epochs=epochs, control=13, report=14, words=[0] * 16)
     one.memory = SimpleNamespace(addresses=BASES)
     return one
 
@@ -113,12 +122,12 @@ class Tensor(SimpleNamespace):
 
 def fire(one, numel, dtype, source=1 << 20, target=1 << 21):
     FakeLaunch.fired = []
-    one._launch(Tensor(size=numel, dtype=dtype, address=source), Tensor(size=numel, dtype=dtype, address=target), 77)
+    one.all_reduce(Tensor(size=numel, dtype=dtype, address=source), Tensor(size=numel, dtype=dtype, address=target))
     assert {launch.stream for launch in FakeLaunch.fired} == {77}
     return FakeLaunch.fired
 
 
-def test_v2_launches(monkeypatch):
+def test_v2_launches(monkeypatch, current):
     from allreduce_jit import v2
 
     one = bound(v2.V2Engine, v2, monkeypatch)
@@ -135,7 +144,7 @@ def test_v2_launches(monkeypatch):
             for launch, a in zip(fired, args, strict=True):
                 done = sum(b.numel for b in args[: a.launch]) * dtype.itemsize
                 assert (a.input, a.output) == ((1 << 20) + done, (1 << 21) + done)
-                assert [*a.staging] == [*BASES, 0, 0, 0, 0, 0] and a.slots == region.offset >= HEADER_BYTES
+                assert [*a.staging] == [*BASES, 0, 0, 0, 0, 0] and a.own == BASES[1] and a.slots == region.offset >= HEADER_BYTES
                 assert (a.epochs, a.control, a.report) == (one.state.epochs[plan.algorithm], 13, 14)
                 assert (a.rank, a.capacity, a.tag) == (1, region.capacity, tag(plan.algorithm, str(dtype)[6:]))
                 assert launch.kernel == entry(plan.algorithm, str(dtype)[6:], 3, True) and launch.pdl
@@ -155,14 +164,12 @@ def legacy_values(launch, algorithm):
 
 
 @pytest.mark.parametrize(("numel", "algorithm"), [(1000, "one_shot"), (1003, "one_shot"), (10_000_003, "two_shot")])
-def test_legacy_launches(monkeypatch, numel, algorithm):
+def test_legacy_launches(monkeypatch, current, numel, algorithm):
     pytest.importorskip("triton")
     from allreduce_jit import legacy
 
     algorithm = f"legacy_{algorithm}"
-    one = bound(legacy.LegacyEngine, legacy, monkeypatch, **{})
-    one.config = config(1, 3)
-    monkeypatch.setattr(one, "plan", lambda n, d: legacy.legacy_plan(3, d, n, one.layout, legacy.BLOCK_BYTES, legacy.THREADS, True, True))
+    one = bound(legacy.LegacyEngine, legacy, monkeypatch, deterministic=True)
     one._kernels = {(f"legacy_{a}", d, v): ((d, v), 1024) for a in LEGACY_ALGORITHMS for d in DTYPES for v in (True, False)}
     one._table = torch.tensor(BASES)
     region = one.layout.regions[algorithm]
@@ -207,11 +214,9 @@ class Plain(KernelEngine):
         return step
 
 
-def test_every_shape_has_a_flag_of_its_own():
-    one = Plain()
+def test_every_shape_has_a_flag_of_its_own(one):
     for numel in [*range(1, MAX_SHAPES + 10), 5]:
-        x = Tensor(size=numel, dtype=torch.float32, address=0)
-        one._launch(x, x, 0)
+        all_reduce(one, numel)
     first = one.log[: MAX_SHAPES - 1]
     assert [config for _, _, config, _ in first] == [*range(1, MAX_SHAPES)]  # 0 is the verification's
     assert [config for _, _, config, _ in one.log[MAX_SHAPES - 1:]] == [*range(1, 12)]
@@ -241,14 +246,12 @@ class Side:
 
 
 @pytest.fixture
-def one(monkeypatch):
-    """Rank 1 of 3, with calls on the raw streams that ``one.current`` says."""
+def one(monkeypatch, current):
+    """Rank 1 of 3."""
     one = Plain(rank=1)
     one.side, one.memory = Side(), SimpleNamespace(addresses=BASES)
     one.state = SimpleNamespace(words=[0] * 16)
-    one.current = 5
-    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 1, raising=False)
-    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: one.current, raising=False)
+    current.stream = 5
     one.driver = []
     one.capturing = {}
 
@@ -325,8 +328,24 @@ def test_the_dead_are_not_written_to_and_calls_that_completed_stay_valid(one):
         all_reduce(one)
 
 
+def test_the_first_to_die_is_to_blame(one):
+    """Others may end because of it."""
+    one.lost(2)
+    stored = list(one.side.stored)
+    one.lost(0)
+    assert one.side.stored == stored
+    with pytest.raises(PeerLost, match="the process of rank 2 has ended") as e:
+        all_reduce(one)
+    assert e.value.ranks == (2,) and [r["alive"] for r in e.value.report["ranks"]] == [False, True, False]
+
+
+def test_abort_of_what_was_closed(one):
+    one.side = one.memory = None
+    one.abort()
+
+
 @pytest.mark.parametrize(("watched", "dead", "kind", "words"), [
-    (False, False, PeerTimeout, "may live or not"), (True, False, PeerTimeout, "lives"), (True, True, PeerLost, "is dead")])
+    ((), False, PeerTimeout, "may live or not"), ((0, 2), False, PeerTimeout, "lives"), ((0, 2), True, PeerLost, "is dead")])
 def test_what_is_known_of_the_culprit(one, watched, dead, kind, words):
     one.watched = watched
     if dead:
@@ -340,9 +359,9 @@ def test_what_is_known_of_the_culprit(one, watched, dead, kind, words):
 # -- two streams
 
 
-def test_another_stream_waits_for_the_one_before(one):
+def test_another_stream_waits_for_the_one_before(one, current):
     for stream in (5, 5, 9, 9, 5):
-        one.current = stream
+        current.stream = stream
         all_reduce(one)
     wait = [("cuEventCreate", 2)], [("cuEventDestroy", "event")]
     expected = []
@@ -358,15 +377,15 @@ def test_another_stream_waits_for_the_one_before(one):
     ((1, 33), (0, 0), False),
     ((1, 33), (1, 34), False),
 ])
-def test_order_within_a_capture_and_not_across_its_border(one, before, now, ordered):
+def test_order_within_a_capture_and_not_across_its_border(one, current, before, now, ordered):
     one.capturing = {5: before, 9: now}
     all_reduce(one)
-    one.current = 9
+    current.stream = 9
     all_reduce(one)
     assert len(one.log) == 2 and [name for name, *_ in one.driver].count("cuStreamWaitEvent") == ordered
 
 
-def test_the_event_does_not_outlive_an_error(one, monkeypatch):
+def test_the_event_does_not_outlive_an_error(one, current, monkeypatch):
     real = engines.call
 
     def call(name, *args):
@@ -376,7 +395,7 @@ def test_the_event_does_not_outlive_an_error(one, monkeypatch):
 
     monkeypatch.setattr(engines, "call", call)
     all_reduce(one)
-    one.current = 9
+    current.stream = 9
     with pytest.raises(RuntimeError, match="planted"):
         all_reduce(one)
     assert one.driver[-1] == ("cuEventDestroy", "event")

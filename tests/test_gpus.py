@@ -33,7 +33,7 @@ def test_torch_by_the_switch(n, monkeypatch):
 
 @pytest.mark.parametrize("n", WORLDS)
 def test_ladder(n):
-    run(n, "siblings", "without_nvlink", "failures_step_down", "late_peer")
+    run(n, "siblings", "without_nvlink", "failures_step_down", "late_peer", "mismatch")
 
 
 @pytest.mark.parametrize("n", WORLDS)

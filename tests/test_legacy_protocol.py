@@ -119,7 +119,7 @@ def test_a_rank_that_dies_between_the_phases_is_named(stage):
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_an_aborted_rank_says_nothing_and_believes_nothing(stage, algorithm):
     """It signs and pushes nothing, so its peers give up on it, and yields NaN though all their data is there."""
-    outcome = stage.run(Scenario(2, [Call(algorithm, "float16", 100)], aborted=0, late=0, deadline=150))
+    outcome = stage.run(Scenario(2, [Call(algorithm, "float16", 100)], aborted=0, slow=0, deadline=150))
     assert outcome.all_nan == [True, True]
     assert type(explained(outcome, 0)) is Poisoned
     error = explained(outcome, 1)
@@ -224,7 +224,10 @@ BUGS = {
     "no grace": ("late at first", "tl.where(met != 0, _DEADLINE, _GRACE)", "_DEADLINE"),
     "grace without end": ("gone after the first", "tl.where(met != 0, _DEADLINE, _GRACE)", "_GRACE"),
     "nobody knows who was met": ("gone after the first", "_MET + config, tl.int32), 1", "_MET + config, tl.int32), 0"),
-    "signatures are not compared": ("differing", "differ = (low", "differ = (threads < 0) & (low"),
+    "signatures are not compared": ("differing", "differ = (low != first) | (((high ^ second) & ~_IN_PLACE) != 0)",
+                                                "differ = threads < 0"),
+    "one parity of signatures": ("one rank slow", "(sequence & 1) * _RANKS", "(sequence & 0) * _RANKS"),
+    "the clock runs on when ranks have met": ("late at first", "(began == 0) | (met != met_before)", "began == 0"),
     "the dtype is not signed": ("differing", "number | tag |", "number |"),
     "signatures are believed before they came": ("repeated", "low >> 32 != first >> 32", "low < 0"),
     "calls are not counted": ("repeated", "tl.int32)) + 1  # from 1", "tl.int32)) + 0  # from 1"),

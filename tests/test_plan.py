@@ -6,6 +6,7 @@ one with a mistake planted must fail it, which shows that the property says some
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
 import subprocess
@@ -595,48 +596,55 @@ def test_verification_stays_inside_the_slots(world_size, staging_mb, max_ctas):
 
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
-def test_legacy_launches_cover_the_tensor(world_size):
-    """The loop over launches of the engine itself, without a GPU."""
+def test_legacy_launches_cover_the_tensor(world_size, monkeypatch):
+    """The launches that the engine itself makes of a plan, without a GPU."""
     pytest.importorskip("triton")
+    from allreduce_jit import legacy as legacy_path
     from allreduce_jit.engine import TORCH_DTYPES
-    from allreduce_jit.legacy import BLOCK_BYTES, LegacyEngine
+
+    launched = []
+
+    class Fake:
+        """Notes the arguments as they are when it is launched."""
+
+        def __init__(self, kernel, values, blocks, threads, shared_bytes):
+            self.values, self.about = values[:-2], {"vector": kernel, "blocks": blocks, "threads": threads}
+
+        def __call__(self, stream):
+            names = ("x", "out", "numel", "total", "part")
+            launched.append(SimpleNamespace(**{n: v.value for n, v in zip(names, self.values, strict=True)}, **self.about))
+
+    def arguments(algorithm, dtype, numel, total, part, config):
+        return {name: ctypes.c_int64(value) for name, value in
+                {"x": 0, "out": 0, "numel": numel, "total": total, "part": part}.items()}  # fmt: skip
+
+    monkeypatch.setattr(legacy_path, "Launch", Fake)
 
     @hypothesis.settings(max_examples=100, deadline=None, derandomize=True, database=None)
     @hypothesis.given(cases([world_size]), st.sampled_from([0, 2, 4, 8, 16]), st.sampled_from([0, 2, 4, 8, 16]))
     def run(case, source, target):
         case = replace(case, deterministic=True, numel=min(case.numel, 50 * case.staging // ITEMSIZE[case.dtype]))
-        layout, plan = legacy(planning, case, BLOCK_BYTES)
-        region, itemsize, launches = layout.regions[plan.algorithm], ITEMSIZE[case.dtype], []
-
-        def prepared(algorithm, dtype, vector, grid):
-            names = ("x", "out", "numel", "part") if algorithm == "legacy_two_shot" else ("x", "out", "numel")
-            arguments = {name: SimpleNamespace(value=None) for name in names}
-
-            def launch(stream):
-                values = {name: argument.value for name, argument in arguments.items()}
-                launches.append(SimpleNamespace(algorithm=algorithm, vector=vector, grid=grid, **values))
-
-            return arguments, launch
-
-        subject = object.__new__(LegacyEngine)
-        subject.config, subject._prepared = SimpleNamespace(world_size=world_size), prepared
+        layout, plan = legacy(planning, case, legacy_path.BLOCK_BYTES)
+        region, itemsize = layout.regions[plan.algorithm], ITEMSIZE[case.dtype]
+        subject = object.__new__(legacy_path.LegacyEngine)
+        subject.config, subject._arguments = SimpleNamespace(world_size=world_size), arguments
+        subject._kernels = {(plan.algorithm, case.dtype, vector): (vector, 0) for vector in (True, False)}
         bases = [(1 << 40) + offset // itemsize * itemsize for offset in (source, target)]
-        common = {"dtype": TORCH_DTYPES[case.dtype], "numel": lambda: case.numel}
-        x, out = (SimpleNamespace(data_ptr=lambda b=b: b, **common) for b in bases)
-        subject._run(plan, x, out, 0)
+        launched.clear()
+        subject._step(plan, case.numel, TORCH_DTYPES[case.dtype], config=1).fire(*bases, 0)
 
         done = 0
-        for launch in launches:
-            assert launch.algorithm == plan.algorithm and launch.numel > 0
+        for launch in launched:
+            assert launch.numel > 0 and launch.total == case.numel and launch.threads == legacy_path.THREADS
             assert [launch.x, launch.out] == [base + done * itemsize for base in bases]
-            nbytes = launch.numel * itemsize
+            nbytes, moving = launch.numel * itemsize, launch.blocks - 1  # without the guard
             assert launch.vector == all(v % PACKET == 0 for v in (launch.x, launch.out, nbytes))
-            assert launch.grid <= region.channels
+            assert moving <= region.channels
             if plan.algorithm == "legacy_two_shot":
-                assert launch.part * itemsize == launch.grid * BLOCK_BYTES
+                assert launch.part * itemsize == moving * legacy_path.BLOCK_BYTES
                 assert launch.part * world_size >= launch.numel
             else:
-                assert launch.grid * BLOCK_BYTES >= nbytes
+                assert moving * legacy_path.BLOCK_BYTES >= nbytes
             done += launch.numel
         assert done == case.numel
 

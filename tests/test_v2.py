@@ -45,13 +45,10 @@ def engine(request, monkeypatch):
     return one
 
 
-def tensor(numel, dtype, address):
-    return SimpleNamespace(numel=lambda: numel, dtype=dtype, data_ptr=lambda: address)
-
-
 def launched(engine, numel, dtype=torch.bfloat16, source=1 << 40, target=1 << 41):
     FakeLaunch.fired = []
-    engine._launch(tensor(numel, dtype, source), tensor(numel, dtype, target), 7)
+    step = engine._steps.get((numel, dtype)) or engine._prepare(numel, dtype)
+    step.fire(source, target, 7)
     return FakeLaunch.fired
 
 

@@ -23,7 +23,7 @@ __device__ inline void guard(const Args &a) {
     griddepcontrol_wait();
     // Calls count from 1: the header holds zeros at first.
     const u32 sequence = ld_relaxed_gpu_u32(a.control + FIELD(Control, sequence)) + 1;
-    const u32 code = ld_relaxed_sys_u32(a.own + FIELD(Header, abort));
+    const u32 code = ld_relaxed_gpu_u32(a.own + FIELD(Header, abort));
     u32 in_flight = 0;
     if (lane == 0) in_flight = atom_add_relaxed_gpu_u32(a.control + FIELD(Control, in_flight), 1);
     bool met = code == 0;

@@ -105,8 +105,11 @@ __device__ inline void push(u64 slot, Packet p) {
 // A rank that stopped waiting must stop pushing as well, now and in later kernels: it could overtake a peer
 // that is merely late and overwrite slots which that peer has not read yet. What did not arrive reads as
 // EMPTY, so the output is NaN, and the host raises.
+//
+// Only device scope, which is quicker: what this rank's own earlier kernels wrote must be seen, and the boundary
+// between kernels sees to that; what peers write may be seen later, by whoever waits.
 __device__ inline bool alive(const Args &a) {
-    return !GUARDED || ld_relaxed_sys_u32(a.own + FIELD(Header, abort)) == 0;
+    return !GUARDED || ld_relaxed_gpu_u32(a.own + FIELD(Header, abort)) == 0;
 }
 
 // The three functions below are not inlined: what never runs would stand in the way of what does, and fetching

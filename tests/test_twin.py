@@ -1,0 +1,343 @@
+"""The V2 kernels themselves on the CPU (twin.py): bits under every schedule, ThreadSanitizer, planted bugs."""
+
+import os
+import random
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import pytest
+import torch
+
+import twin
+from allreduce_jit import reference
+from allreduce_jit.failure import Kind, abort_code
+from allreduce_jit.kernel import DTYPES, V2_ALGORITHMS
+from allreduce_jit.plan import HEADER_BYTES
+from twin import Call, Failed, Program, World, cramped
+
+pytestmark = pytest.mark.skipif(twin.missing() is not None, reason=str(twin.missing()))
+
+WORLDS = range(2, 9)
+# ThreadSanitizer's share: collectives, and how many of 100 each world size gets (a large world is much slower).
+COLLECTIVES = int(os.environ.get("TWIN_COLLECTIVES", "2000"))
+SHARES = {2: 52, 3: 36, 4: 8, 5: 1, 6: 1, 7: 1, 8: 1}
+
+
+@pytest.fixture(scope="module")
+def objects(tmp_path_factory):
+    return tmp_path_factory.mktemp("twin")
+
+
+def mixed(dice: random.Random, world_size: int, count: int, largest: int, kinds=(reference.RANDOM,), *, chains: bool = True,
+          only: str | None = None) -> list[Call]:  # fmt: skip
+    """Sizes (up to 2**largest elements, more for streams), dtypes, algorithms and alignments that change from call to
+    call. ``only``: one algorithm."""
+    calls: list[Call] = []
+    for _ in range(count):
+        in_place = dice.random() < 0.3
+        algorithm = only or dice.choice([*twin.algorithms(world_size), None])
+        stream = algorithm is not None and V2_ALGORITHMS[algorithm].stream
+        if calls and chains and dice.random() < 0.4:
+            calls.append(replace(calls[-1], algorithm=algorithm, chained=True, in_place=in_place))
+            continue
+        numel = int(2 ** dice.uniform(0, largest)) if dice.random() < 0.97 else 0
+        if stream:
+            numel = dice.randint(1, 10) * 128 * world_size - dice.choice([0, 0, dice.randint(1, 99)])
+        offset, block = dice.choice([0, 0, 1, 2, 3]), dice.choice([32, 64])
+        calls.append(Call(algorithm, dice.choice(list(DTYPES)), numel, dice.choice(kinds), offset, in_place, False, block))
+    return calls
+
+
+# -- the kernels are right
+
+
+@pytest.mark.parametrize("world_size", WORLDS)
+def test_sizes(objects, world_size):
+    """Every dtype and algorithm, from nothing to a few MB in several launches, aligned and not, in place and not."""
+    dice = random.Random(world_size)
+    with World(twin.build(objects, world_size), world_size) as world:
+        for dtype in DTYPES:
+            calls = [
+                Call(algorithm, dtype, numel, offset=dice.randint(0, 1) * dice.randint(1, 7), in_place=dice.random() < 0.5,
+                     block=dice.choice([32, 128, 512]))
+                for algorithm in (*twin.algorithms(world_size), None)
+                for numel in [0, 1, world_size - 1, 8, 9, 255, 256, 4095, 20_000]
+            ]  # fmt: skip
+            dice.shuffle(calls)
+            world.run(Program(world_size, calls, seed=1), seed=world_size, room=dice.choice([64, 256]))
+        large = [Call(None, "float32", (1 << 19) + 5), Call(None, "bfloat16", (1 << 17) + 3, offset=1)]
+        for call in large:
+            world.run(Program(world_size, [call], seed=2), seed=3, jitter=0.01, sleep=0.0001)
+
+
+def test_every_16_bit_pattern_and_every_rounding(objects):
+    """All patterns of 16 bits, and sums of pairs of them, which round in every way: as torch does."""
+    patterns = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16)
+    with World(twin.build(objects, 2), 2) as world:
+        for dtype in ("float16", "bfloat16"):
+            for turn in (0, 1, 12_345, 40_503):
+                program = Program(2, [Call("one_shot", dtype, 1 << 16)], seed=0)
+                _, x, out = program.steps[0]
+                for rank, arena in enumerate(program.before):
+                    reference.as_bits(x.of(arena)).copy_(patterns.roll(turn * rank) if turn or not rank else torch.zeros_like(patterns))
+                want = reference.ordered_sum([x.of(arena) for arena in program.before])
+                for before, after in zip(program.before, program.after, strict=True):
+                    x.of(after).copy_(x.of(before))
+                    out.of(after).copy_(want)
+                world.run(program, seed=turn, room=512, jitter=0.01, sleep=0)
+
+
+@pytest.mark.parametrize("world_size", WORLDS)
+@pytest.mark.parametrize("options", [{}, {"pdl": False}, {"max_ctas": 3}], ids=str)
+def test_a_long_life(objects, world_size, options):
+    """Everything changes from call to call on one communicator, many calls are in flight, ranks and threads dawdle."""
+    dice = random.Random(world_size)
+    with World(twin.build(objects, world_size), world_size, relayout=cramped, **options) as world:
+        for seed in range(2):
+            calls = mixed(dice, world_size, 30, 10 - world_size // 2, [reference.RANDOM, reference.SPECIALS])
+            program = Program(world_size, calls, seed)
+            for jitter in (0.01, 0.2):
+                world.run(program, seed, room=dice.choice([64, 200, 600]), jitter=jitter, sleep=dice.choice([0, 0.001, 0.005]))
+        assert world.collectives == 120
+
+
+@pytest.mark.parametrize("epoch", [2**31 - 1, 2**31, 2**32 - 1])
+def test_epoch_words_wrap(objects, epoch):
+    dice = random.Random(epoch)
+    with World(twin.build(objects, 3), 3, epoch=epoch, relayout=cramped) as world:
+        for seed in range(3):
+            world.run(Program(3, mixed(dice, 3, 20, 9), seed), seed)
+
+
+# -- and end when a peer does not come
+
+
+PATIENCE, DEADLINE = 20_000_000, 200_000  # steps
+
+
+@pytest.mark.parametrize("algorithm", ["one_shot", "two_shot", "two_shot_stream"])
+@pytest.mark.parametrize("world_size", [3, 5])
+def test_an_absent_rank_is_named(objects, world_size, algorithm):
+    absent(objects, (), 0, world_size, algorithm)
+
+
+def absent(objects, edits, seed, world_size=3, algorithm="one_shot"):
+    """The last rank does not call: the others say so, yield NaN, and push nothing more. When it comes at last, it gets
+    the right sum or NaN."""
+    last = world_size - 1
+    with World(twin.build(objects, world_size, edits=edits), world_size, relayout=cramped) as world:
+        world.set_deadlines(DEADLINE)
+        program = Program(world_size, 2 * [Call(algorithm, "float32", 400 * world_size)], seed)
+
+        def run(turn, **options):
+            world.run(program, seed + turn, complete=False, patience=PATIENCE, **options)
+            for rank in range(world_size):
+                program.check(rank, world.arena(rank)[: program.end], or_nan=True, calls=rank not in options.get("skip", ()))
+
+        run(0, skip=[last])
+        for rank in range(last):
+            code = world.report(rank)[0]
+            if code & 0xFFFF != abort_code(Kind.TIMEOUT, last, 0) or code >> 16 >= last:
+                raise Failed("report", f"rank {rank}: {code:#x}")
+            if not all(out.of(world.arena(rank)).isnan().any() for _, _, out in program.steps):
+                raise Failed("bits", f"rank {rank} believes in a sum without rank {last}")
+        before = world.staging(last)[HEADER_BYTES:].clone()
+        run(1, skip=[last])
+        if not torch.equal(before, world.staging(last)[HEADER_BYTES:]):
+            raise Failed("pushed", f"somebody still pushes to rank {last}")
+        run(2)
+
+
+def host_stops(objects, edits, seed):
+    """The host of one rank sets its abort word at some moment: every element everywhere is right, or NaN."""
+    dice = random.Random(seed)
+    with World(twin.build(objects, 3, edits=edits), 3, relayout=cramped) as world:
+        world.set_deadlines(DEADLINE)
+        program = Program(3, mixed(dice, 3, 12, 9, chains=False), seed)
+        poke = (dice.randrange(20_000), world.abort_word(1), abort_code(Kind.ABORTED, 1, 1))
+        world.run(program, seed, complete=False, pokes=[poke], patience=PATIENCE)
+        for rank in range(3):
+            program.check(rank, world.arena(rank)[: program.end], or_nan=True)
+        return sum(bool(world.report(rank)[0]) for rank in range(3))
+
+
+def test_a_rank_that_its_host_stops(objects):
+    assert sum(host_stops(objects, (), seed) for seed in range(10)) > 5  # the others gave up in most of them
+
+
+def mismatch(objects, edits, seed):
+    """One rank passes another size, dtype or algorithm: all stop, and those who found out say so."""
+    other = [Call("one_shot", "float32", 90), Call("one_shot", "float16", 100), Call("two_shot", "float32", 100)][seed % 3]
+    with World(twin.build(objects, 3, edits=edits), 3) as world:
+        world.set_deadlines(DEADLINE)
+        world.run(Program(3, [Call("one_shot", "float32", 100)], seed), seed, complete=False, instead={1: other}, patience=PATIENCE)
+        codes = [world.report(rank)[0] for rank in range(3)]
+        # A rank that had all it wanted before it was told has nothing to report; the odd one and another always do.
+        if sum(code & 0xFF == Kind.MISMATCH for code in codes) < 2:
+            raise Failed("report", f"{other}: {codes}")
+
+
+@pytest.mark.parametrize("seed", range(9))
+def test_calls_that_differ_are_an_error(objects, seed):
+    mismatch(objects, (), seed)
+
+
+# -- ThreadSanitizer
+
+
+def test_no_data_race(objects, record_property):
+    """``TWIN_COLLECTIVES`` collectives over all world sizes, without a report."""
+
+    def share(world_size):
+        dice, total = random.Random(world_size), COLLECTIVES * SHARES[world_size] // 100
+        with World(twin.build(objects, world_size, tsan=True), world_size, relayout=cramped, pdl=world_size % 4 != 1) as world:
+            seed = 0
+            while world.collectives < total:
+                if seed % 8 == 0:
+                    program = Program(world_size, mixed(dice, world_size, min(40, total), 7), seed)
+                world.run(program, seed, jitter=dice.choice([0.01, 0.05, 0.2]))
+                seed += 1
+            return world.collectives
+
+    for world_size in WORLDS:
+        twin.build(objects, world_size, tsan=True)
+    with ThreadPoolExecutor(2) as pool:
+        counts = list(pool.map(share, reversed(WORLDS)))
+    record_property("shown", f"ThreadSanitizer: {sum(counts)} collectives, no report")
+    assert sum(counts) >= COLLECTIVES * 99 // 100
+
+
+# -- planted bugs: each is a small change of the sources, caught by a check that the sources pass
+
+
+def run_mixed(objects, edits, seed, *, tsan=False, world_size=3, kinds=(reference.RANDOM,), only=None, **options):
+    dice, options = random.Random(seed), {"relayout": cramped, **options}
+    with World(twin.build(objects, world_size, tsan, edits), world_size, **options) as world:
+        program = Program(world_size, mixed(dice, world_size, 40, 8, kinds, only=only), seed)
+        for turn in range(2):
+            # Room for several launches of one rank at a time; ThreadSanitizer slows down with threads.
+            world.run(program, 100 * seed + turn, room=128 if tsan else 300, jitter=0.1, sleep=0.002)
+
+
+def variant(**options):
+    return lambda objects, edits, seed, **more: run_mixed(objects, edits, seed, **options, **more)
+
+
+CHECKS = {
+    "mixed calls": run_mixed,
+    "streamed calls": variant(only="two_shot_stream"),
+    "special values": variant(kinds=[reference.SPECIALS]),
+    "ThreadSanitizer": variant(tsan=True),
+    "absent rank": absent,
+    "host stops a rank": host_stops,
+    "calls differ": mismatch,
+}
+SEEDS = 6
+
+SYNC = "    __syncwarp();  // every lane has read the epoch\n"
+WAIT = "    griddepcontrol_wait();\n"
+PARITY = "    const u32 parity = ld_relaxed_gpu_u32(epoch) & 1;\n"
+PUSH = "slot(a, to, buffer, place(a.rank, to), index), p);"
+LOAD = "    for (u32 k = 0; k < PACKETS; k++) own[k] = in.load(first + k * WARP);\n"
+GATHERED = "        ok = receive<SLEEP_NS>(a, gather, channel, packet, ok, peers);\n"
+SIGNED = "theirs.w[1] != sequence || theirs.w[3] != sequence"
+CODE = "st_relaxed_sys_u32(a.report + FIELD(Report, code), code);"
+ANY = {"bits", "overwritten", "hang", "slots", "report", "foreign poison"}  # what a mix-up of packets can end in
+
+# name: check, how it may show, edits
+BUGS = {
+    "one parity": ("mixed calls", ANY, [("one_shot.cu", PARITY, PARITY.replace("& 1", "& 0"))]),
+    "the epoch is not flipped": ("mixed calls", ANY, [("two_shot.cu", "st_relaxed_gpu_u32(epoch, parity ^ 1)", "st_relaxed_gpu_u32(epoch, parity)")]),
+    "no __syncwarp before the epoch is written, one-shot": ("mixed calls", ANY, [("one_shot.cu", SYNC, "")]),
+    "no __syncwarp before the epoch is written, two-shot": ("mixed calls", ANY, [("two_shot.cu", SYNC, "")]),
+    "epoch read before griddepcontrol_wait": ("mixed calls", ANY, [("one_shot.cu", WAIT, ""), ("one_shot.cu", PARITY, PARITY + WAIT)]),
+    "input read before griddepcontrol_wait": ("ThreadSanitizer", {"race"}, [("one_shot.cu", WAIT, ""), ("one_shot.cu", LOAD, LOAD + WAIT)]),
+    "no griddepcontrol_wait in a call's first launch": ("ThreadSanitizer", {"race", *ANY}, [("two_shot.cu", "if (!follows) griddepcontrol_wait();", "")]),
+    "no griddepcontrol_wait in the launches that follow": ("streamed calls", ANY, [("two_shot.cu", "if (follows) griddepcontrol_wait();", "")]),
+    "a stream has two scatter buffers": ("streamed calls", ANY, [("two_shot.cu", "a.launch % 3", "a.launch % 2")]),
+    "a stream has one gather buffer": ("streamed calls", ANY, [("two_shot.cu", "STREAM ? a.launch % 2 : 0", "0")]),
+    "a stream's launches start at once": ("streamed calls", ANY, [("two_shot.cu", "if (!STREAM) griddepcontrol_launch_dependents();", "griddepcontrol_launch_dependents();")]),
+    "gather and scatter share slots": ("mixed calls", ANY, [("two_shot.cu", "STREAM ? 3 : 2;", "STREAM ? 2 : 1;")]),
+    "one-shot's slots are not poisoned again": ("mixed calls", ANY, [("one_shot.cu", "        poison(a, parity, first + k * WARP);\n", "")]),
+    "scatter's slots are not poisoned again": ("mixed calls", ANY, [("two_shot.cu", "        poison(a, scatter, packet);\n", "")]),
+    "gather's slots are not poisoned again": ("mixed calls", ANY, [("two_shot.cu", "        poison(a, gather, packet);\n", "")]),
+    "slots are poisoned before they are read": ("mixed calls", ANY, [("two_shot.cu", GATHERED, "        poison(a, gather, packet);\n" + GATHERED)]),
+    "packets go into the neighbour's slot": ("mixed calls", ANY, [("staging.cuh", PUSH, PUSH.replace("index)", "index ^ 1)"))]),
+    "packets go into another source's slot": ("mixed calls", ANY, [("staging.cuh", PUSH, PUSH.replace("place(", "PEERS - 1 - place("))]),
+    "ranks are summed downwards": ("mixed calls", {"bits"}, [("packet.cuh", "T::unpack(v[rank].w[i], x);", "T::unpack(v[WORLD_SIZE - rank].w[i], x);")]),
+    "the sum begins with zero": (
+        "special values", {"bits"}, [("packet.cuh", "T::unpack(v[0].w[i], acc);", "T::unpack(v[0].w[i], acc); for (float &f : acc) f += 0.0f;")]),
+    "every addition is rounded": (
+        "mixed calls", {"bits"}, [("packet.cuh", "acc[e] += x[e];\n", "acc[e] += x[e];\n            T::unpack(T::pack(acc), acc);\n")]),
+    "the own addend is forgotten": ("mixed calls", {"bits"}, [("one_shot.cu", "in_rank_order(peers, own[k], a.rank, v);", "in_rank_order(peers, ZEROS, a.rank, v);")]),
+    "the tail is one too long": (
+        "mixed calls", {"bits", "guard"}, [("packet.cuh", "+ i < numel)\n", "+ i <= numel)\n")]),
+    "the tail is one too short": ("mixed calls", {"bits"}, [("packet.cuh", "+ i < numel)\n", "+ i + 1 < numel)\n")]),
+    "padding is not zeros": ("mixed calls", {"bits", "guard"}, [("packet.cuh", "+ i < numel) p.w", "+ i + 1 < numel) p.w")]),
+    "a rank whose part is empty skips the channel": (
+        "mixed calls", ANY, [("two_shot.cu", "if (first - lane >= part) return;", "if (first - lane >= part || a.rank * part >= in.packets) return;")]),
+    "padding lanes do not push": (
+        "mixed calls", ANY, [("two_shot.cu", "if (ok) push(a, target(a, j), scatter,", "if (ok && first + k * WARP < part) push(a, target(a, j), scatter,")]),
+    "a payload may look like the sentinel": ("special values", ANY, [("staging.cuh", "min(p.w[i], EMPTY - 1)", "min(p.w[i], EMPTY)")]),
+    "one word of a packet counts as all": (
+        "mixed calls", ANY, [("staging.cuh", "p.w[0] != EMPTY && p.w[1] != EMPTY && p.w[2] != EMPTY && p.w[3] != EMPTY", "p.w[0] != EMPTY")]),
+    "packets are stored weakly": ("ThreadSanitizer", {"race"}, [("staging.cuh", "st_relaxed_sys_v4(slot(a, to,", "st_global_v4(slot(a, to,")]),
+    "packets are polled weakly": ("ThreadSanitizer", {"race"}, [("staging.cuh", "if (missing >> j & 1) u[j] = ld_relaxed_sys_v4(", "if (missing >> j & 1) u[j] = ld_global_v4(")]),
+    "the report is signalled without a fence": ("absent rank", {"early report"}, [("staging.cuh", "    fence_acq_rel_sys();\n", "")]),
+    "the report is signalled before it is written": (
+        "absent rank", {"early report"},
+        [("staging.cuh", "    st_relaxed_sys_u32(a.report + FIELD(Report, tag), a.tag);\n", f"    {CODE}\n    st_relaxed_sys_u32(a.report + FIELD(Report, tag), a.tag);\n")]),
+    "nobody looks at the clock": (
+        "absent rank", {"hang"}, [("staging.cuh", "spins % 64 == 0 &&", "spins == 0 &&"), ("guard.cuh", "spins % 64 == 0 &&", "spins == 0 &&")]),
+    "who gave up keeps pushing": ("absent rank", {"overwritten", "pushed"}, [("one_shot.cu", "    bool ok = alive(a);\n", "    bool ok = true;\n")]),
+    "the first signature is numbered 0": ("mixed calls", {"bits", "report"}, [("guard.cuh", "FIELD(Control, sequence)) + 1;", "FIELD(Control, sequence));"),
+                                                                  ("guard.cuh", "FIELD(Control, sequence), sequence);", "FIELD(Control, sequence), sequence + 1);")]),
+    "signatures have one parity": ("mixed calls", ANY, [("guard.cuh", "(sequence & 1) * 8", "0 * 8")]),
+    "half a signature counts as all": ("mixed calls", {"bits", "report"}, [("guard.cuh", SIGNED, "theirs.w[1] != sequence")]),
+    "the guard does not wait": ("mixed calls", ANY, [("guard.cuh", WAIT, "")]),
+    "sizes are not compared": ("calls differ", {"report"}, [("guard.cuh", "theirs.w[0] != mine.w[0] || ", "")]),
+    "calls never leave": ("mixed calls", {"bits", "report", "in flight"}, [("one_shot.cu", "leave(a);", "return;")]),
+    "completion is signalled before the last store": ("mixed calls", ANY, [("driver.cpp", "next.drained < next.grid", "next.triggered < next.grid")]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_the_sources_pass_every_check(objects, check):
+    for seed in range(SEEDS):
+        CHECKS[check](objects, (), seed)
+
+
+def first_failure(check, objects, edits, **options) -> Failed | None:
+    for seed in range(SEEDS):
+        try:
+            check(objects, edits, seed, **options)
+        except Failed as failure:
+            return failure
+    return None
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_planted_bug_is_caught(objects, bug, record_property):
+    check, kinds, edits = BUGS[bug]
+    failure = first_failure(CHECKS[check], objects, edits)
+    assert failure is not None, f"{bug}: not caught by {check}"
+    assert failure.kind in kinds, f"{bug}: {failure}"
+    record_property("shown", f"planted: {bug}: caught by {check} ({failure.kind})")
+
+
+def sharing(layout):
+    """All algorithms in the slots of the first."""
+    layout = cramped(layout)
+    regions = {name: replace(region, offset=HEADER_BYTES) for name, region in layout.regions.items()}
+    return replace(layout, regions=regions)
+
+
+def test_planted_shared_slots_are_caught(objects, record_property):
+    failure = first_failure(run_mixed, objects, (), relayout=sharing)
+    assert failure is not None and failure.kind in ANY
+    record_property("shown", f"planted: two algorithms share slots: caught by mixed calls ({failure.kind})")
+
+
+def test_a_stale_edit_is_an_error():
+    with pytest.raises(twin.StaleEdit, match="one_shot.cu holds 0 times"):
+        twin.sources([("one_shot.cu", "no such text", "")])

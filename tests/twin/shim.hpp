@@ -1,0 +1,219 @@
+// Stands in for kernels/cuda/ptx.cuh, with the same names, when the kernels are built for the host.
+//
+// Every CUDA thread is a fiber, and all fibers share one host thread (driver.cpp): a seed decides who runs next, so
+// every run can be repeated. A fiber may lose its turn at each access below.
+//
+// Strong accesses are relaxed atomics of 4-byte words; 16 bytes are four of them in random order.
+// - Plain build: stores wait in a buffer of their block and leave it in any order (per address in program order).
+//   The block's own threads see them at once, everybody else when they leave. So a store that needs a release before
+//   it is seen too early in some run. Loads are not reordered.
+// - ThreadSanitizer build: stores act at once, and relaxed accesses order nothing, as in the language. Fences, which
+//   ThreadSanitizer does not know, are carried by the relaxed accesses round them: a store is a release while nothing
+//   but strong accesses came between the fence and it; a fence acquires the words that the thread loaded since the last
+//   one. This never hides a race of the C++ model; it could invent one (fence, weak access, store).
+//
+// Weak accesses, the user's tensors, are plain ones: what ThreadSanitizer watches. They are ordered by program order,
+// __syncwarp, __syncthreads and griddepcontrol_wait, each of which is a release and an acquire of its own object.
+#pragma once
+
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+#define __device__
+#define __global__
+#define __launch_bounds__(...)
+#define __grid_constant__
+
+struct alignas(16) Packet {
+    u32 w[4];
+};
+#define ZEROS Packet{{0, 0, 0, 0}}
+
+namespace twin {
+
+struct Index {
+    u32 x, y, z;
+};
+
+struct Lane {
+    Index thread, block, block_dim, grid_dim;
+};
+
+extern Lane *lane;   // of the fiber that runs
+void pause();        // perhaps others run first
+void spin(u64 address);  // a poll of that packet failed: others run first
+u32 random(u32 n);   // 0 … n-1
+u64 clock();         // virtual nanoseconds
+void fence();
+void syncwarp();
+void syncthreads();
+bool all(bool vote);    // of a warp
+void trigger();      // griddepcontrol.launch_dependents
+void wait();         // griddepcontrol.wait
+void weak();         // a weak access follows
+
+// Strong accesses of the running fiber, of 4 or 8 bytes. Packets are checked: a push may only meet an empty slot.
+u64 load(u64 address, u32 nbytes);
+void store(u64 address, u64 value, u32 nbytes, bool packet);
+void settle(u64 address);  // what the block has stored there leaves its buffer
+
+#ifdef __SANITIZE_THREAD__
+bool fenced();               // a relaxed store now is a release
+void loaded(u64 address);    // for the next fence
+void storing(u64 address, u32 value);
+void stored(u64 address);
+#endif
+
+template <class Word>
+inline Word load_word(u64 address) {
+    pause();
+#ifdef __SANITIZE_THREAD__
+    loaded(address);
+    return __atomic_load_n(reinterpret_cast<Word *>(address), __ATOMIC_RELAXED);
+#else
+    return Word(load(address, sizeof(Word)));
+#endif
+}
+
+template <class Word>
+inline void store_word(u64 address, Word value, bool packet = false) {
+    pause();
+#ifdef __SANITIZE_THREAD__
+    if (packet) storing(address, value);
+    if (fenced()) __atomic_store_n(reinterpret_cast<Word *>(address), value, __ATOMIC_RELEASE);
+    else __atomic_store_n(reinterpret_cast<Word *>(address), value, __ATOMIC_RELAXED);
+    stored(address);
+#else
+    store(address, value, sizeof(Word), packet);
+#endif
+}
+
+// Where a read-modify-write acts.
+inline u32 *target_of_atomic(u64 address) {
+    pause();
+    settle(address);
+    return reinterpret_cast<u32 *>(address);
+}
+
+inline u32 bits(float f) { return __builtin_bit_cast(u32, f); }
+inline float value(u32 bits) { return __builtin_bit_cast(float, bits); }
+
+}  // namespace twin
+
+#define threadIdx (twin::lane->thread)
+#define blockIdx (twin::lane->block)
+#define blockDim (twin::lane->block_dim)
+#define gridDim (twin::lane->grid_dim)
+
+inline Packet ld_global_v4(u64 address) {
+    twin::pause();
+    return *reinterpret_cast<const Packet *>(address);
+}
+
+inline void st_global_v4(u64 address, Packet p) {
+    twin::pause();
+    twin::weak();
+    *reinterpret_cast<Packet *>(address) = p;
+}
+
+inline Packet ld_relaxed_sys_v4(u64 address) {
+    Packet p;
+    const u32 turn = twin::random(8);  // 0…3: upwards from there; 4…7: downwards
+    bool empty = false;
+    for (u32 i = 0; i < 4; i++) {
+        const u32 k = (turn < 4 ? turn + i : turn - i) % 4;
+        p.w[k] = twin::load_word<u32>(address + 4 * k);
+        empty |= p.w[k] == 0xFFFFFFFFu;
+    }
+    if (empty) twin::spin(address);
+    return p;
+}
+
+inline void st_relaxed_sys_v4(u64 address, Packet p) {
+    const u32 turn = twin::random(8);
+    for (u32 i = 0; i < 4; i++) {
+        const u32 k = (turn < 4 ? turn + i : turn - i) % 4;
+        twin::store_word(address + 4 * k, p.w[k], true);
+    }
+}
+
+// Two 8-byte scalars, each whole.
+inline Packet ld_relaxed_sys_v2_u64(u64 address) {
+    u64 w[2];
+    const u32 turn = twin::random(2);
+    for (u32 i = 0; i < 2; i++) w[i ^ turn] = twin::load_word<u64>(address + 8 * (i ^ turn));
+    return Packet{{u32(w[0]), u32(w[0] >> 32), u32(w[1]), u32(w[1] >> 32)}};
+}
+
+inline void st_relaxed_sys_v2_u64(u64 address, Packet p) {
+    const u64 w[2] = {p.w[0] | u64(p.w[1]) << 32, p.w[2] | u64(p.w[3]) << 32};
+    const u32 turn = twin::random(2);
+    for (u32 i = 0; i < 2; i++) twin::store_word(address + 8 * (i ^ turn), w[i ^ turn]);
+}
+
+inline u32 ld_relaxed_sys_u32(u64 address) { return twin::load_word<u32>(address); }
+inline u32 ld_relaxed_gpu_u32(u64 address) { return twin::load_word<u32>(address); }
+inline u64 ld_relaxed_gpu_u64(u64 address) { return twin::load_word<u64>(address); }
+inline void st_relaxed_gpu_u32(u64 address, u32 v) { twin::store_word(address, v); }
+inline void st_relaxed_sys_u32(u64 address, u32 v) { twin::store_word(address, v); }
+
+inline u32 atom_exch_relaxed_gpu_u32(u64 address, u32 v) {
+    return __atomic_exchange_n(twin::target_of_atomic(address), v, __ATOMIC_RELAXED);
+}
+
+inline u32 atom_cas_relaxed_sys_u32(u64 address, u32 expected, u32 v) {
+    __atomic_compare_exchange_n(twin::target_of_atomic(address), &expected, v, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED);
+    return expected;
+}
+
+inline u32 atom_add_relaxed_gpu_u32(u64 address, u32 v) {
+    return __atomic_fetch_add(twin::target_of_atomic(address), v, __ATOMIC_RELAXED);
+}
+
+inline void red_add_relaxed_gpu_u32(u64 address, u32 v) { atom_add_relaxed_gpu_u32(address, v); }
+
+inline void fence_acq_rel_sys() { twin::fence(); }
+
+inline u64 globaltimer() { return twin::clock(); }
+
+inline void griddepcontrol_launch_dependents() { twin::trigger(); }
+inline void griddepcontrol_wait() { twin::wait(); }
+
+inline void nanosleep(u32) { twin::pause(); }
+inline bool all_sync(bool p) { return twin::all(p); }
+inline void __syncwarp() { twin::syncwarp(); }
+inline void __syncthreads() { twin::syncthreads(); }
+inline u32 __float_as_uint(float f) { return twin::bits(f); }
+inline float __uint_as_float(u32 w) { return twin::value(w); }
+inline int __ffs(u32 w) { return __builtin_ffs(int(w)); }
+inline u32 min(u32 a, u32 b) { return a < b ? a : b; }
+
+inline float cvt_f32_f16(u32 low16) {
+    const u32 sign = low16 << 16 & 0x80000000u, exponent = low16 >> 10 & 31, mantissa = low16 & 1023;
+    if (exponent == 31) return twin::value(sign | 0x7F800000u | mantissa << 13);
+    if (exponent) return twin::value(sign | (exponent + 112) << 23 | mantissa << 13);
+    return twin::value(sign | twin::bits(float(mantissa) * 0x1p-24f));
+}
+
+namespace twin {
+
+// Round to nearest, ties to even; every NaN becomes 0x7FFF, as cvt.rn does.
+inline u32 half(float f) {
+    const u32 sign = bits(f) >> 16 & 0x8000u;
+    u32 a = bits(f) & 0x7FFFFFFFu;
+    if (a > 0x7F800000u) return 0x7FFFu;
+    if (a >= 0x47800000u) return sign | 0x7C00u;
+    if (a < 0x38800000u) return sign | (bits(value(a) + 0.5f) - bits(0.5f));  // the addition rounds to 2^-24
+    a += 0xC8000FFFu + (a >> 13 & 1);  // exponent - 112, half a unit less one, one more if odd
+    return sign | a >> 13;
+}
+
+inline u32 brain(float f) {
+    const u32 w = bits(f);
+    return (w & 0x7FFFFFFFu) > 0x7F800000u ? 0x7FFFu : (w + 0x7FFFu + (w >> 16 & 1)) >> 16;
+}
+
+}  // namespace twin
+
+inline u32 cvt_rn_f16x2_f32(float high, float low) { return twin::half(high) << 16 | twin::half(low); }
+inline u32 cvt_rn_bf16x2_f32(float high, float low) { return twin::brain(high) << 16 | twin::brain(low); }
