@@ -327,7 +327,10 @@ OURS = [
           "g0:b1": "atom_exch_relaxed_gpu_u32 b, [reported], 1"}),
     Case("give up: later kernels do not push", "forbidden", "abort == 0",
          {"g0:k0": "atom_cas_relaxed_sys_u32 a, [abort], 0, 7",
-          "g0:k1:b1": "griddepcontrol_wait; ld_relaxed_sys_u32 abort, [abort]"}),
+          "g0:k1:b1": "griddepcontrol_wait; ld_relaxed_gpu_u32 abort, [abort]"}),
+    # Kernels look at the word at device scope when they start: the boundary is there for what this GPU wrote.
+    Case("give up: a peer's abort may be overlooked at device scope", "allowed", "a != 0 and b == 0",
+         {"g1": "st_relaxed_sys_u32 [abort], 7", "g0": "ld_relaxed_gpu_u32 a, [abort]; ld_relaxed_gpu_u32 b, [abort]"}),
     Case("give up: a thread that saw a peer's abort sees it again", "forbidden", "a != 0 and b == 0",
          {"g1": "st_relaxed_sys_u32 [abort], 7", "g0": "ld_relaxed_sys_u32 a, [abort]; ld_relaxed_sys_u32 b, [abort]"}),
     Case("give up: the host sees a whole report", "forbidden", "expired == 1 and source == 0",
@@ -367,11 +370,11 @@ OURS = [
     Case("before the wait: the word that says to push no more", "allowed", "abort == 0",
          {"g0:k0": "atom_cas_relaxed_sys_u32 a, [abort], 0, 7",
           "g0:k1": "griddepcontrol_wait; griddepcontrol_launch_dependents",
-          "g0:k2": "ld_relaxed_sys_u32 abort, [abort]"}),
+          "g0:k2": "ld_relaxed_gpu_u32 abort, [abort]"}),
     Case("before the wait: the word that says to push no more, fence before the trigger", "forbidden", "abort == 0",
          {"g0:k0": "atom_cas_relaxed_sys_u32 a, [abort], 0, 7",
           "g0:k1": "griddepcontrol_wait; fence.acq_rel.gpu; griddepcontrol_launch_dependents",
-          "g0:k2": "ld_relaxed_sys_u32 abort, [abort]"}),
+          "g0:k2": "ld_relaxed_gpu_u32 abort, [abort]"}),
 ]  # fmt: skip
 
 CASES = PUBLISHED + SIGNALS + OURS
