@@ -237,10 +237,11 @@ SEEDS = 6
 SYNC = "    __syncwarp();  // every lane has read the epoch\n"
 WAIT = "    griddepcontrol_wait();\n"
 PARITY = "    const u32 parity = ld_relaxed_gpu_u32(epoch) & 1;\n"
-PUSH = "slot(a, to, buffer, place(a.rank, to), index), p);"
+PUSH = "st_relaxed_sys_v4(slot, p);"
+POISON = "        poison(mine, slots.stride);\n"
 LOAD = "    for (u32 k = 0; k < PACKETS; k++) own[k] = in.load(first + k * WARP);\n"
-GATHERED = "        ok = receive<SLEEP_NS>(a, gather, channel, packet, ok, peers);\n"
-SIGNED = "theirs.w[1] != sequence || theirs.w[3] != sequence"
+GATHERED = "        ok = receive<SLEEP_NS>(a, mine, slots.stride, gather, ok, peers);\n"
+SIGNED = "theirs.w[1] == sequence && theirs.w[3] == sequence"
 CODE = "st_relaxed_sys_u32(a.report + FIELD(Report, code), code);"
 ANY = {"bits", "overwritten", "hang", "slots", "report", "foreign poison"}  # what a mix-up of packets can end in
 
@@ -258,12 +259,12 @@ BUGS = {
     "a stream has one gather buffer": ("streamed calls", ANY, [("two_shot.cu", "STREAM ? a.launch % 2 : 0", "0")]),
     "a stream's launches start at once": ("streamed calls", ANY, [("two_shot.cu", "if (!STREAM) griddepcontrol_launch_dependents();", "griddepcontrol_launch_dependents();")]),
     "gather and scatter share slots": ("mixed calls", ANY, [("two_shot.cu", "STREAM ? 3 : 2;", "STREAM ? 2 : 1;")]),
-    "one-shot's slots are not poisoned again": ("mixed calls", ANY, [("one_shot.cu", "        poison(a, parity, first + k * WARP);\n", "")]),
-    "scatter's slots are not poisoned again": ("mixed calls", ANY, [("two_shot.cu", "        poison(a, scatter, packet);\n", "")]),
-    "gather's slots are not poisoned again": ("mixed calls", ANY, [("two_shot.cu", "        poison(a, gather, packet);\n", "")]),
-    "slots are poisoned before they are read": ("mixed calls", ANY, [("two_shot.cu", GATHERED, "        poison(a, gather, packet);\n" + GATHERED)]),
-    "packets go into the neighbour's slot": ("mixed calls", ANY, [("staging.cuh", PUSH, PUSH.replace("index)", "index ^ 1)"))]),
-    "packets go into another source's slot": ("mixed calls", ANY, [("staging.cuh", PUSH, PUSH.replace("place(", "PEERS - 1 - place("))]),
+    "one-shot's slots are not poisoned again": ("mixed calls", ANY, [("one_shot.cu", POISON, "")]),
+    "scatter's slots are not poisoned again": ("mixed calls", ANY, [("two_shot.cu", "own[k]);\n" + POISON, "own[k]);\n")]),
+    "gather's slots are not poisoned again": ("mixed calls", ANY, [("two_shot.cu", "peers[j]);\n" + POISON, "peers[j]);\n")]),
+    "slots are poisoned before they are read": ("mixed calls", ANY, [("two_shot.cu", GATHERED, POISON + GATHERED)]),
+    "packets go into the neighbour's slot": ("mixed calls", ANY, [("staging.cuh", PUSH, PUSH.replace("slot,", "slot ^ 16,"))]),
+    "packets go into another source's slot": ("mixed calls", ANY, [("staging.cuh", "u64(place(a.rank, peer))", "u64(PEERS - 1 - place(a.rank, peer))")]),
     "ranks are summed downwards": ("mixed calls", {"bits"}, [("packet.cuh", "T::unpack(v[rank].w[i], x);", "T::unpack(v[WORLD_SIZE - rank].w[i], x);")]),
     "the sum begins with zero": (
         "special values", {"bits"}, [("packet.cuh", "T::unpack(v[0].w[i], acc);", "T::unpack(v[0].w[i], acc); for (float &f : acc) f += 0.0f;")]),
@@ -277,11 +278,11 @@ BUGS = {
     "a rank whose part is empty skips the channel": (
         "mixed calls", ANY, [("two_shot.cu", "if (first - lane >= part) return;", "if (first - lane >= part || a.rank * part >= in.packets) return;")]),
     "padding lanes do not push": (
-        "mixed calls", ANY, [("two_shot.cu", "if (ok) push(a, target(a, j), scatter,", "if (ok && first + k * WARP < part) push(a, target(a, j), scatter,")]),
+        "mixed calls", ANY, [("two_shot.cu", "if (ok) push(slots.to[j] + scattered", "if (ok && first + k * WARP < part) push(slots.to[j] + scattered")]),
     "a payload may look like the sentinel": ("special values", ANY, [("staging.cuh", "min(p.w[i], EMPTY - 1)", "min(p.w[i], EMPTY)")]),
     "one word of a packet counts as all": (
         "mixed calls", ANY, [("staging.cuh", "p.w[0] != EMPTY && p.w[1] != EMPTY && p.w[2] != EMPTY && p.w[3] != EMPTY", "p.w[0] != EMPTY")]),
-    "packets are stored weakly": ("ThreadSanitizer", {"race"}, [("staging.cuh", "st_relaxed_sys_v4(slot(a, to,", "st_global_v4(slot(a, to,")]),
+    "packets are stored weakly": ("ThreadSanitizer", {"race"}, [("staging.cuh", PUSH, "st_global_v4(slot, p);")]),
     "packets are polled weakly": ("ThreadSanitizer", {"race"}, [("staging.cuh", "if (missing >> j & 1) u[j] = ld_relaxed_sys_v4(", "if (missing >> j & 1) u[j] = ld_global_v4(")]),
     "the report is signalled without a fence": ("absent rank", {"early report"}, [("staging.cuh", "    fence_acq_rel_sys();\n", "")]),
     "the report is signalled before it is written": (
@@ -293,9 +294,9 @@ BUGS = {
     "the first signature is numbered 0": ("mixed calls", {"bits", "report"}, [("guard.cuh", "FIELD(Control, sequence)) + 1;", "FIELD(Control, sequence));"),
                                                                   ("guard.cuh", "FIELD(Control, sequence), sequence);", "FIELD(Control, sequence), sequence + 1);")]),
     "signatures have one parity": ("mixed calls", ANY, [("guard.cuh", "(sequence & 1) * 8", "0 * 8")]),
-    "half a signature counts as all": ("mixed calls", {"bits", "report"}, [("guard.cuh", SIGNED, "theirs.w[1] != sequence")]),
+    "half a signature counts as all": ("mixed calls", {"bits", "report"}, [("guard.cuh", SIGNED, "theirs.w[1] == sequence")]),
     "the guard does not wait": ("mixed calls", ANY, [("guard.cuh", WAIT, "")]),
-    "sizes are not compared": ("calls differ", {"report"}, [("guard.cuh", "theirs.w[0] != mine.w[0] || ", "")]),
+    "sizes are not compared": ("calls differ", {"report"}, [("guard.cuh", "theirs.w[0] != u32(a.total) || ", "")]),
     "calls never leave": ("mixed calls", {"bits", "report", "in flight"}, [("one_shot.cu", "leave(a);", "return;")]),
     "completion is signalled before the last store": ("mixed calls", ANY, [("driver.cpp", "next.drained < next.grid", "next.triggered < next.grid")]),
 }  # fmt: skip

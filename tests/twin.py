@@ -26,7 +26,7 @@ from unittest import mock
 import torch
 
 from allreduce_jit import reference, v2
-from allreduce_jit.kernel import V2_ALGORITHMS, cuda_module, v2_algorithms
+from allreduce_jit.kernel import ITEMSIZE, V2_ALGORITHMS, cuda_module, v2_algorithms
 from allreduce_jit.memory import REPORT_BYTES, LocalState
 from allreduce_jit.plan import HEADER_BYTES, MAX_BLOCK, WARP, Layout, Plan, v2_shape
 from allreduce_jit.tuning import NEVER, Band
@@ -269,7 +269,8 @@ class World:
         self.engines = [
             v2.V2Engine(SimpleNamespace(
                 rank=rank, world_size=world_size, device=SimpleNamespace(index=0), arch="sm_90", nvlink=True,
-                deterministic=True, settings=SimpleNamespace(staging_mb=STAGING_MB, pdl=pdl), max_ctas=max_ctas, tuned=tuned,
+                deterministic=True, settings=SimpleNamespace(staging_mb=STAGING_MB, pdl=pdl), max_ctas=max_ctas,
+                tuned=dict.fromkeys(ITEMSIZE, tuned),
             ))
             for rank in range(world_size)
         ]  # fmt: skip
@@ -353,7 +354,7 @@ class World:
         arena = self._base + self._offsets[rank]["arena"]
         with mock.patch.object(v2, "Launch", Recorder):
             step = engine._step(plan, call.numel, getattr(torch, call.dtype), config)
-        v2._fire(step, arena + x.start, arena + out.start, 0)
+        step.fire(arena + x.start, arena + out.start, 0)
 
     def plan(self, call: Call) -> Plan:
         """The named algorithm or the engine's choice; one-shot where there are too few elements to stream."""

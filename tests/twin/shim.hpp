@@ -21,6 +21,7 @@ typedef unsigned long long u64;
 
 #define __device__
 #define __global__
+#define __noinline__ __attribute__((noinline))
 #define __launch_bounds__(...)
 #define __grid_constant__
 
@@ -179,8 +180,9 @@ inline u64 globaltimer() { return twin::clock(); }
 inline void griddepcontrol_launch_dependents() { twin::trigger(); }
 inline void griddepcontrol_wait() { twin::wait(); }
 
+inline void materialize(u64 &) {}
 inline void nanosleep(u32) { twin::pause(); }
-inline bool all_sync(bool p) { return twin::all(p); }
+inline bool all_sync(u32, bool p) { return twin::all(p); }  // of the lanes that have not returned
 inline void __syncwarp() { twin::syncwarp(); }
 inline void __syncthreads() { twin::syncthreads(); }
 inline u32 __float_as_uint(float f) { return twin::bits(f); }
