@@ -616,8 +616,9 @@ void fence() {
         for (u32 i = 0; i < block.stores.size(); i++)
             if (block.stores[i].number < number && below(++older) == 0) chosen = i;
         if (!older) break;
+        Driver driver;
         commit(block, chosen);
-        pause();
+        yield();
     }
     for (u32 i = 0; i < std::min(current->loads, LOOKBACK); i++) __tsan_acquire(reinterpret_cast<void *>(current->since_fence[i]));
     current->loads = 0;
