@@ -133,6 +133,7 @@ class Communicator:
             self._closed
             or not isinstance(x, torch.Tensor)
             or x.get_device() != self._index
+            or x.is_meta
             or x.layout is not _STRIDED
             or (x.requires_grad and torch.is_grad_enabled())
         ):

@@ -19,7 +19,7 @@ from .cache import Artifact, KernelCache, decode, encode
 from .compiler import build
 from .driver import Launch, Module, call
 from .errors import CommunicatorFailed, Poisoned, SetupError
-from .failure import SIGNATURES, SIGNATURES_AT, Kind, abort_code, explain, heard
+from .failure import SIGNATURES, SIGNATURES_AT, Kind, abort_code, explain, heard, last_signed
 from .kernel import DTYPES, KernelSpec, catalogue
 from .memory import LocalState, SideChannel, StagingMemory
 from .plan import PACKET, Layout, Plan
@@ -224,10 +224,19 @@ class KernelEngine:
         self.check()
 
     def _fail(self, code: int) -> None:
-        own = self.memory.addresses[self.config.rank]
-        signed = heard(self.side.read(own + SIGNATURES_AT, SIGNATURES), self.config.world_size)
+        rank, addresses = self.config.rank, self.memory.addresses
+        words = list(self.state.words[:10])
+        header = self.side.read(addresses[rank] + SIGNATURES_AT, SIGNATURES)
+        culprit = code >> 8 & 0xFF
+        # V2's kernels leave to us what is still there to be read.
+        if words[0] and not words[1]:
+            words[1] = int.from_bytes(self.side.read(self.state.control, 4), "little")
+        if code & 0xFF == Kind.MISMATCH and culprit != rank and not any(words[6:]):
+            mine = last_signed(self.side.read(addresses[culprit] + SIGNATURES_AT, SIGNATURES), rank)
+            theirs = last_signed(header, culprit)
+            words[6:] = [*(mine or (0, 0, 0))[1:], *(theirs or (0, 0, 0))[1:]]
         self._stopped = True
-        self._failure = explain(self.state.words[:10], code, self.config.rank, signed, self._alive)
+        self._failure = explain(words, code, rank, heard(header, self.config.world_size), self._alive)
 
     def _alive(self, rank: int) -> bool | None:
         if rank in self.dead:

@@ -55,17 +55,20 @@ def tag(algorithm: str, dtype: str) -> int:
     return number | list(DTYPES).index(dtype) << 8
 
 
+def last_signed(header: bytes, rank: int) -> tuple[int, int, int] | None:
+    """(sequence number, low word, tag) of the last call that ``rank`` signed in the ``SIGNATURES`` bytes of a header."""
+    both = [struct.unpack_from("<4I", header, (parity * 8 + rank) * 16) for parity in (0, 1)]
+    signed = [(sequence, low, tag) for low, sequence, tag, again in both if tag and sequence == again]
+    # Sequence numbers wrap: of two neighbours the later one is ahead by one.
+    if len(signed) == 2 and (signed[0][0] + 1) & 0xFFFFFFFF == signed[1][0]:
+        signed.reverse()
+    return signed[0] if signed else None
+
+
 def heard(header: bytes, world_size: int) -> list[tuple[int, Signature] | None]:
-    """The last call that each rank signed, out of the ``SIGNATURES`` bytes of a header; None: never, or oneself."""
-    found: list[tuple[int, Signature] | None] = []
-    for rank in range(world_size):
-        both = [struct.unpack_from("<4I", header, (parity * 8 + rank) * 16) for parity in (0, 1)]
-        signed = [(sequence, Signature.decode(low, tag)) for low, sequence, tag, again in both if tag and sequence == again]
-        # Sequence numbers wrap: of two neighbours the later one is ahead by one.
-        if len(signed) == 2 and (signed[0][0] + 1) & 0xFFFFFFFF == signed[1][0]:
-            signed.reverse()
-        found.append(signed[0] if signed else None)
-    return found
+    """The last call that each rank signed, out of a header; None: never, or oneself."""
+    signed = (last_signed(header, rank) for rank in range(world_size))
+    return [last and (last[0], Signature.decode(*last[1:])) for last in signed]
 
 
 def explain(words: Sequence[int], code: int, rank: int, signed: Sequence[tuple[int, Signature] | None],

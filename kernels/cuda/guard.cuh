@@ -32,14 +32,15 @@ __device__ inline void guard(const Args &a) {
         st_relaxed_sys_v2_u64(to + parity, Packet{{u32(a.total), sequence, tag, sequence}});
         u64 since = 0;
         Packet theirs;
-        for (u32 spins = 1;; spins++) {
-            theirs = ld_relaxed_sys_v2_u64(from + parity);
-            if (theirs.w[1] == sequence && theirs.w[3] == sequence) break;
-            if (spins % 64 == 0 && (since = keep_waiting(a, since, 0, 1u << lane)) == 0) {
-                met = false;
-                break;
+        bool came = false;
+        do {
+#pragma unroll 1
+            for (u32 spins = 0; spins < POLLS && !came; spins++) {
+                theirs = ld_relaxed_sys_v2_u64(from + parity);
+                came = theirs.w[1] == sequence && theirs.w[3] == sequence;
             }
-        }
+        } while (!came && (since = keep_waiting(a, since, 0, 1u << lane)));
+        met = came;
         const bool differs = met && (theirs.w[0] != u32(a.total) || (theirs.w[2] ^ tag) & ~IN_PLACE);
         // As signed: the last channel may have left before this thread entered.
         if (differs || int(in_flight) > 0)
@@ -47,7 +48,7 @@ __device__ inline void guard(const Args &a) {
     } else {
         report(a, code, 0, 0);
     }
-    met = all_sync((1u << PEERS) - 1, met);
+    met = all_sync((1u << PEERS) - 1, met);  // by now every lane has read the sequence number, too
     if (lane > 0) return;
     st_relaxed_gpu_u32(a.control + FIELD(Control, sequence), sequence);
     if (met) st_relaxed_gpu_u32(a.control + FIELD(Control, met) + 4 * a.config, 1);
