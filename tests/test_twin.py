@@ -241,6 +241,8 @@ PUSH = "st_relaxed_sys_v4(slot, p);"
 POISON = "        poison(mine, slots.stride);\n"
 LOAD = "    for (u32 k = 0; k < PACKETS; k++) own[k] = in.load(first + k * WARP);\n"
 GATHERED = "        ok = receive<SLEEP_NS>(a, mine, slots.stride, gather, ok, peers);\n"
+VOTE = "    met = all_sync("
+STORED = "    if (lane == 0) st_relaxed_gpu_u32(a.control + FIELD(Control, sequence), sequence);\n"
 SIGNED = "theirs.w[1] == sequence && theirs.w[3] == sequence"
 CODE = "st_relaxed_sys_u32(a.report + FIELD(Report, code), code);"
 ANY = {"bits", "overwritten", "hang", "slots", "report", "foreign poison"}  # what a mix-up of packets can end in
@@ -289,10 +291,12 @@ BUGS = {
         "absent rank", {"early report"},
         [("staging.cuh", "    st_relaxed_sys_u32(a.report + FIELD(Report, tag), a.tag);\n", f"    {CODE}\n    st_relaxed_sys_u32(a.report + FIELD(Report, tag), a.tag);\n")]),
     "nobody looks at the clock": (
-        "absent rank", {"hang"}, [("staging.cuh", "spins % 64 == 0 &&", "spins == 0 &&"), ("guard.cuh", "spins % 64 == 0 &&", "spins == 0 &&")]),
+        "absent rank", {"hang"}, [("staging.cuh", "while (!GUARDED || (since = keep_waiting(a, since, buffer, missing)));", "while (since == 0);"),
+                                  ("guard.cuh", "while (!came && (since = keep_waiting(a, since, 0, 1u << lane)));", "while (!came && since == 0);")]),
     "who gave up keeps pushing": ("absent rank", {"overwritten", "pushed"}, [("one_shot.cu", "    bool ok = alive(a);\n", "    bool ok = true;\n")]),
     "the first signature is numbered 0": ("mixed calls", {"bits", "report"}, [("guard.cuh", "FIELD(Control, sequence)) + 1;", "FIELD(Control, sequence));"),
                                                                   ("guard.cuh", "FIELD(Control, sequence), sequence);", "FIELD(Control, sequence), sequence + 1);")]),
+    "the sequence number is stored before every lane has read it": ("mixed calls", ANY, [("guard.cuh", VOTE, STORED + VOTE)]),
     "signatures have one parity": ("mixed calls", ANY, [("guard.cuh", "(sequence & 1) * 8", "0 * 8")]),
     "half a signature counts as all": ("mixed calls", {"bits", "report"}, [("guard.cuh", SIGNED, "theirs.w[1] == sequence")]),
     "the guard does not wait": ("mixed calls", ANY, [("guard.cuh", WAIT, "")]),
