@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(twin.missing() is not None, reason=str(twin.miss
 WORLDS = range(2, 9)
 # ThreadSanitizer's share: collectives, and how many of 100 each world size gets (a large world is much slower).
 COLLECTIVES = int(os.environ.get("TWIN_COLLECTIVES", "2000"))
-SHARES = {2: 52, 3: 36, 4: 8, 5: 1, 6: 1, 7: 1, 8: 1}
+SHARES = {2: 64, 3: 28, 4: 4, 5: 1, 6: 1, 7: 1, 8: 1}
 
 
 @pytest.fixture(scope="module")
@@ -194,7 +194,7 @@ def test_no_data_race(objects, record_property):
             seed = 0
             while world.collectives < total:
                 if seed % 8 == 0:
-                    program = Program(world_size, mixed(dice, world_size, min(40, total), 7), seed)
+                    program = Program(world_size, mixed(dice, world_size, min(40, total), 5), seed)
                 world.run(program, seed, jitter=dice.choice([0.01, 0.05, 0.2]))
                 seed += 1
             return world.collectives
