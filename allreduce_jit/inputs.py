@@ -51,6 +51,7 @@ def check_output(x: torch.Tensor, out: torch.Tensor, dense: bool, rank: int) -> 
         or out.shape != x.shape
         or out.dtype is not x.dtype
         or out.get_device() != x.get_device()
+        or out.is_meta  # which has the CPU's number
         or out.layout is not x.layout
         or (out.requires_grad and torch.is_grad_enabled())
     ):

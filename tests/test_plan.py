@@ -358,7 +358,7 @@ def all_properties(f, case):
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 def test_all_hold(world_size):
-    hold(all_properties, examples=5000 if os.environ.get("LONG") else 400, world_sizes=[world_size])
+    hold(all_properties, examples=5000 if os.environ.get("LONG") else 150, world_sizes=[world_size])
 
 
 # -- and can fail
