@@ -457,7 +457,6 @@ MUTANTS = [
     (v2_known_kernel, "wide ones for all", replaced("v2_bands", lambda n, max_ctas, tuned: planning.v2_bands(n, 9))),
     (v2_never_goes_back, "one-shot for odd grids",
      mutant("v2_plan", lambda p: replace(p, algorithm="one_shot") if p.grid % 2 else p)),
-    (v2_never_goes_back, "straight to the last band", replaced("v2_plan", straight_to_the_last_band)),
     (v2_splits_no_more_than_it_must, "nothing goes on to a later band", replaced("v2_plan", first_band_only)),
     (v2_takes_its_band, "always the last band", replaced("v2_plan", lambda n, dtype, numel, bands, layout:
         planning.v2_plan(n, dtype, numel, bands[-1:], layout) if numel > 1 << 16 else
