@@ -181,8 +181,8 @@ def missing(me: int, problems: Mapping[int, Exception], waited_s: float | None) 
     how = "lost the connection to" if waited_s is None else f"waited {waited_s:g} s (ALLREDUCE_JIT_SETUP_TIMEOUT) for"
     error = PeerTimeout(
         f"rank {me} {how} {names} while ranks were agreeing: killed, stuck, or gone its own way? "
-        "This process group cannot be used any more: start again with a new one."
+        "This process group cannot be used any more: start again with a new one.",
+        ranks,
     )
-    error.ranks = ranks
     error.__cause__ = problems[ranks[0]] if ranks else None
     return error

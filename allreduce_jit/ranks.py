@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import signal
 import threading
@@ -46,6 +47,12 @@ class Outcome:
 
     rank: int
     value: Any
+
+    def conclude(self, as_json: bool, render: Callable[[Any], str]) -> int:
+        """Print the value, on rank 0 alone; returns the exit code, 0 if the value says ``ok``."""
+        if self.rank == 0:
+            print(json.dumps(self.value, indent=2) if as_json else render(self.value))
+        return 0 if self.value["ok"] else 1
 
 
 @dataclass(frozen=True)

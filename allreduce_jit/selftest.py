@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -48,9 +47,7 @@ def run(args: argparse.Namespace, init: Callable[..., Any] | None = None) -> int
     """Check, print, and return the exit code: 1 if any rank had a wrong element or planned differently."""
     options = Options(args.max_bytes, args.seed)
     outcome = ranks.run(work, options, init, gpus=args.gpus, cpu=args.cpu, deadline=args.deadline)
-    if outcome.rank == 0:
-        print(json.dumps(outcome.value, indent=2) if args.json else render(outcome.value))
-    return 0 if outcome.value["ok"] else 1
+    return outcome.conclude(args.json, render)
 
 
 def work(place: Place, options: Options, init: Callable[..., Any] | None) -> dict[str, Any]:

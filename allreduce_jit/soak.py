@@ -12,7 +12,6 @@ to 16 ranks, as long as all of the stale ones are equally old.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import random
 import time
@@ -68,9 +67,7 @@ def run(args: argparse.Namespace, init: Callable[..., Any] | None = None) -> int
     calls = args.calls if args.calls is not None or args.seconds is not None else 100_000
     options = Options(calls, args.seconds, args.max_bytes, args.seed, args.gemm, args.nccl, args.stalls)
     outcome = ranks.run(work, options, init, gpus=args.gpus, cpu=args.cpu, deadline=args.deadline)
-    if outcome.rank == 0:
-        print(json.dumps(outcome.value, indent=2) if args.json else render(outcome.value))
-    return 0 if outcome.value["ok"] else 1
+    return outcome.conclude(args.json, render)
 
 
 def work(place: Place, options: Options, init: Callable[..., Any] | None) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 // What keeps misuse from hanging or lying: block 0 of a launch is its guard, while the other blocks move the
-// data. (The overlapping launches of a stream have one guard, in the first. "Call" here is what a guard guards.) It costs no latency, as it takes no longer than they do.
+// data, which takes longer but for the smallest messages. (The overlapping launches of a stream have one guard, in
+// the first. "Call" here is what a guard guards.)
 //
 // - Signature: sequence number, number of elements, dtype and algorithm go to every peer and are compared
 //   with theirs; a difference stops the communicator on both. Each 8-byte half carries the sequence number, so
