@@ -1,17 +1,24 @@
 # make run: the main job (selftest) on whatever this machine has.  make test: all tests it can run.
+# make proofs: the long form of what is proven about the kernels without a GPU (docs/verification.md).
 PYTHON ?= python3
 VENV := .venv
 
-.PHONY: run test clean
+# Two files or tests at a time, but never two that share GPUs.
+pytest = parallel=; if [ ! -e /dev/nvidia0 ] && $(VENV)/bin/python -c "import xdist" 2>/dev/null; then \
+		parallel="-n 2 --dist $(1)"; fi; \
+	$(VENV)/bin/python -m pytest $$parallel
+
+.PHONY: run test proofs clean
 
 run: $(VENV)/ready
 	$(VENV)/bin/python -m allreduce_jit selftest
 
-# Two files at a time, but never two that share GPUs.
 test: $(VENV)/ready
-	@parallel=; if [ ! -e /dev/nvidia0 ] && $(VENV)/bin/python -c "import xdist" 2>/dev/null; then \
-		parallel="-n 2 --dist loadfile"; fi; \
-	$(VENV)/bin/python -m pytest $$parallel
+	@$(call pytest,loadfile)
+
+proofs: $(VENV)/ready
+	@export LONG=1 TWIN_COLLECTIVES=50000; $(call pytest,worksteal) tests/test_twin.py tests/test_spin.py \
+		tests/test_memory_model.py tests/test_compile.py tests/test_legacy_protocol.py
 
 $(VENV)/ready: pyproject.toml setup.sh
 	PYTHON="$(PYTHON)" ./setup.sh $(VENV)

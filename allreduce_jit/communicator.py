@@ -182,7 +182,8 @@ class Communicator:
 
     def check(self) -> None:
         """Raise what kept a call on the GPU from completing, with the culprit: ``PeerLost``, ``PeerTimeout``, ``CallMismatch``,
-        ``ConcurrentUse`` or ``Poisoned``. Costs one read of host memory; calls in flight have yet to end."""
+        ``ConcurrentUse`` or ``Poisoned``. A call of a peer, too, that this rank never made. Calls in flight have yet to
+        end; costs a copy of four bytes from the device."""
         self._check_open()
         if self._engine is not None:
             self._engine.check()

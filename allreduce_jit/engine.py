@@ -186,9 +186,11 @@ class KernelEngine:
             self._launch(x, out, stream)
 
     def check(self) -> None:
-        """Raise what kept a call from completing: a subclass of ``CommunicatorFailed`` that names the culprit."""
-        if self.state.words[0] and self._failure is None:
-            self._fail(self.state.words[0])
+        """Raise what kept a call from completing, here or on a peer that stopped this rank for it: a subclass of
+        ``CommunicatorFailed`` that names the culprit."""
+        code = self._failure is None and (self.state.words[0] or self._told())
+        if code:
+            self._fail(code)
         if self._failure is not None:
             self._raised = True
             raise self._failure
@@ -215,6 +217,12 @@ class KernelEngine:
         self._stopped = True
         if len(self.dead) == 1:  # others may end because of it
             self.abort(Kind.LOST, rank)
+
+    def _told(self) -> int:
+        """The abort code that a peer left here and no kernel of this rank has met. Not a death: whoever needed that rank
+        is stopped by it, and calls that completed stay valid."""
+        code = int.from_bytes(self.side.read(self.memory.addresses[self.config.rank], 4), "little")
+        return 0 if code & 0xFF == Kind.LOST else code
 
     def _refuse(self) -> None:
         if self._raised:

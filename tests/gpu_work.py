@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import random
 import time
@@ -437,10 +438,11 @@ def tuned_table(place):
 
 
 def suite(place, names):
-    """Several of the above in one set of processes; they tell which failed."""
+    """Several of the above, or of another module (``module:function``), in one set of processes; they tell which failed."""
     for name, args in names:
+        module, _, function = name.rpartition(":")
         try:
-            globals()[name](place, *args)
+            getattr(importlib.import_module(module or __name__), function)(place, *args)
         except BaseException as e:
             e.add_note(f"in {name}{args}") if hasattr(e, "add_note") else None
             raise

@@ -114,7 +114,7 @@ class Stage:
     def __init__(self):
         self.process = None
 
-    def run(self, scenario: Scenario, timeout: float = 60) -> Outcome:
+    def run(self, scenario: Scenario, timeout: float = 300) -> Outcome:
         """Plays a scenario. Raises TimeoutError if it hangs, AssertionError if a rank raises."""
         if self.process is None:
             self.process = subprocess.Popen(

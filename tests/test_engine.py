@@ -231,6 +231,7 @@ class Side:
 
     def __init__(self):
         self.stored = []
+        self.told = 0  # this rank's abort word
         self.signatures = bytearray(SIGNATURES)
 
     def sign(self, rank, sequence, numel, algorithm="one_shot", dtype="float32"):
@@ -239,8 +240,12 @@ class Side:
 
     def write(self, addresses, word):
         self.stored += [(address, word) for address in addresses]
+        if BASES[1] in addresses:
+            self.told = word
 
     def read(self, address, nbytes):
+        if (address, nbytes) == (BASES[1], 4):
+            return self.told.to_bytes(4, "little")
         assert address == BASES[1] + SIGNATURES_AT and nbytes == SIGNATURES
         return bytes(self.signatures)
 
@@ -312,6 +317,17 @@ def test_abort_reaches_everybody_oneself_first(one):
     assert one.side.stored == [(BASES[1], code), (BASES[0], code), (BASES[2], code)]
     with pytest.raises(Poisoned, match="rank 1 aborted this communicator"):
         one.check()
+    with pytest.raises(Poisoned):
+        all_reduce(one)
+
+
+def test_a_rank_that_calls_no_more_is_told_what_its_peers_waited_for(one):
+    one.side.sign(0, 8, 12)
+    one.side.told = abort_code(Kind.TIMEOUT, 1, 0)
+    all_reduce(one)  # reads no device memory: the kernel meets the word
+    with pytest.raises(PeerTimeout, match=r"rank 0 waited in vain for rank 1.*rank 0 told rank 1.*Rank 0 last signed call 8") as e:
+        one.check()
+    assert e.value.ranks == (1,)
     with pytest.raises(Poisoned):
         all_reduce(one)
 

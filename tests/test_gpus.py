@@ -1,12 +1,30 @@
 """Real ranks on 2, 3 and 4 GPUs: every rung of the ladder, eager and captured, every bit."""
 
+import os
+
 import gpu_work
 import pytest
+from test_readme import torchrun
 
 from allreduce_jit import ranks
 from allreduce_jit.verdict import Path
 
 WORLDS = [pytest.param(n, marks=pytest.mark.gpus(n), id=f"{n} GPUs") for n in (2, 3, 4)]
+
+LIVE_AT_EXIT = """
+import os, torch, torch.distributed as dist, allreduce_jit
+torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+dist.init_process_group("gloo")
+comm = allreduce_jit.init()
+x, graph = torch.ones(1000, device="cuda"), torch.cuda.CUDAGraph()
+with comm.capture(), torch.cuda.graph(graph):
+    out = comm.all_reduce(x)
+child = os.fork()
+if child:
+    assert os.waitpid(child, 0)[1] == 0
+    graph.replay()
+    print(float(out[0]))
+"""
 
 
 def run(n, *names):
@@ -53,6 +71,22 @@ def test_tune(n, monkeypatch, tmp_path):
     run(n, "tuned_table")
 
 
+@pytest.mark.parametrize("n", WORLDS)
+def test_ends_and_new_beginnings(n):
+    names = "aborted", "recovery", "skipped_and_extra_calls", "number_wraps", "captures", "group_gone", "virtual_memory"
+    run(n, *(f"gpu_life:{name}" for name in names))
+
+
+@pytest.mark.parametrize("n", WORLDS)
+def test_cycles(n):
+    run(n, ("gpu_life:cycles", (int(os.environ.get("CYCLES", "24")),)))
+
+
+@pytest.mark.gpus(2)
+def test_exit_with_a_live_graph_and_after_a_fork(tmp_path):
+    assert torchrun(LIVE_AT_EXIT, tmp_path).split() == ["2.0", "2.0"]
+
+
 @pytest.mark.gpus(4)
 def test_groups():
     run(4, "groups")
@@ -61,7 +95,7 @@ def test_groups():
 @pytest.mark.gpus(2)
 def test_expandable_segments(monkeypatch):
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-    run(2, ("graphs", (Path.V2,)))
+    run(2, ("graphs", (Path.V2,)), "gpu_life:captures")
 
 
 @pytest.mark.gpus(1)

@@ -66,7 +66,7 @@ def test_zeros_infinities_subnormals_and_nans(stage, dtype, data):
 def test_a_long_life_under_random_delays(stage, seed):
     """Sizes, dtypes and algorithms change from call to call; ranks pause, stores are torn, one rank may dawdle."""
     rng = random.Random(seed)
-    world = rng.choice([2, 3, 4, 5])
+    world = rng.choice([2, 3, 4])
     calls = [
         Call(rng.choice(ALGORITHMS), rng.choice(DTYPES), rng.choice([1, 2, 65, 256, 333, 600]),
              rng.choice(["normal", "specials", "bits"]), rng.random() < 0.5, rng.choice([0, 0, 1, 3]))

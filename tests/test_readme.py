@@ -15,10 +15,11 @@ EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.S)
 def torchrun(code, tmp_path):
     script = tmp_path / "example.py"
     script.write_text(code)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", str(script)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    logs = ["--log-dir", str(tmp_path), "--redirects", "1"]  # on one standard output, lines of two ranks may mix
+    done = subprocess.run([*launcher, *logs, str(script)], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    return done.stdout
+    return "".join(path.read_text() for path in tmp_path.rglob("stdout.log"))
 
 
 def test_there_are_three():
