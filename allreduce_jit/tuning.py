@@ -1,6 +1,7 @@
 """The tables that ``plan`` reads. Tuning changes speed only, never a bit of a result.
 
-Measured on H200 at 2, 3 and 4 ranks (docs/performance.md), estimated from bytes on the wire at 5 to 8.
+Measured on H200 at 2 ranks, and with trial kernels of the same form at 4 (docs/performance.md); estimated from bytes on
+the wire at 3 and at 5 to 8.
 """
 
 from __future__ import annotations

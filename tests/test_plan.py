@@ -538,7 +538,7 @@ def test_default_staging_suffices(world_size):
         assert (plan.algorithm, plan.block) == (band.algorithm, band.block)
 
 
-@pytest.mark.parametrize("world_size", WORLD_SIZES)
+@pytest.mark.parametrize("world_size", WORLD_SIZES if os.environ.get("LONG") else (2, 5, 8))
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_past_two_to_the_31_elements(world_size, dtype):
     for numel in (2**31 - 1, 2**31, 2**31 + 1, 2**32 + 3, 2**33):
