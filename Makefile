@@ -1,5 +1,5 @@
 # make run: the main job (selftest) on whatever this machine has.  make test: all tests it can run.
-# make proofs: the long form of what is proven about the kernels without a GPU (docs/verification.md).
+# make proofs: in full what make test cuts short of the proofs about the kernels (docs/verification.md).
 PYTHON ?= python3
 VENV := .venv
 
@@ -17,8 +17,8 @@ test: $(VENV)/ready
 	@$(call pytest,loadfile)
 
 proofs: $(VENV)/ready
-	@export LONG=1 TWIN_COLLECTIVES=50000; $(call pytest,worksteal) tests/test_twin.py tests/test_spin.py \
-		tests/test_memory_model.py tests/test_compile.py tests/test_legacy_protocol.py
+	@export LONG=1 TWIN_COLLECTIVES=50000; $(call pytest,worksteal) -m long \
+		tests/test_twin.py tests/test_spin.py tests/test_compile.py tests/test_legacy_protocol.py
 
 $(VENV)/ready: pyproject.toml setup.sh
 	PYTHON="$(PYTHON)" ./setup.sh $(VENV)

@@ -114,6 +114,7 @@ def opcodes(tmp_path, artifact):
 # -- V2
 
 
+@pytest.mark.long
 @needs_nvrtc
 @pytest.mark.parametrize(("world_size", "arch"), ALL if LONG else [(2, "sm_90"), (8, "sm_80"), (4, "sm_100")])
 def test_v2(compiled, tmp_path, world_size, arch):
@@ -246,6 +247,7 @@ def test_v2_with_virtual_ranks(compiled, tmp_path):
 # -- legacy
 
 
+@pytest.mark.long
 @needs_triton
 @pytest.mark.parametrize(("world_size", "arch"), ALL if LONG else [(4, "sm_90"), (3, "sm_80"), (2, "sm_100")])
 def test_legacy_compiles(compiled, tmp_path, world_size, arch):

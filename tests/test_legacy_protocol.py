@@ -243,6 +243,7 @@ def test_the_source_itself_passes_where_bugs_are_planted(stage, name):
     assert fails(stage.run(scenario(name)), name) is None
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("bug", BUGS if os.environ.get("LONG") else list(BUGS)[::6])  # each starts processes anew
 def test_planted_bug_is_caught(stage, tmp_path, bug):
     name, correct, wrong = BUGS[bug]

@@ -356,6 +356,7 @@ def all_properties(f, case):
         prop(f, case)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 def test_all_hold(world_size):
     hold(all_properties, examples=5000 if os.environ.get("LONG") else 150, world_sizes=[world_size])
@@ -538,6 +539,7 @@ def test_default_staging_suffices(world_size):
         assert (plan.algorithm, plan.block) == (band.algorithm, band.block)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("world_size", WORLD_SIZES if os.environ.get("LONG") else (2, 5, 8))
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_past_two_to_the_31_elements(world_size, dtype):

@@ -175,6 +175,7 @@ def spread():
     return everything if LONG else [everything[e * OPERATIONS + e % OPERATIONS] for e in range(len(EXCHANGES))]
 
 
+@pytest.mark.long
 def test_a_rank_that_is_killed_at_any_step():
     """Known by the connection, at once but for one that waits for somebody else first."""
     cases = [(victim, at, signal.SIGKILL) for victim, at in spread()]
@@ -182,6 +183,7 @@ def test_a_rank_that_is_killed_at_any_step():
         check(case, stories, 0.0, DEADLINE_S + SLACK_S, most=N - 1)
 
 
+@pytest.mark.long
 def test_a_rank_that_stalls_at_any_step():
     """Known at the deadline, and not before."""
     cases = [(victim, at, signal.SIGSTOP) for victim, at in spread()]

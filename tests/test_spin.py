@@ -37,6 +37,7 @@ def check(folder: Path, quickly: bool = False, **options) -> tuple[str, int]:
     return error[1] if error else "", int(re.search(r"(\d+) states, stored", text)[1])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("least", "options"),
     [

@@ -55,6 +55,7 @@ def mixed(dice: random.Random, world_size: int, count: int, largest: int, kinds=
 # -- the kernels are right
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("world_size", WORLDS if LONG else (2, 3, 8))
 def test_sizes(objects, world_size):
     """Every dtype and algorithm, from nothing to a few MB in several launches, aligned and not, in place and not."""
@@ -189,6 +190,7 @@ def test_calls_that_differ_are_an_error(objects, seed):
 # -- ThreadSanitizer
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("world_size", WORLDS)
 def test_no_data_race(objects, record_property, world_size):
     """``TWIN_COLLECTIVES`` collectives over all world sizes, without a report."""
@@ -318,6 +320,7 @@ def first_failure(check, objects, edits, **options) -> Failed | None:
     return None
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("bug", BUGS if LONG else list(BUGS)[::3])  # each is compiled anew
 def test_planted_bug_is_caught(objects, bug, record_property):
     check, kinds, edits = BUGS[bug]
