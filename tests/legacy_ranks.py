@@ -68,7 +68,8 @@ class Scenario:
         late: a rank that comes to its first call when the others have looked for it 400 times, and whose first data
             comes 70 looks after they have met.
         aborted: a rank whose host has set its abort word beforehand.
-        stopped: a rank whose host sets its abort word when it first looks for data.
+        stopped: a rank whose host sets its abort word when it first looks for data. It finds none before it has seen
+            that word, and all of it from then on.
         busy: a rank with a call in flight that never ends.
         differs: a rank and in what its calls differ, e.g. [1, {"numel": 5}].
         deadline: looks after which a wait gives up; 0: it does not.
@@ -400,7 +401,7 @@ def patch_once(interpreter) -> None:
     interpreter.InterpretedFunction.__call__ = call
 
 
-def disturb(interpreter, tl, communicator: Communicator, rank: int) -> None:
+def disturb(interpreter, tl, communicator: Communicator, rank: int, check_every: int) -> None:
     """Pauses, torn stores, slowness and death at the points where ranks meet: block stores and volatile looks."""
     scenario, builder = communicator.scenario, interpreter.InterpreterBuilder
     rng = random.Random(f"{scenario.seed} {rank}")
@@ -420,11 +421,25 @@ def disturb(interpreter, tl, communicator: Communicator, rank: int) -> None:
                 os._exit(0)
             if for_data and rank == scenario.stopped:
                 communicator.abort(rank)
+                return midway(lambda: whole_load(self, pointers, mask, other, *policy), mask)
             # Long enough for others to begin their next call; not for ever, as a hang need not be slow.
             dawdles = rank == scenario.slow and next(looks) < (30 if for_data else 8)
             time.sleep((80e-3 if for_data else 0.3) if dawdles else 2e-4)  # in any case, as ranks share few cores, let the others get on
             pause()
         return whole_load(self, pointers, mask, other, *policy)
+
+    def midway(look, mask):
+        """What the rank that is stopped midway finds: see ``Scenario.stopped``."""
+        found = look()
+        if not mask.data.any():  # its own block
+            return found
+        if next(looks) < check_every:
+            found.data = np.where(mask.data, -1, found.data)
+            return found
+        while (found.data[mask.data] == -1).any() and not any(report[0] for report in communicator.report):
+            time.sleep(1e-3)
+            found = look()
+        return found
 
     def store(self, pointers, value, mask, *policy):
         if rank == scenario.late and pointers.data.size > 1 and pointers.get_element_ty() != tl.int64 and not next(pushes):
@@ -453,7 +468,7 @@ def play(scenario: Scenario, interpreter, tl) -> Outcome:
     spec.loader.exec_module(module)
     communicator = Communicator(scenario)
     ranks = [
-        fork(lambda: (disturb(interpreter, tl, communicator, rank), communicator.play(rank, module, tl)))
+        fork(lambda: (disturb(interpreter, tl, communicator, rank, module._CHECK_EVERY.value), communicator.play(rank, module, tl)))
         for rank in range(scenario.world) if rank != scenario.absent
     ]
     failed = sum(os.waitpid(rank, 0)[1] != 0 for rank in ranks)
