@@ -118,6 +118,7 @@ def test_epoch_words_wrap(objects, epoch):
 
 
 PATIENCE, DEADLINE = 20_000_000, 200_000  # steps
+WAITED_MS = 5  # word of a Report
 
 
 @pytest.mark.parametrize("algorithm", ["one_shot", "two_shot", "two_shot_stream"])
@@ -151,6 +152,25 @@ def absent(objects, edits, seed, world_size=3, algorithm="one_shot"):
         if not torch.equal(before, world.staging(last)[HEADER_BYTES:]):
             raise Failed("pushed", f"somebody still pushes to rank {last}")
         run(2)
+
+
+def phases(objects, edits, seed):
+    """A peer that has not come to this shape of call is waited for longer than one that did before."""
+    deadline, grace = 1_000_000, 3_000_000  # the report counts milliseconds
+    for met in (False, True):
+        with World(twin.build(objects, 2, edits=edits), 2, relayout=cramped) as world:
+            world.set_deadlines(deadline, grace)
+            program = Program(2, [Call("one_shot", "float32", 100)], seed)
+            if met:
+                world.run(program, seed, patience=PATIENCE)
+            world.run(program, seed + 1, skip=[1], complete=False, patience=PATIENCE)
+            waited_ms = world.report(0)[WAITED_MS]
+            if not 0 <= waited_ms - (deadline if met else grace) // 1_000_000 < 2:
+                raise Failed("report", f"met {met}: waited for {waited_ms} ms")
+
+
+def test_the_deadline_depends_on_the_phase(objects):
+    phases(objects, (), 0)
 
 
 def host_stops(objects, edits, seed):
@@ -230,6 +250,7 @@ CHECKS = {
     "absent rank": absent,
     "host stops a rank": host_stops,
     "calls differ": mismatch,
+    "phases": phases,
 }
 SEEDS = 6
 
@@ -292,6 +313,9 @@ BUGS = {
     "nobody looks at the clock": (
         "absent rank", {"hang"}, [("staging.cuh", "while (!GUARDED || (since = keep_waiting(a, since, buffer, missing)));", "while (since == 0);"),
                                   ("guard.cuh", "while (!came && (since = keep_waiting(a, since, 0, 1u << lane)));", "while (!came && since == 0);")]),
+    "the clock runs from its beginning": ("absent rank", {"report"}, [("staging.cuh", "since == 0 || (since & 1) != met", "since == 0 && met")]),
+    "nobody was met": ("phases", {"report"}, [("guard.cuh", "    if (met) st_relaxed_gpu_u32(", "    if (!met) st_relaxed_gpu_u32(")]),
+    "epoch words of another algorithm": ("mixed calls", {"guard", *ANY}, [("two_shot.cu", "a.epochs + channel * 4", "a.epochs - channel * 4")]),
     "who gave up keeps pushing": ("absent rank", {"overwritten", "pushed"}, [("one_shot.cu", "    bool ok = alive(a);\n", "    bool ok = true;\n")]),
     "the first signature is numbered 0": ("mixed calls", {"bits", "report"}, [("guard.cuh", "FIELD(Control, sequence)) + 1;", "FIELD(Control, sequence));"),
                                                                   ("guard.cuh", "FIELD(Control, sequence), sequence);", "FIELD(Control, sequence), sequence + 1);")]),

@@ -279,7 +279,7 @@ class World:
         ]  # fmt: skip
         self.layout = relayout(self.engines[0].layout)
         channels = {name: region.channels for name, region in self.layout.regions.items()}
-        local = LocalState.CONTROL_BYTES + 4 * sum(channels.values())
+        local = LocalState.CONTROL_BYTES + sum(4 * count + GUARD for count in channels.values())
         parts = {"staging": self.layout.nbytes, "local": local, "report": REPORT_BYTES, "arena": ARENA}
         self._offsets, size = [], 0
         for _ in range(world_size):
@@ -294,10 +294,19 @@ class World:
             {name: memory[start : start + parts[name]] for name, start in offsets.items()} for offsets in self._offsets
         ]
         epochs, sequence = torch.tensor([epoch, max(0, epoch - 4)]).to(torch.int32)  # the same bits
+        # Epoch words of every algorithm, and behind them what nobody may touch.
+        self._epochs, self._between, at = {}, [], LocalState.CONTROL_BYTES
+        for name, count in channels.items():
+            self._epochs[name] = slice(at, at + 4 * count)
+            self._between.append(slice(at + 4 * count, at + 4 * count + GUARD))
+            at += 4 * count + GUARD
         for parts in self._parts:
             parts["staging"][HEADER_BYTES:].fill_(0xFF)
             parts["local"][:4].view(torch.int32).fill_(sequence)  # Control.sequence
-            parts["local"][LocalState.CONTROL_BYTES :].view(torch.int32).fill_(epochs)
+            for words in self._epochs.values():
+                parts["local"][words].view(torch.int32).fill_(epochs)
+            for gap in self._between:
+                parts["local"][gap].fill_(0x5A)
         self._stderr = tempfile.TemporaryFile()
         self._process = subprocess.Popen(
             [executable, f"/dev/fd/{self._file.fileno()}"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._stderr,
@@ -309,10 +318,7 @@ class World:
         entries = [entry for name in names for entry in cuda_module(name, world_size).entries]
         for rank, engine in enumerate(self.engines):
             address = {name: self._base + offset for name, offset in self._offsets[rank].items()}
-            epochs, at = {}, address["local"] + LocalState.CONTROL_BYTES
-            for name, count in channels.items():
-                epochs[name] = at
-                at += 4 * count
+            epochs = {name: address["local"] + words.start for name, words in self._epochs.items()}
             engine.layout = self.layout
             engine.memory = SimpleNamespace(addresses=[self._base + offsets["staging"] for offsets in self._offsets])
             engine.state = SimpleNamespace(epochs=epochs, control=address["local"], report=address["report"])
@@ -412,6 +418,8 @@ class World:
         for rank, parts in enumerate(self._parts):
             if parts["report"].any() or parts["staging"][:4].any():
                 raise Failed("report", f"rank {rank} gave up: {self.report(rank)}")
+            if any((parts["local"][gap] != 0x5A).any() for gap in self._between):
+                raise Failed("guard", f"rank {rank} wrote beside its epoch words")
             if parts["local"][4:8].any():  # Control.in_flight
                 raise Failed("in flight", f"rank {rank} thinks that calls are still in flight")
 
@@ -424,10 +432,11 @@ class World:
     def staging(self, rank: int) -> torch.Tensor:
         return self._parts[rank]["staging"]
 
-    def set_deadlines(self, steps: int) -> None:
-        """After how many steps of the driver, its nanoseconds, a wait ends; 0 for never."""
+    def set_deadlines(self, deadline: int, grace: int | None = None) -> None:
+        """After how many steps of the driver, its nanoseconds, a wait ends; 0 for never. ``grace``: before ranks met."""
         for parts in self._parts:
-            parts["local"][LocalState.DEADLINE_AT :][:16].view(torch.int64).fill_(steps)
+            words = parts["local"][LocalState.DEADLINE_AT :][:16].view(torch.int64)
+            words.copy_(torch.tensor([deadline, deadline if grace is None else grace]))
 
     def abort_word(self, rank: int) -> int:
         """Address of the word that stops that rank's kernels, for pokes."""

@@ -566,7 +566,7 @@ void spin(u64 address) {
 
 u32 random(u32 n) { return below(n); }
 
-u64 clock() { return now; }
+u64 clock() { return now + (1ull << 50); }  // a GPU's clock did not begin with the kernel, either
 
 void syncwarp() {
     pause();
