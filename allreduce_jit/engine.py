@@ -188,8 +188,7 @@ class KernelEngine:
     def check(self) -> None:
         """Raise what kept a call from completing, here or on a peer that stopped this rank for it: a subclass of
         ``CommunicatorFailed`` that names the culprit."""
-        code = self._failure is None and (self.state.words[0] or self._told())
-        if code:
+        if self._failure is None and (code := self.state.words[0] or self._told()):
             self._fail(code)
         if self._failure is not None:
             self._raised = True

@@ -181,6 +181,7 @@ def test_a_rank_that_is_killed_at_any_step():
     cases = [(victim, at, signal.SIGKILL) for victim, at in spread()]
     for case, stories in play(cases, 60):
         check(case, stories, 0.0, DEADLINE_S + SLACK_S, most=N - 1)
+    assert {at // OPERATIONS for _, at, _ in cases} == set(range(len(EXCHANGES)))
 
 
 @pytest.mark.long
