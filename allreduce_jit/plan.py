@@ -15,6 +15,8 @@ PACKET = 16
 WARP = 32
 MAX_BLOCK = 512
 HEADER_BYTES = 4096  # Header of kernels/cuda/staging.cuh, before the slots
+# Launches of a stream overlap, if each is resident at once: two blocks of 512 threads on each of 132 multiprocessors.
+RESIDENT_PACKETS = 264 * MAX_BLOCK
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ def v2_layout(world_size: int, staging_bytes: int, bands: Iterable[Band], max_ct
     """A region for every algorithm of ``bands`` (of all tables there are), together at most ``staging_bytes``.
 
     Each is as large as its largest message, but no more than a quarter (one-shot) or half (two-shot) of the memory; the
-    last one gets the rest.
+    last one gets the rest, as far as it has use for it.
     """
     bands = tuple(bands)
     used = {band.algorithm for band in bands}
@@ -96,6 +98,8 @@ def v2_layout(world_size: int, staging_bytes: int, bands: Iterable[Band], max_ct
                        ceil_div(largest, PACKET * (world_size if algorithm.parts else 1) * step) * step)
         if max_ctas is not None:
             room = min(room, (max_ctas - 1) * step)
+        if algorithm.stream:
+            room = min(room, RESIDENT_PACKETS)
         capacity = room // step * step
         regions[name] = Region(offset, capacity, capacity // (WARP * algorithm.packets))
         offset += capacity * slot

@@ -1,7 +1,6 @@
 """The tables that ``plan`` reads. Tuning changes speed only, never a bit of a result.
 
-Measured on H200 at 2 ranks, and with trial kernels of the same form at 4 (docs/performance.md); estimated from bytes on
-the wire at 3 and at 5 to 8.
+Measured on H200 at 2 to 4 ranks (docs/performance.md); estimated from bytes on the wire at 5 to 8.
 """
 
 from __future__ import annotations
@@ -29,18 +28,20 @@ class Band:
 Bands = tuple[Band, ...]  # by growing size; the last one has no end
 
 
-def _two_shot_from(nbytes: int) -> Bands:
+def _two_shot_from(nbytes: int, stream_from: int = 2 * MIB) -> Bands:
+    """``stream_from``: the less two-shot takes, the more staging memory is left for the launches of a stream."""
     return (
-        Band(nbytes, "one_shot", 64),
-        Band(4 * MIB, "two_shot", 32),
+        Band(16 * KIB, "one_shot", 64),
+        Band(nbytes, "one_shot", 32),
+        Band(stream_from, "two_shot", 32),
         Band(NEVER, "two_shot_stream", 512),
     )
 
 
 V2_TABLES: dict[int, Bands] = {
     2: (Band(128 * KIB, "one_shot", 64), Band(8 * MIB, "one_shot", 128), Band(NEVER, "one_shot", 512)),
-    3: _two_shot_from(512 * KIB),
-    4: _two_shot_from(192 * KIB),
+    3: _two_shot_from(512 * KIB, 4 * MIB),
+    4: _two_shot_from(256 * KIB),
     5: _two_shot_from(128 * KIB),
     6: _two_shot_from(96 * KIB),
     7: _two_shot_from(80 * KIB),

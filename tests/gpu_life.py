@@ -133,7 +133,7 @@ def number_wraps(place):
     with build(place, Path.V2) as comm:
         engine = comm._engine
         torch.cuda.synchronize()
-        engine.side.write([engine.state.control], (1 << 32) - 7)  # Control.sequence
+        engine.side.write([engine.state.control + word for word in (0, 4, 28)], (1 << 32) - 7)  # Control.sequence, ended, entered
         place.barrier()
         seed = 0
         for name in list(engine.layout.regions) * 8:

@@ -14,7 +14,8 @@ of the GPU's one stream, block B (default 0); a thread of the host is a GPU of i
     bar.sync                   bar.warp.sync              griddepcontrol.wait                  assume r != 0
 
 State spaces and types in a mnemonic may be left out. A vector access is one access per element, in no order, and
-a scalar of 8 or 16 bytes is one access of several words. Register ``r`` of several words is ``r0``, ``r1``, ...
+a scalar of 8 or 16 bytes is one access of several words. Register ``r`` of several words is ``r0``, ``r1``, ...;
+memory ``x`` is ``x.0``, ``x.1``, ...
 ``assume`` is the end of a poll loop: only executions in which it holds count.
 """
 
@@ -81,7 +82,7 @@ def parse_instruction(thread: str, step: int, text: str, vector: int = 4) -> lis
     if kind == "fence":
         return [Event(thread, step, kind, order, scope)]
 
-    match = re.fullmatch(r"(?:(\w+), )?\[(\w+)\](?:, (.+))?", operands)
+    match = re.fullmatch(r"(?:(\w+), )?\[([\w.]+)\](?:, (.+))?", operands)
     if not match or (kind in ("ld", "atom")) != bool(match[1]) or (kind != "ld") != bool(match[3]):
         raise ValueError(f"malformed: {text}")
     register, address, value = match.groups()

@@ -157,26 +157,28 @@ def check_v2(ops, what, world_size, elements, pdl):
     weak = [op for op in accesses if ".STRONG." not in op]
 
     # Packets: in every phase each thread pushes one to every peer and poisons the slot of every peer, and loads it
-    # in two places, before and in the loop; besides there is the signature. All are strong and of system scope.
+    # in three places, before the loop, in it and in that of a long wait; besides there is the signature. All are strong
+    # and of system scope.
     packets = what.packets * (world_size - 1) * (2 if what.parts else 1)
     wide = [op for op in strong if ".128" in op]
     assert set(wide) == {"LDG.E.128.STRONG.SYS", "STG.E.128.STRONG.SYS"}
     assert wide.count("STG.E.128.STRONG.SYS") == 2 * packets + 1
-    assert wide.count("LDG.E.128.STRONG.SYS") - 2 * packets in (1, 2)
+    assert wide.count("LDG.E.128.STRONG.SYS") - 3 * packets in (2, 3)
     assert {op.rsplit(".STRONG.", 1)[1] for op in strong} == {"SYS", "GPU"}
     assert "LDG.E.STRONG.SYS" in strong and "STG.E.STRONG.SYS" in strong  # abort words, the report
-    assert sum("CAS" in op and op.endswith(".SYS") for op in strong) == 1
+    assert sum("CAS" in op and op.endswith(".SYS") for op in strong) == 2  # of the guard and of who gives up
 
-    # Weak accesses: the user's tensors, 16 bytes at a time where they are whole packets; and loads of arguments.
+    # Weak accesses: the user's tensors, 16 bytes at a time where they are whole packets, and once more to store NaN in a
+    # loop; and loads of arguments.
     tensor = what.packets * (world_size if what.parts else 1)
-    assert len([op for op in weak if op.startswith("ST")]) == tensor * elements
+    assert len([op for op in weak if op.startswith("ST")]) == (tensor + 1) * elements
     if elements == 1:
-        assert weak.count("LDG.E.128") == weak.count("STG.E.128") == tensor
+        assert weak.count("LDG.E.128") == weak.count("STG.E.128") - 1 == tensor
     else:
         assert not [op for op in weak if ".128" in op]
 
     # The report is complete before its code is written.
-    assert [op for op in ops if op.startswith("MEMBAR")] == ["MEMBAR.ALL.SYS"]
+    assert [op for op in ops if op.startswith("MEMBAR")] == 2 * ["MEMBAR.ALL.SYS"]
     assert ("PREEXIT" in ops and "ACQBULK" in ops) == pdl
     if pdl and what.stream:
         # The next launch may start only after the wait, and pushes before its own.

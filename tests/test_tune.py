@@ -449,7 +449,7 @@ def test_the_meter_times_the_plan_it_was_asked_for(monkeypatch):
     }
     meter.close()
     assert seen["barrier"] == [(1, 1)] and seen["checked"] and seen["closed"] and meter.fingerprint == FACTS
-    assert [band.algorithm for band in seen["tables"]["float32"]] == ["one_shot", "two_shot", "two_shot_stream"]
+    assert [band.algorithm for band in seen["tables"]["float32"]] == ["one_shot", "one_shot", "two_shot", "two_shot_stream"]
 
 
 def test_the_meter_says_why_there_is_no_v2(monkeypatch):

@@ -260,10 +260,10 @@ PARITY = "    const u32 parity = ld_relaxed_gpu_u32(epoch) & 1;\n"
 PUSH = "st_relaxed_sys_v4(slot, p);"
 POISON = "        poison(mine, slots.stride);\n"
 LOAD = "    for (u32 k = 0; k < PACKETS; k++) own[k] = in.load(first + k * WARP);\n"
-GATHERED = "        ok = receive<SLEEP_NS>(a, mine, slots.stride, gather, ok, peers);\n"
-VOTE = "    met = all_sync("
-STORED = "    if (lane == 0) st_relaxed_gpu_u32(a.control + FIELD(Control, sequence), sequence);\n"
-SIGNED = "theirs.w[1] == sequence && theirs.w[3] == sequence"
+GATHERED = "        if (!receive(a, mine, slots.stride, gather, false,"
+VOTE = "    const bool met = all_sync("
+STORED = "    if (lane == 0) st_relaxed_gpu_u32(control + FIELD(Control, sequence), sequence);\n"
+SIGNED = "(signature.w[1] == sequence) & (signature.w[3] == sequence)"
 CODE = "st_relaxed_sys_u32(a.report + FIELD(Report, code), code);"
 ANY = {"bits", "overwritten", "hang", "slots", "report", "foreign poison"}  # what a mix-up of packets can end in
 
@@ -300,31 +300,32 @@ BUGS = {
     "a rank whose part is empty skips the channel": (
         "mixed calls", ANY, [("two_shot.cu", "if (first - lane >= part) return;", "if (first - lane >= part || a.rank * part >= in.packets) return;")]),
     "padding lanes do not push": (
-        "mixed calls", ANY, [("two_shot.cu", "if (ok) push(slots.to[j] + scattered", "if (ok && first + k * WARP < part) push(slots.to[j] + scattered")]),
+        "mixed calls", ANY, [("two_shot.cu", "if (!dead) push(", "if (!dead && first + k * WARP < part) push(")]),
     "a payload may look like the sentinel": ("special values", ANY, [("staging.cuh", "min(p.w[i], EMPTY - 1)", "min(p.w[i], EMPTY)")]),
     "one word of a packet counts as all": (
         "mixed calls", ANY, [("staging.cuh", "p.w[0] != EMPTY && p.w[1] != EMPTY && p.w[2] != EMPTY && p.w[3] != EMPTY", "p.w[0] != EMPTY")]),
     "packets are stored weakly": ("ThreadSanitizer", {"race"}, [("staging.cuh", PUSH, "st_global_v4(slot, p);")]),
-    "packets are polled weakly": ("ThreadSanitizer", {"race"}, [("staging.cuh", "if (missing >> j & 1) u[j] = ld_relaxed_sys_v4(", "if (missing >> j & 1) u[j] = ld_global_v4(")]),
+    "packets are polled weakly": ("ThreadSanitizer", {"race"}, [("staging.cuh", "if (!came[j]) u[j] = ld_relaxed_sys_v4(", "if (!came[j]) u[j] = ld_global_v4(")]),
     "the report is signalled without a fence": ("absent rank", {"early report"}, [("staging.cuh", "    fence_acq_rel_sys();\n", "")]),
     "the report is signalled before it is written": (
         "absent rank", {"early report"},
         [("staging.cuh", "    st_relaxed_sys_u32(a.report + FIELD(Report, tag), a.tag);\n", f"    {CODE}\n    st_relaxed_sys_u32(a.report + FIELD(Report, tag), a.tag);\n")]),
     "nobody looks at the clock": (
-        "absent rank", {"hang"}, [("staging.cuh", "while (!GUARDED || (since = keep_waiting(a, since, buffer, missing)));", "while (since == 0);"),
-                                  ("guard.cuh", "while (!came && (since = keep_waiting(a, since, 0, 1u << lane)));", "while (!came && since == 0);")]),
+        "absent rank", {"hang"}, [("staging.cuh", "limit && now >= since + limit", "limit == 1")]),
     "the clock runs from its beginning": ("absent rank", {"report"}, [("staging.cuh", "since == 0 || (since & 1) != met", "since == 0 && met")]),
-    "nobody was met": ("phases", {"report"}, [("guard.cuh", "    if (met) st_relaxed_gpu_u32(", "    if (!met) st_relaxed_gpu_u32(")]),
+    "nobody was met": ("phases", {"report"}, [("guard.cuh", "    if (met && !known) st_relaxed_gpu_u32(", "    if (!met && !known) st_relaxed_gpu_u32(")]),
     "epoch words of another algorithm": ("mixed calls", {"guard", *ANY}, [("two_shot.cu", "a.epochs + channel * 4", "a.epochs - channel * 4")]),
-    "who gave up keeps pushing": ("absent rank", {"overwritten", "pushed"}, [("one_shot.cu", "    bool ok = alive(a);\n", "    bool ok = true;\n")]),
-    "the first signature is numbered 0": ("mixed calls", {"bits", "report"}, [("guard.cuh", "FIELD(Control, sequence)) + 1;", "FIELD(Control, sequence));"),
+    "who gave up keeps pushing": ("absent rank", {"overwritten", "pushed"}, [("one_shot.cu", "if (!dead) push(", "push(")]),
+    "the first signature is numbered 0": ("mixed calls", {"bits", "report"}, [("guard.cuh", "u32(signed_ended) + 1, parity", "u32(signed_ended), parity"),
                                                                   ("guard.cuh", "FIELD(Control, sequence), sequence);", "FIELD(Control, sequence), sequence + 1);")]),
     "the sequence number is stored before every lane has read it": ("mixed calls", ANY, [("guard.cuh", VOTE, STORED + VOTE)]),
     "signatures have one parity": ("mixed calls", ANY, [("guard.cuh", "(sequence & 1) * 8", "0 * 8")]),
-    "half a signature counts as all": ("mixed calls", {"bits", "report"}, [("guard.cuh", SIGNED, "theirs.w[1] == sequence")]),
+    "half a signature counts as all": ("mixed calls", {"bits", "report"}, [("guard.cuh", SIGNED, "signature.w[1] == sequence")]),
     "the guard does not wait": ("mixed calls", ANY, [("guard.cuh", WAIT, "")]),
-    "sizes are not compared": ("calls differ", {"report"}, [("guard.cuh", "theirs.w[0] != u32(a.total) || ", "")]),
-    "calls never leave": ("mixed calls", {"bits", "report", "in flight"}, [("one_shot.cu", "leave(a);", "return;")]),
+    "sizes are not compared": ("calls differ", {"report"}, [("guard.cuh", "theirs.w[0] != u32(call) || ", "")]),
+    "calls never end": ("mixed calls", {"report", "in flight"}, [("one_shot.cu", "        ending.say();\n", "")]),
+    "every launch of a stream ends a call": ("streamed calls", {"report", "in flight"}, [("guard.cuh", "GUARDED && a.last && last_channel ?", "GUARDED && last_channel ?")]),
+    "calls that begin are not counted": ("mixed calls", {"in flight", "report"}, [("guard.cuh", "if (lane == 0) entered = atom_add_relaxed_gpu_u32(control + FIELD(Control, entered), 1);", "")]),
     "completion is signalled before the last store": ("mixed calls", ANY, [("driver.cpp", "next.drained < next.grid", "next.triggered < next.grid")]),
 }  # fmt: skip
 

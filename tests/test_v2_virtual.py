@@ -165,6 +165,15 @@ def test_different_signatures_stop_everybody(world, broken):
 
 
 def test_two_calls_in_flight_are_noticed(world, broken):
-    broken.local[0][1] = 1  # as if an earlier call of rank 0 had not left
-    call(broken, "one_shot")
-    assert codes(broken)[0] == (Kind.CONCURRENT, 0)
+    """As if an earlier call of rank 0 had begun, and not been signed yet; had been signed, and not ended."""
+    for words in ([7], [0, 7]):  # Control.entered; Control.sequence
+        fresh = type(broken)(world.world_size)
+        fresh.set_deadlines(5)
+        for local in fresh.local:
+            local[[0, 1, 7]] = 5
+        fresh.local[0][words] += 1
+        if 0 in words:  # signed by all
+            for local in fresh.local[1:]:
+                local[[0, 1, 7]] += 1
+        call(fresh, "one_shot")
+        assert codes(fresh)[0] == (Kind.CONCURRENT, 0)

@@ -12,44 +12,60 @@
 #include "entry.cuh"
 #include "guard.cuh"
 
+// Of a thread that did not get every packet: NaN for a result, and word to everybody.
+template <class T, bool WHOLE>
+__device__ __noinline__ void give_up(const Args &a, u32 first, Wait wait) {
+    const Tensor<T, WHOLE> out(a.out, a.numel);
+#pragma unroll 1
+    for (u32 k = 0; k < PACKETS; k++) out.store(first + k * WARP, NOTHING);
+    stop(a, TIMEOUT, wait.culprit(a), wait.buffer, wait.waited_ns);
+}
+
 template <class T, bool WHOLE>
 __device__ inline void one_shot(const Args &a) {
     griddepcontrol_launch_dependents();
     if (GUARDED && blockIdx.x == 0) return guard(a);
     const u32 thread = (blockIdx.x - GUARDED) * blockDim.x + threadIdx.x, lane = thread % WARP, channel = thread / WARP;
     const u32 first = channel * WARP * PACKETS + lane;
-    const Tensor<T, WHOLE> in(a.in, a.numel), out(a.out, a.numel);
+    Tensor<T, WHOLE> in(a.in, a.numel), out(a.out, a.numel);
     if (first - lane >= in.packets) return;  // an idle channel, on every rank
 
     const Slots slots(a, first);
-    const u64 epoch = a.epochs + channel * 4;
+    u64 epoch = a.epochs + channel * 4;
+    materialize(in.address);
+    materialize(out.address);
+    materialize(epoch);
+    Ending ending(a, first + WARP * PACKETS >= in.packets);
     // Before this, an earlier kernel of the stream may still be writing the input, the epoch or the slots.
     griddepcontrol_wait();
     // The loads overlap only in this order: the compiler uses the parity before it loads anything else.
     Packet own[PACKETS];
 #pragma unroll
     for (u32 k = 0; k < PACKETS; k++) own[k] = in.load(first + k * WARP);
-    bool ok = alive(a);
+    Wait wait;
+    ending.look();
+    const bool dead = stopped(a);
     const u32 parity = ld_relaxed_gpu_u32(epoch) & 1;
-    const u64 buffer = slots.buffer(parity);
+    const u32 buffer = slots.buffer(parity);
 #pragma unroll
     for (u32 k = 0; k < PACKETS; k++)
 #pragma unroll
         for (u32 j = 0; j < PEERS; j++)
-            if (ok) push(slots.to[j] + buffer + k * WARP * 16, own[k]);
+            if (!dead) push(slots.to[j] + buffer + k * WARP * 16, own[k]);
 #pragma unroll
     for (u32 k = 0; k < PACKETS; k++) {
         const u64 mine = slots.mine + buffer + k * WARP * 16;
         Packet peers[PEERS], v[WORLD_SIZE];
-        ok = receive<0>(a, mine, slots.stride, parity, ok, peers);
+        if (!receive(a, mine, slots.stride, parity, dead, wait, peers)) return give_up<T, WHOLE>(a, first, wait);
         in_rank_order(peers, own[k], a.rank, v);
         out.store(first + k * WARP, sum<T>(v));
         poison(mine, slots.stride);
     }
     __syncwarp();  // every lane has read the epoch
-    if (lane > 0) return;
-    st_relaxed_gpu_u32(epoch, parity ^ 1);
-    if (GUARDED && a.last && first + WARP * PACKETS >= in.packets) leave(a);
+    if (lane == 0) {
+        st_relaxed_gpu_u32(epoch, parity ^ 1);
+        ending.say();
+    }
 }
 
 ENTRY_ALL_DTYPES(one_shot)

@@ -73,6 +73,13 @@ __device__ inline u64 ld_relaxed_gpu_u64(u64 address) {
     return v;
 }
 
+// Two words, each whole: a load of both at once could not race with a store of one.
+__device__ inline u64 ld_relaxed_gpu_v2_u32(u64 address) {
+    u32 low, high;
+    asm volatile("ld.relaxed.gpu.global.v2.u32 {%0, %1}, [%2];" : "=r"(low), "=r"(high) : "l"(address) : "memory");
+    return low | u64(high) << 32;
+}
+
 __device__ inline void st_relaxed_gpu_u32(u64 address, u32 v) {
     asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(address), "r"(v) : "memory");
 }
@@ -102,10 +109,6 @@ __device__ inline u32 atom_add_relaxed_gpu_u32(u64 address, u32 v) {
     return old;
 }
 
-__device__ inline void red_add_relaxed_gpu_u32(u64 address, u32 v) {
-    asm volatile("red.add.relaxed.gpu.global.u32 [%0], %1;" ::"l"(address), "r"(v) : "memory");
-}
-
 __device__ inline void fence_acq_rel_sys() {
     asm volatile("fence.acq_rel.sys;" ::: "memory");
 }
@@ -116,12 +119,18 @@ __device__ inline u64 globaltimer() {
     return t;
 }
 
-// The value is computed here, whatever a later branch may do with it.
-__device__ inline void materialize(u64 &value) { asm volatile("" : "+l"(value)); }
+// 0, but not for all that the assembler knows: what this is added to is kept in a register. Else it is computed anew
+// wherever it is needed, from the launch's arguments, and reading those takes dozens of cycles.
+__device__ inline u32 zero() { return threadIdx.y; }
 
-__device__ inline void nanosleep(u32 ns) {
-    asm volatile("nanosleep.u32 %0;" ::"r"(ns));
+// The value, not 1, is in a register when this returns: a branch on it keeps the assembler from putting it off.
+__device__ inline void materialize(u64 &value) {
+    value += zero();
+    asm volatile("{ .reg .pred none; setp.eq.u64 none, %0, 1; @none exit; }" : "+l"(value)::"memory");
 }
+
+// Whatever is known about the value is forgotten, so that no branch on it is joined with one before.
+__device__ inline void opaque(u32 &value) { asm volatile("" : "+r"(value)); }
 
 // Of the lanes in `mask`, all of which take part.
 __device__ inline bool all_sync(u32 mask, bool p) { return __all_sync(mask, p); }

@@ -45,12 +45,12 @@ struct Header {
 };
 
 struct Control {
-    u32 sequence;     // calls so far
-    u32 in_flight;    // calls that entered and did not leave
+    u32 sequence;     // calls that were signed, by this rank and all others
+    u32 ended;        // calls whose last channel is done
     u64 deadline_ns;  // how long to wait for a peer that was met in this shape of call; 0 = for ever
     u64 grace_ns;     // the same until it is met: it may still compile, or load a model
     u32 reported;
-    u32 reserved;
+    u32 entered;      // calls that began
     u32 met[4096];    // per shape of call: whether all ranks have taken part in one
 };
 
@@ -77,10 +77,11 @@ __device__ inline u32 target(const Args &a, u32 k) {
 // Where a thread reads and pushes: the slots of buffer 0 at `index`. Computed before the loads return that decide
 // which buffer is next, so that nothing but an addition is left to do then.
 struct Slots {
-    u64 mine, stride;  // bytes from one place to the next
-    u64 to[PEERS];     // at target(k)
+    u64 mine;
+    u32 stride;     // bytes from one place to the next
+    u64 to[PEERS];  // at target(k)
 
-    __device__ Slots(const Args &a, u32 index) : mine(a.own + a.slots + index * 16ull), stride(a.capacity * 16ull) {
+    __device__ Slots(const Args &a, u32 index) : mine(a.own + a.slots + index * 16ull), stride(a.capacity * 16 + zero()) {
 #pragma unroll
         for (u32 k = 0; k < PEERS; k++) {
             const u32 peer = target(a, k);
@@ -90,7 +91,7 @@ struct Slots {
         materialize(mine);
     }
 
-    __device__ u64 buffer(u32 number) const { return number * stride * PEERS; }
+    __device__ u32 buffer(u32 number) const { return number * stride * PEERS; }
 };
 
 __device__ inline bool arrived(Packet p) {
@@ -104,21 +105,8 @@ __device__ inline void push(u64 slot, Packet p) {
     st_relaxed_sys_v4(slot, p);
 }
 
-// A rank that stopped waiting must stop pushing as well, now and in later kernels: it could overtake a peer
-// that is merely late and overwrite slots which that peer has not read yet. What did not arrive reads as
-// EMPTY, so the output is NaN, and the host raises.
-//
-// Only device scope, which is quicker: what this rank's own earlier kernels wrote must be seen, and the boundary
-// between kernels sees to that; what peers write may be seen later, by whoever waits.
-__device__ inline bool alive(const Args &a) {
-    return !GUARDED || ld_relaxed_gpu_u32(a.own + FIELD(Header, abort)) == 0;
-}
-
-// The three functions below are not inlined: what never runs would stand in the way of what does, and fetching
-// instructions is a good part of a small message's time.
-
 // Tell the host, once: whoever makes an output NaN calls this.
-__device__ __noinline__ void report(const Args &a, u32 code, u32 buffer, u64 waited_ns) {
+__device__ inline void report(const Args &a, u32 code, u32 buffer, u64 waited_ns) {
     const u64 reported = a.control + FIELD(Control, reported);
     if (ld_relaxed_gpu_u32(reported) || atom_exch_relaxed_gpu_u32(reported, 1)) return;
     st_relaxed_sys_u32(a.report + FIELD(Report, tag), a.tag);
@@ -128,8 +116,8 @@ __device__ __noinline__ void report(const Args &a, u32 code, u32 buffer, u64 wai
     st_relaxed_sys_u32(a.report + FIELD(Report, code), code);
 }
 
-// Stop this communicator on all ranks; the first cause counts.
-__device__ __noinline__ void stop(const Args &a, u32 kind, u32 culprit, u32 buffer, u64 waited_ns) {
+// Stop this communicator on all ranks, unless somebody did: the first cause counts.
+__device__ inline void stop(const Args &a, u32 kind, u32 culprit, u32 buffer, u64 waited_ns) {
     u32 code = kind | culprit << 8 | a.rank << 16;
     const u32 before = atom_cas_relaxed_sys_u32(a.own + FIELD(Header, abort), 0, code);
     for (u32 j = 0; j < PEERS && before == 0; j++)
@@ -137,56 +125,71 @@ __device__ __noinline__ void stop(const Args &a, u32 kind, u32 culprit, u32 buff
     report(a, before ? before : code, buffer, waited_ns);
 }
 
-// Whether to go on waiting for a packet: returns `since`, 0 at the first call, as the next call wants it; or 0 if the
-// communicator was stopped, or the deadline has passed and this thread stops it. `missing` has a bit per place.
-__device__ __noinline__ u64 keep_waiting(const Args &a, u64 since, u32 buffer, u32 missing) {
-    const u64 now = globaltimer();
-    const u32 met = ld_relaxed_gpu_u32(a.control + FIELD(Control, met) + 4 * a.config);
-    if (since == 0 || (since & 1) != met) since = (now & ~1ull) | met;  // another limit, another start
-    const u32 code = ld_relaxed_sys_u32(a.own + FIELD(Header, abort));
-    if (code) {
-        report(a, code, buffer, now - since);
-        return 0;
-    }
-    const u64 limit = ld_relaxed_gpu_u64(a.control + (met ? FIELD(Control, deadline_ns) : FIELD(Control, grace_ns)));
-    if (limit == 0 || now < since + limit) return since;
-    stop(a, TIMEOUT, source_at(__ffs(missing) - 1, a.rank), buffer, now - since);
-    return 0;
-}
+// Whether this rank was stopped by an earlier kernel, or before this one began. Only device scope, which is quicker: what this
+// rank's own earlier kernels wrote must be seen, and the boundary between kernels sees to that; what peers write may
+// be seen later, by whoever waits.
+__device__ inline bool stopped(const Args &a) { return GUARDED && ld_relaxed_gpu_u32(a.own + FIELD(Header, abort)); }
 
-// Wait for the packet of every peer, u[place], in the slots from `first` on. All loads first, then all checks, so
-// that the round trips overlap. Returns whether all arrived; words that did not are EMPTY. SLEEP_NS > 0 polls less
-// often. `buffer` is for the report.
-template <u32 SLEEP_NS>
-__device__ inline bool receive(const Args &a, u64 first, u64 stride, u32 buffer, bool alive, Packet (&u)[PEERS]) {
-    if (!alive) {
-#pragma unroll
-        for (u32 j = 0; j < PEERS; j++) u[j] = NOTHING;
-        report(a, ld_relaxed_sys_u32(a.own + FIELD(Header, abort)), buffer, 0);
-        return false;
+// A wait that lasts, and how it ended.
+struct Wait {
+    u64 since = 0;  // when it began, the last bit being `met`
+    u64 waited_ns = 0;
+    u32 missing = 0;  // a bit per place from where nothing came
+    u32 buffer = 0;
+
+    // Whether to wait no longer: the communicator was stopped, or the deadline has passed.
+    __device__ bool over(const Args &a) {
+        const u64 now = globaltimer();
+        const u32 met = ld_relaxed_gpu_u32(a.control + FIELD(Control, met) + 4 * a.config);
+        if (since == 0 || (since & 1) != met) since = (now & ~1ull) | met;  // another limit, another start
+        waited_ns = now - since;
+        const u64 limit = ld_relaxed_gpu_u64(a.control + (met ? FIELD(Control, deadline_ns) : FIELD(Control, grace_ns)));
+        return ld_relaxed_sys_u32(a.own + FIELD(Header, abort)) || (limit && now >= since + limit);
     }
-#pragma unroll
-    for (u32 j = 0; j < PEERS; j++) u[j] = ld_relaxed_sys_v4(first + j * stride);
-    u64 since = 0;
-    u32 missing;
-    do {
-        // Nothing but the poll in the inner loop. (The call below still costs 0.1 us, made or not: performance.md.)
-#pragma unroll 1
-        for (u32 spins = 0; spins < POLLS; spins++) {
+
+    // Waits until there is a packet of every peer; returns whether they came.
+    __device__ bool ends_well(const Args &a, u64 first, u32 stride) {
+        do {
             missing = 0;
 #pragma unroll
-            for (u32 j = 0; j < PEERS; j++) missing |= u32(!arrived(u[j])) << j;
-            if (!missing) return true;
-            if (SLEEP_NS) nanosleep(SLEEP_NS);
+            for (u32 j = 0; j < PEERS; j++) missing |= u32(!arrived(ld_relaxed_sys_v4(first + j * stride))) << j;
+        } while (missing && !over(a));
+        return !missing;
+    }
+
+    __device__ u32 culprit(const Args &a) const { return source_at(__ffs(missing) - 1, a.rank); }
+};
+
+// Wait for the packet of every peer, u[place], in the slots from `first` on. All loads first, then all checks, so
+// that the round trips overlap. Returns whether they came; `wait` knows why not. Who is `dead` does not wait. `buffer` is
+// for the report.
+//
+// The loop has one way out, by the branch that goes back, and what waits for long leaves nothing in registers that the usual way
+// would have to be merged with: polls took 0.1 us longer without either.
+__device__ inline bool receive(const Args &a, u64 first, u32 stride, u32 buffer, bool dead, Wait &wait, Packet (&u)[PEERS]) {
+    for (;;) {
+#pragma unroll
+        for (u32 j = 0; j < PEERS; j++) u[j] = ld_relaxed_sys_v4(first + j * stride);
+        u32 polls = dead ? POLLS : 0;
+#pragma unroll 1
+        for (;;) {
+            bool came[PEERS], all = true;
+#pragma unroll
+            for (u32 j = 0; j < PEERS; j++) all &= came[j] = arrived(u[j]);
+            if (all | (GUARDED && ++polls > POLLS)) break;
 #pragma unroll
             for (u32 j = 0; j < PEERS; j++)
-                if (missing >> j & 1) u[j] = ld_relaxed_sys_v4(first + j * stride);
+                if (!came[j]) u[j] = ld_relaxed_sys_v4(first + j * stride);
         }
-    } while (!GUARDED || (since = keep_waiting(a, since, buffer, missing)));
-    return false;
+        opaque(polls);
+        if (!GUARDED || polls <= POLLS) return true;
+        wait = Wait();
+        wait.buffer = buffer;
+        if (dead || !wait.ends_well(a, first, stride)) return false;
+    }
 }
 
-__device__ inline void poison(u64 first, u64 stride) {
+__device__ inline void poison(u64 first, u32 stride) {
 #pragma unroll
     for (u32 j = 0; j < PEERS; j++) st_relaxed_sys_v4(first + j * stride, NOTHING);
 }

@@ -24,7 +24,19 @@
 #include "guard.cuh"
 
 constexpr u32 GATHER = STREAM ? 3 : 2;  // its first buffer, after those of scatter
-constexpr u32 SLEEP_NS = 20;
+
+// Of a thread that did not get every packet: NaN for a result, and word to everybody.
+template <class T, bool WHOLE>
+__device__ __noinline__ void give_up(const Args &a, u32 first, u32 part, Wait wait) {
+    griddepcontrol_wait();
+    const Tensor<T, WHOLE> out(a.out, a.numel);
+#pragma unroll 1
+    for (u32 k = 0; k < PACKETS; k++)
+#pragma unroll 1
+        for (u32 rank = 0; rank < WORLD_SIZE && first + k * WARP < part; rank++)
+            out.store(rank * part + first + k * WARP, NOTHING);
+    stop(a, TIMEOUT, wait.culprit(a), wait.buffer, wait.waited_ns);
+}
 
 template <class T, bool WHOLE>
 __device__ inline void two_shot(const Args &a) {
@@ -39,7 +51,9 @@ __device__ inline void two_shot(const Args &a) {
     if (first - lane >= part) return;  // an idle channel, on every rank
 
     const Slots slots(a, first);
-    const u64 epoch = a.epochs + channel * 4;
+    u64 epoch = a.epochs + channel * 4;
+    materialize(epoch);
+    Ending ending(a, first + WARP * PACKETS >= part);
     // Before this, an earlier kernel of the stream may still be writing the input, the epoch or the slots. A launch
     // that follows reads an input that was complete before the call's first launch went on.
     if (!follows) griddepcontrol_wait();
@@ -52,15 +66,17 @@ __device__ inline void two_shot(const Args &a) {
 #pragma unroll
         for (u32 j = 0; j < PEERS; j++) theirs[k][j] = packet < part ? in.load(target(a, j) * part + packet) : ZEROS;
     }
-    bool ok = alive(a);
+    Wait wait;
+    ending.look();
+    const bool dead = stopped(a);
     const u32 parity = STREAM ? 0 : ld_relaxed_gpu_u32(epoch) & 1;
     const u32 scatter = STREAM ? a.launch % 3 : parity, gather = GATHER + (STREAM ? a.launch % 2 : 0);
-    const u64 scattered = slots.buffer(scatter), gathered = slots.buffer(gather);
+    const u32 scattered = slots.buffer(scatter), gathered = slots.buffer(gather);
 #pragma unroll
     for (u32 k = 0; k < PACKETS; k++)
 #pragma unroll
         for (u32 j = 0; j < PEERS; j++)
-            if (ok) push(slots.to[j] + scattered + k * WARP * 16, theirs[k][j]);
+            if (!dead) push(slots.to[j] + scattered + k * WARP * 16, theirs[k][j]);
     if (follows) griddepcontrol_wait();
 
     Packet peers[PEERS];
@@ -69,13 +85,13 @@ __device__ inline void two_shot(const Args &a) {
         const u32 packet = first + k * WARP;
         const u64 mine = slots.mine + scattered + k * WARP * 16;
         Packet v[WORLD_SIZE];
-        ok = receive<SLEEP_NS>(a, mine, slots.stride, scatter, ok, peers);
+        if (!receive(a, mine, slots.stride, scatter, dead, wait, peers)) return give_up<T, WHOLE>(a, first, part, wait);
         if (STREAM && k == 0) griddepcontrol_launch_dependents();
         in_rank_order(peers, own[k], a.rank, v);
         own[k] = sum<T>(v);
 #pragma unroll
         for (u32 j = 0; j < PEERS; j++)
-            if (ok) push(slots.to[j] + gathered + k * WARP * 16, own[k]);
+            push(slots.to[j] + gathered + k * WARP * 16, own[k]);
         if (packet < part) out.store(a.rank * part + packet, own[k]);
         poison(mine, slots.stride);
     }
@@ -83,16 +99,17 @@ __device__ inline void two_shot(const Args &a) {
     for (u32 k = 0; k < PACKETS; k++) {
         const u32 packet = first + k * WARP;
         const u64 mine = slots.mine + gathered + k * WARP * 16;
-        ok = receive<SLEEP_NS>(a, mine, slots.stride, gather, ok, peers);
+        if (!receive(a, mine, slots.stride, gather, false, wait, peers)) return give_up<T, WHOLE>(a, first, part, wait);
 #pragma unroll
         for (u32 j = 0; j < PEERS; j++)
             if (packet < part) out.store(source_at(j, a.rank) * part + packet, peers[j]);
         poison(mine, slots.stride);
     }
     __syncwarp();  // every lane has read the epoch
-    if (lane > 0) return;
-    if (!STREAM) st_relaxed_gpu_u32(epoch, parity ^ 1);
-    if (GUARDED && a.last && first + WARP * PACKETS >= part) leave(a);
+    if (lane == 0) {
+        if (!STREAM) st_relaxed_gpu_u32(epoch, parity ^ 1);
+        ending.say();
+    }
 }
 
 ENTRY_ALL_DTYPES(two_shot)

@@ -155,6 +155,10 @@ inline void st_relaxed_sys_v2_u64(u64 address, Packet p) {
 inline u32 ld_relaxed_sys_u32(u64 address) { return twin::load_word<u32>(address); }
 inline u32 ld_relaxed_gpu_u32(u64 address) { return twin::load_word<u32>(address); }
 inline u64 ld_relaxed_gpu_u64(u64 address) { return twin::load_word<u64>(address); }
+inline u64 ld_relaxed_gpu_v2_u32(u64 address) {
+    const u64 low = twin::load_word<u32>(address);
+    return low | u64(twin::load_word<u32>(address + 4)) << 32;
+}
 inline void st_relaxed_gpu_u32(u64 address, u32 v) { twin::store_word(address, v); }
 inline void st_relaxed_sys_u32(u64 address, u32 v) { twin::store_word(address, v); }
 
@@ -171,8 +175,6 @@ inline u32 atom_add_relaxed_gpu_u32(u64 address, u32 v) {
     return __atomic_fetch_add(twin::target_of_atomic(address), v, __ATOMIC_RELAXED);
 }
 
-inline void red_add_relaxed_gpu_u32(u64 address, u32 v) { atom_add_relaxed_gpu_u32(address, v); }
-
 inline void fence_acq_rel_sys() { twin::fence(); }
 
 inline u64 globaltimer() { return twin::clock(); }
@@ -180,8 +182,9 @@ inline u64 globaltimer() { return twin::clock(); }
 inline void griddepcontrol_launch_dependents() { twin::trigger(); }
 inline void griddepcontrol_wait() { twin::wait(); }
 
+inline u32 zero() { return 0; }
 inline void materialize(u64 &) {}
-inline void nanosleep(u32) { twin::pause(); }
+inline void opaque(u32 &) {}
 inline bool all_sync(u32, bool p) { return twin::all(p); }  // of the lanes that have not returned
 inline void __syncwarp() { twin::syncwarp(); }
 inline void __syncthreads() { twin::syncthreads(); }
