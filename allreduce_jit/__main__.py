@@ -107,6 +107,7 @@ def _bench_arguments(parser: argparse.ArgumentParser) -> None:
     add("-o", "--op", choices=["sum"], default="sum", help="the reduction")
     add("-c", "--check", type=int, choices=[0, 1], default=1, help="compare every bit with the exact sum (default 1)")
     add("--seed", type=int, default=0, help="of the inputs (default 0)")
+    add("--max-ctas", type=_from(2), metavar="N", help="a communicator that occupies at most so many thread blocks")
     add("--peers", type=_peers, default=PEERS, metavar="A,B,…", help=f"of {', '.join(PEERS)} (default all), or none")
     modes = parser.add_mutually_exclusive_group()
     for mode, text in (("graph", "replayed CUDA graphs"), ("eager", "calls from the host"), ("both", "both (default)")):

@@ -34,6 +34,7 @@ class Options:
     mode: str
     peers: tuple[str, ...]
     seed: int
+    max_ctas: int | None = None
 
     def sizes(self, device: torch.device) -> list[int]:
         """Bytes of every row: whole elements, growing by ``factor``."""
@@ -65,6 +66,7 @@ def run(args: argparse.Namespace, init: Callable[..., Any] | None = None) -> int
         mode=args.mode,
         peers=args.peers,
         seed=args.seed,
+        max_ctas=args.max_ctas,
     )
     outcome = ranks.run(work, options, init, gpus=args.gpus, cpu=args.cpu, deadline=args.deadline)
     if outcome.rank == 0:
@@ -101,7 +103,8 @@ def work(place: Place, options: Options, init: Callable[..., Any] | None) -> dic
     """One rank's part; every rank returns the same numbers."""
     if init is None:
         from . import init
-    with init(device=place.device) as communicator:
+    few = {} if options.max_ctas is None else {"max_ctas": options.max_ctas}
+    with init(device=place.device, **few) as communicator:
         communicator.warmup()
         light, no_light = floor.measure(place, communicator)
         bench = _Bench(place, communicator, options, light)

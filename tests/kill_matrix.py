@@ -1,6 +1,6 @@
 """One rank is killed, stopped or raises, in every phase and size: each of the others must be told, by name and in time.
 
-Usage: python tests/kill_matrix.py GPUS [--kills 50] [--deadline 2] [--no-watcher] [--seed 0] [--json]
+Usage: python tests/kill_matrix.py GPUS [--kills 50] [--jobs 1] [--deadline 2] [--no-watcher] [--seed 0] [--json]
 
 Survivors have a second where the death of the process can be noticed (killed, or gone after an exception), and the
 deadline and a second where it cannot (stopped, or --no-watcher). Exit code 0 if all of them kept to it.
@@ -20,6 +20,7 @@ import signal
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -310,21 +311,24 @@ def judge(case: Case, job: Job, said: list[list[Any]]) -> dict[str, Any]:
 
 
 def matrix(n: int, kills: int, deadline_s: float, watcher: bool, seed: int, *, device: str = "cuda",
-           make: str = f"{__name__}:init", chosen: list[Case] | None = None, show: Any = None) -> dict[str, Any]:
-    """All cases, one after the other. ``chosen``: these instead of ``kills`` of the table."""
+           make: str = f"{__name__}:init", chosen: list[Case] | None = None, show: Any = None,
+           jobs: int = 1) -> dict[str, Any]:
+    """All cases, ``jobs`` at a time. ``chosen``: these instead of ``kills`` of the table."""
     import torch.distributed as dist
 
     forked.server(PRELOAD)
     began = time.monotonic()
     rows = []
-    with tempfile.TemporaryDirectory() as cache:
-        for case in [None, *(chosen if chosen is not None else cases(n, kills, seed))]:
+    with tempfile.TemporaryDirectory() as cache, ThreadPoolExecutor(jobs) as pool:
+
+        def play(case: Case | None) -> dict[str, Any]:
             store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-            row = trial(Job(case, n, store.port, device, deadline_s, watcher, make, cache))
-            if case is None:  # fills the cache; and without it nothing else makes sense
-                if not row["ok"]:
-                    return {"ok": False, "error": row["said"], "kills": 0, "failed": 0, "rows": []}
-                continue
+            return trial(Job(case, n, store.port, device, deadline_s, watcher, make, cache))
+
+        first = play(None)  # fills the cache; and without it nothing else makes sense
+        if not first["ok"]:
+            return {"ok": False, "error": first["said"], "kills": 0, "failed": 0, "rows": []}
+        for row in pool.map(play, chosen if chosen is not None else cases(n, kills, seed)):
             rows.append(row)
             if show:
                 show(row)
@@ -362,6 +366,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("gpus", type=int)
     parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--jobs", type=int, default=1, help="cases at a time, on the same GPUs")
     parser.add_argument("--deadline", type=float, default=2.0)
     parser.add_argument("--no-watcher", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
@@ -369,7 +374,8 @@ def main() -> int:
     args = parser.parse_args()
     show = None if args.json else lambda row: print(line(row), flush=True)
     make = "kill_matrix:init"  # by its importable name: here the module is __main__
-    found = matrix(args.gpus, args.kills, args.deadline, not args.no_watcher, args.seed, make=make, show=show)
+    found = matrix(args.gpus, args.kills, args.deadline, not args.no_watcher, args.seed, make=make, show=show,
+                   jobs=args.jobs)
     if args.json:
         print(json.dumps(found, indent=1))
     else:

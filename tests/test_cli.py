@@ -158,6 +158,11 @@ class AbsentPeer(GoodPeer):
     modules = ("no_such_package.inside",)
 
 
+def few_blocks(device, max_ctas):
+    assert max_ctas == 4
+    return kernels(device=device)
+
+
 FAULTS = (wrong_element, reverse_order, write_past_the_end, input_spoilt, plans_differ)
 NAMES = ("good", "half", "liar", "breaking", "absent")
 BENCH = bench.Options(1024, 4096, 2, 2, 1, "bfloat16", True, "both", NAMES, 0)
@@ -350,6 +355,11 @@ class TestExitCodes:
         assert "# peer nccl: unavailable: rank 0: " in out and "# peer torch_two_shot: unavailable" in out
         assert "# Out of bounds values : 0 OK" in out
 
+    def test_few_blocks_are_asked_for(self, capfd):
+        arguments = "bench --cpu 2 -b 1K -e 1K -n 1 -w 0 --peers none --deadline 100 --max-ctas 4"
+        assert cli.main(arguments.split(), init=few_blocks) == 0
+        assert "# Out of bounds values : 0 OK" in capfd.readouterr().out
+
     def test_a_page_of_a_run_and_of_what_it_printed(self, capfd, tmp_path):
         pages = [tmp_path / "now.html", tmp_path / "later.html"]
         arguments = f"bench --cpu 2 -b 1K -e 2K -n 1 -w 0 --peers none --deadline 100 --json --html {pages[0]}"
@@ -397,6 +407,7 @@ class TestExitCodes:
             ["bench", "-d", "int8"],
             ["bench", "-o", "max"],
             ["bench", "--peers", "nccl,mpi"],
+            ["bench", "--max-ctas", "1"],
             ["bench", "--graph", "--eager"],
             ["warmup", "--world-size", "9"],
             ["warmup", "--arch", "hopper"],

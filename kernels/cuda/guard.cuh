@@ -73,9 +73,7 @@ struct Ending {
     u32 ended = 0;
 
     __device__ Ending(const Args &a, bool last_channel)
-        : count(GUARDED && a.last && last_channel ? a.control + FIELD(Control, ended) : 0) {
-        if (GUARDED) materialize(count);
-    }
+        : count(GUARDED && a.last && last_channel ? a.control + FIELD(Control, ended) : 0) {}
     __device__ void look() {
         if (count) ended = ld_relaxed_gpu_u32(count);
     }

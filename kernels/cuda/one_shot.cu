@@ -36,6 +36,7 @@ __device__ inline void one_shot(const Args &a) {
     materialize(out.address);
     materialize(epoch);
     Ending ending(a, first + WARP * PACKETS >= in.packets);
+    if (GUARDED) materialize(ending.count);
     // Before this, an earlier kernel of the stream may still be writing the input, the epoch or the slots.
     griddepcontrol_wait();
     // The loads overlap only in this order: the compiler uses the parity before it loads anything else.

@@ -120,8 +120,15 @@ __device__ inline u64 globaltimer() {
 }
 
 // 0, but not for all that the assembler knows: what this is added to is kept in a register. Else it is computed anew
-// wherever it is needed, from the launch's arguments, and reading those takes dozens of cycles.
-__device__ inline u32 zero() { return threadIdx.y; }
+// wherever it is needed, from the launch's arguments, and reading those takes dozens of cycles. (Measured on sm_90; for
+// others nothing is forced, as registers may be too few.)
+__device__ inline u32 zero() {
+#if __CUDA_ARCH__ == 900
+    return threadIdx.y;
+#else
+    return 0;
+#endif
+}
 
 // The value, not 1, is in a register when this returns: a branch on it keeps the assembler from putting it off.
 __device__ inline void materialize(u64 &value) {
