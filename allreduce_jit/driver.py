@@ -38,6 +38,17 @@ class Module:
         return call("cuModuleGetFunction", self._module, name.encode())
 
 
+_modules: dict[tuple[int, bytes], Module] = {}
+
+
+def load_module(cubin: bytes) -> Module:
+    """``cubin`` in the current context: loaded once, as it stays for good, however many communicators come and go."""
+    key = int(call("cuCtxGetCurrent")), cubin
+    if key not in _modules:
+        _modules[key] = Module(cubin)
+    return _modules[key]
+
+
 class _Attribute(ctypes.Structure):
     """``CUlaunchAttribute``: every value that is used here is an int at the start of its 64 bytes."""
 

@@ -17,7 +17,7 @@ import torch
 from . import reference
 from .cache import Artifact, KernelCache, decode, encode
 from .compiler import build
-from .driver import Launch, Module, call
+from .driver import Launch, call, load_module
 from .errors import CommunicatorFailed, Poisoned, SetupError
 from .failure import SIGNATURES, SIGNATURES_AT, Kind, abort_code, explain, heard, last_signed
 from .kernel import DTYPES, KernelSpec, catalogue
@@ -117,7 +117,7 @@ class KernelEngine:
         torch.cuda.synchronize(self.config.device)  # the driver's calls need a context, and do not make one
         artifacts = dict(decode(base64.b64decode(text)) for share in shares for text in share)
         for spec in self._catalogue():
-            module = Module(artifacts[spec.name].cubin)
+            module = load_module(artifacts[spec.name].cubin)
             for entry in spec.entries:
                 self._register(spec, entry, artifacts[spec.name], module.kernel(entry))
 

@@ -127,7 +127,7 @@ class _Probe:
         """Build, load and allocate; returns the handle for the peers."""
         from .cache import KernelCache
         from .compiler import build
-        from .driver import Module
+        from .driver import load_module
         from .memory import StagingMemory
         from .settings import Settings
 
@@ -136,7 +136,7 @@ class _Probe:
         self.pdl = major >= 9
         cache = KernelCache(Settings.from_env().cache_dir)
         artifact, _ = build(module(self.place.world_size), f"sm_{major}{minor}", cache)
-        loaded = Module(artifact.cubin)
+        loaded = load_module(artifact.cubin)
         self.kernels = {name: loaded.kernel(name) for name in ENTRIES}
         self.state = torch.zeros(2, dtype=torch.int32, device=self.place.device)
         self.memory = StagingMemory(self.nbytes, self.place.rank)

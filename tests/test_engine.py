@@ -51,7 +51,7 @@ def config(rank, world_size, **changes):
 
 def built(cls, world_size, monkeypatch, **changes):
     """The engines of all ranks after loading what all ranks compiled."""
-    monkeypatch.setattr(engines, "Module", FakeModule)
+    monkeypatch.setattr(engines, "load_module", FakeModule)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     FakeModule.loaded = []
     ranks = [cls(config(rank, world_size, **changes)) for rank in range(world_size)]
@@ -415,3 +415,19 @@ def test_the_event_does_not_outlive_an_error(one, current, monkeypatch):
     with pytest.raises(RuntimeError, match="planted"):
         all_reduce(one)
     assert one.driver[-1] == ("cuEventDestroy", "event")
+
+
+def test_a_module_is_loaded_once_for_each_context(monkeypatch):
+    """Modules stay, so that communicators that come and go must not bring new ones each time."""
+    pytest.importorskip("cuda.bindings.driver")
+    from allreduce_jit import driver
+
+    calls, context = [], 7
+    answers = {"cuCtxGetCurrent": lambda: context, "cuModuleLoadData": lambda cubin: calls.append(cubin) or cubin}
+    monkeypatch.setattr(driver, "call", lambda name, *args: answers[name](*args))
+    monkeypatch.setattr(driver, "_modules", {})
+    first = driver.load_module(b"one")
+    assert driver.load_module(b"one") is first and driver.load_module(b"two") is not first
+    assert calls == [b"one", b"two"]
+    context = 8
+    assert driver.load_module(b"one") is not first and calls == [b"one", b"two", b"one"]
