@@ -7,15 +7,18 @@
 //   it proves its own arrival (the LL protocol of NCCL). Two parities are enough: a rank sends signature e+2
 //   when its call e+1 is complete, so it has the peer's e+1, which the peer sent when its call e was complete.
 // - Concurrent use: two calls in flight on one rank (two streams, two replayed graphs) share slots and epochs. A call
-//   meets another in flight if more calls began than were signed, or more were signed than ended, which is said by the last channel
-//   of each. (The call at hand may have ended before its guard looks. Other channels may still be at work when the last is done.)
+//   meets another in flight if more calls began than were signed, or more were signed than ended, which the last
+//   channel of each says. (The call at hand may have ended before its guard looks. Other channels may still be at
+//   work when the last one is done.)
 // - Met: once all ranks came to a call of some shape, later ones must come within the short deadline.
 #pragma once
 #include "staging.cuh"
 
 constexpr u32 IN_PLACE = 1u << 15;  // in the signature for the report only: no rank depends on another's
 
-__device__ inline bool arrived(Packet signature, u32 sequence) { return (signature.w[1] == sequence) & (signature.w[3] == sequence); }
+__device__ inline bool arrived(Packet signature, u32 sequence) {
+    return (signature.w[1] == sequence) & (signature.w[3] == sequence);
+}
 
 // Small, as every launch has to fetch it: a lane per peer.
 __device__ inline void guard(const Args &a) {

@@ -15,7 +15,7 @@
 constexpr u32 WARP = 32;
 constexpr u32 PEERS = WORLD_SIZE - 1;
 constexpr u32 EMPTY = 0xFFFFFFFFu;
-constexpr u32 POLLS = 64;  // between two looks at the clock
+constexpr u32 POLLS = 64;  // before the first look at the clock
 #define NOTHING Packet{{EMPTY, EMPTY, EMPTY, EMPTY}}
 
 // Passed by value. Only in and out differ between two calls of the same shape.
@@ -125,9 +125,10 @@ __device__ inline void stop(const Args &a, u32 kind, u32 culprit, u32 buffer, u6
     report(a, before ? before : code, buffer, waited_ns);
 }
 
-// Whether this rank was stopped by an earlier kernel, or before this one began. Only device scope, which is quicker: what this
-// rank's own earlier kernels wrote must be seen, and the boundary between kernels sees to that; what peers write may
-// be seen later, by whoever waits.
+// Whether this rank was stopped before. It must not push then: it could overtake a peer that is merely late and
+// overwrite slots which that peer has not read yet. Only device scope, which is quicker: what this rank's own earlier
+// kernels wrote must be seen, and the boundary between kernels sees to that; what peers write may be seen later, by
+// whoever waits.
 __device__ inline bool stopped(const Args &a) { return GUARDED && ld_relaxed_gpu_u32(a.own + FIELD(Header, abort)); }
 
 // A wait that lasts, and how it ended.
@@ -161,11 +162,11 @@ struct Wait {
 };
 
 // Wait for the packet of every peer, u[place], in the slots from `first` on. All loads first, then all checks, so
-// that the round trips overlap. Returns whether they came; `wait` knows why not. Who is `dead` does not wait. `buffer` is
-// for the report.
+// that the round trips overlap. Returns whether they came; if not, `wait` says why, and the thread pushes nothing more.
+// Who is `dead` does not wait. `buffer` is for the report.
 //
-// The loop has one way out, by the branch that goes back, and what waits for long leaves nothing in registers that the usual way
-// would have to be merged with: polls took 0.1 us longer without either.
+// The inner loop has one way out, by the branch that goes back, and a long wait leaves nothing in registers that the
+// usual way would have to be merged with: a small message took 0.1 us longer without either.
 __device__ inline bool receive(const Args &a, u64 first, u32 stride, u32 buffer, bool dead, Wait &wait, Packet (&u)[PEERS]) {
     for (;;) {
 #pragma unroll
