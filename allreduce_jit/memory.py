@@ -127,6 +127,7 @@ class LocalState:
 
     CONTROL_BYTES = 32 << 10
     DEADLINE_AT, GRACE_AT = 8, 16
+    COUNTS_AT = 0, 4, 28  # of calls: sequence, ended, entered; equal while none is in flight
 
     def __init__(self, channels: Mapping[str, int]):
         nbytes = self.CONTROL_BYTES + 4 * sum(channels.values())

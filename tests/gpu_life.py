@@ -17,6 +17,7 @@ import allreduce_jit
 from allreduce_jit import reference
 from allreduce_jit.communicator import Communicator
 from allreduce_jit.engine import DTYPE_NAMES
+from allreduce_jit.memory import LocalState
 from allreduce_jit.plan import v2_shape
 from allreduce_jit.verdict import Path
 
@@ -133,7 +134,7 @@ def number_wraps(place):
     with build(place, Path.V2) as comm:
         engine = comm._engine
         torch.cuda.synchronize()
-        engine.side.write([engine.state.control + word for word in (0, 4, 28)], (1 << 32) - 7)  # Control.sequence, ended, entered
+        engine.side.write([engine.state.control + count for count in LocalState.COUNTS_AT], (1 << 32) - 7)
         place.barrier()
         seed = 0
         for name in list(engine.layout.regions) * 8:

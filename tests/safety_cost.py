@@ -15,7 +15,7 @@ import allreduce_jit
 from allreduce_jit import ranks, reference
 from allreduce_jit.cache import KernelCache
 from allreduce_jit.compiler import build
-from allreduce_jit.driver import Launch, Module
+from allreduce_jit.driver import Launch, load_module
 from allreduce_jit.engine import DTYPE_NAMES
 from allreduce_jit.kernel import V2_ALGORITHMS, cuda_module, entry
 
@@ -27,7 +27,7 @@ def unguarded(engine, plan, numel, dtype):
     """The launches of a step of ``engine``, of kernels that nothing watches over: without the guard's block."""
     world_size = engine.config.world_size
     spec = cuda_module(plan.algorithm, world_size, guarded=False)
-    module = Module(build(spec, engine.config.arch, KernelCache(None))[0].cubin)
+    module = load_module(build(spec, engine.config.arch, KernelCache(None))[0].cubin)
     kernel = module.kernel(entry(plan.algorithm, DTYPE_NAMES[dtype], world_size, whole=True))
     step = engine._step(plan, numel, dtype, config=0)
     assert len(step.whole) == 1 and not V2_ALGORITHMS[plan.algorithm].stream

@@ -111,7 +111,8 @@ def test_who_tells_passes():
     chosen = [Case(deed, phase, "small", i % 3, 3) for i, (deed, phase) in enumerate(
         [("SIGKILL", "eager"), ("SIGSTOP", "replay"), ("exception", "capture"), ("SIGKILL", "construction"),
          ("SIGSTOP", "construction"), ("exception", "close"), ("SIGKILL", "close")])]  # fmt: skip
-    found = played("good", chosen)
+    found = played("good", chosen, jobs=2)
+    assert [(row["deed"], row["phase"]) for row in found["rows"]] == [(case.deed, case.phase) for case in chosen]
     assert found["ok"], "\n".join(map(kill_matrix.line, found["rows"]))
     assert found["kills"] == len(chosen) and found["failed"] == 0
     for row in found["rows"]:

@@ -9,12 +9,15 @@ import torch
 from allreduce_jit import reference
 from allreduce_jit.failure import Kind, tag
 from allreduce_jit.kernel import V2_ALGORITHMS
+from allreduce_jit.memory import LocalState
 from allreduce_jit.plan import WARP, v2_shape
 
 pytestmark = pytest.mark.gpus(1)
 
 RESIDENT_THREADS = 512  # of a multiprocessor, at any world size (__launch_bounds__ in entry.cuh)
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+COUNTS = [at // 4 for at in LocalState.COUNTS_AT]  # words of Control
+SEQUENCE, _, ENTERED = COUNTS
 
 
 @pytest.fixture(scope="module", params=range(2, 9))
@@ -54,7 +57,7 @@ def check(world, algorithm, numel, dtype, seed, *, kind=reference.RANDOM, offset
         difference = reference.compare(out, want)
         assert not difference.wrong, f"{algorithm} {numel} {dtype} rank {rank} of {n}: {difference}"
     assert not world.report.any()
-    assert all(int(local[1]) == 0 for local in world.local), "in flight after the call"
+    assert all(len(set(local[COUNTS].tolist())) == 1 for local in world.local), "in flight after the call"
     return -(-numel // plan.chunk)
 
 
@@ -128,7 +131,7 @@ def test_missing_rank_ends_the_wait_and_is_named(world, broken):
             broken.staging[rank][:1024] = 0
             broken.local[rank][6] = 0
         for local in broken.local:  # a call that fails does not end
-            local[[1, 7]] = local[0]
+            local[COUNTS] = local[SEQUENCE].clone()
         broken.silence(last)
         for out in call(broken, algorithm)[:last]:
             assert bool(out.isnan().any())
@@ -168,14 +171,14 @@ def test_different_signatures_stop_everybody(world, broken):
 
 def test_two_calls_in_flight_are_noticed(world, broken):
     """As if an earlier call of rank 0 had begun, and not been signed yet; had been signed, and not ended."""
-    for words in ([7], [0, 7]):  # Control.entered; Control.sequence
+    for words in ([ENTERED], [SEQUENCE, ENTERED]):
         fresh = type(broken)(world.world_size)
         fresh.set_deadlines(5)
         for local in fresh.local:
-            local[[0, 1, 7]] = 5
+            local[COUNTS] = 5
         fresh.local[0][words] += 1
-        if 0 in words:  # signed by all
+        if SEQUENCE in words:  # signed by all
             for local in fresh.local[1:]:
-                local[[0, 1, 7]] += 1
+                local[COUNTS] += 1
         call(fresh, "one_shot")
         assert codes(fresh)[0] == (Kind.CONCURRENT, 0)

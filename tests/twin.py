@@ -302,8 +302,8 @@ class World:
             at += 4 * count + GUARD
         for parts in self._parts:
             parts["staging"][HEADER_BYTES:].fill_(0xFF)
-            for word in (0, 4, 28):  # Control.sequence, ended, entered
-                parts["local"][word : word + 4].view(torch.int32).fill_(sequence)
+            for count in LocalState.COUNTS_AT:
+                parts["local"][count : count + 4].view(torch.int32).fill_(sequence)
             for words in self._epochs.values():
                 parts["local"][words].view(torch.int32).fill_(epochs)
             for gap in self._between:
@@ -421,8 +421,7 @@ class World:
                 raise Failed("report", f"rank {rank} gave up: {self.report(rank)}")
             if any((parts["local"][gap] != 0x5A).any() for gap in self._between):
                 raise Failed("guard", f"rank {rank} wrote beside its epoch words")
-            sequence, ended, *_, entered = parts["local"][:32].view(torch.int32).tolist()  # Control
-            if not sequence == ended == entered:
+            if len({int(parts["local"][count : count + 4].view(torch.int32)) for count in LocalState.COUNTS_AT}) > 1:
                 raise Failed("in flight", f"rank {rank} thinks that calls are still in flight")
 
     def arena(self, rank: int) -> torch.Tensor:

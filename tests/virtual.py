@@ -6,7 +6,7 @@ import torch
 
 from allreduce_jit.cache import KernelCache
 from allreduce_jit.compiler import build
-from allreduce_jit.driver import Launch, Module
+from allreduce_jit.driver import Launch, load_module
 from allreduce_jit.engine import DTYPE_NAMES
 from allreduce_jit.failure import Kind, abort_code, tag
 from allreduce_jit.kernel import cuda_module, entry, v2_algorithms
@@ -35,7 +35,7 @@ class VirtualWorld:
         self.kernels = {}
         for algorithm in names:
             spec = cuda_module(algorithm, world_size, virtual_ranks=True)
-            module = Module(build(spec, f"sm_{major}{minor}", cache or KernelCache(None))[0].cubin)
+            module = load_module(build(spec, f"sm_{major}{minor}", cache or KernelCache(None))[0].cubin)
             self.kernels |= {name: module.kernel(name) for name in spec.entries}
         words = self.layout.nbytes // 4
         self.staging = [torch.full((words,), -1, dtype=torch.int32, device="cuda") for _ in range(world_size)]
