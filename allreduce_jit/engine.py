@@ -81,6 +81,7 @@ class KernelEngine:
     """A path with kernels of our own. Subclasses say which kernels, which layout, and how to launch."""
 
     path: str
+    channel_bytes: int  # what a channel keeps from call to call
 
     def __init__(self, config: EngineConfig, layout: Layout):
         self.config = config
@@ -123,7 +124,8 @@ class KernelEngine:
 
     def allocate(self) -> str:
         """Allocate and poison the staging memory; returns the handle for the peers."""
-        self.state = LocalState({name: region.channels for name, region in self.layout.regions.items()})
+        channels = {name: region.channels for name, region in self.layout.regions.items()}
+        self.state = LocalState(channels, self.channel_bytes)
         self.side = SideChannel()
         self.memory = StagingMemory(self.layout.nbytes, self.config.rank)
         return self.memory.handle()

@@ -131,5 +131,5 @@ def explain(words: Sequence[int], code: int, rank: int, signed: Sequence[tuple[i
 def _phase(algorithm: str, buffer: int) -> str:
     if "one_shot" in algorithm:
         return "exchange"
-    first = 3 if "stream" in algorithm else 2
-    return "gather" if buffer >= first else "scatter"
+    gathers = V2_ALGORITHMS[algorithm].gathers if algorithm in V2_ALGORITHMS else (2,)  # legacy's
+    return "gather" if buffer in gathers else "scatter"

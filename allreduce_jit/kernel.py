@@ -39,25 +39,29 @@ class Algorithm:
         number: its name in signatures and reports.
         buffers: slot arrays per source.
         parts: whether a thread has a packet of every rank's part, or just one.
+        gathers: numbers of the buffers that hold sums; all others hold what is to be summed.
         packets: packets (of each part) per thread.
         stream: the launches of a call overlap.
+        shared: how many buffers, the first ones, may lie over other algorithms' slots.
     """
 
     source: str
     number: int
     buffers: int
     parts: bool
+    gathers: tuple[int, ...] = ()
     packets: int = 1
     stream: bool = False
+    shared: int = 0
 
 
 V2_ALGORITHMS = {
     "one_shot": Algorithm("one_shot.cu", 1, buffers=2, parts=False),
-    "two_shot": Algorithm("two_shot.cu", 2, buffers=3, parts=True),
-    "two_shot_stream": Algorithm("two_shot.cu", 3, buffers=5, parts=True, stream=True),
+    "two_shot": Algorithm("two_shot.cu", 2, buffers=3, parts=True, gathers=(2,)),
+    "two_shot_stream": Algorithm("two_shot.cu", 3, buffers=5, parts=True, gathers=(4, 1), stream=True, shared=2),
     "one_shot_wide": Algorithm("one_shot.cu", 4, buffers=2, parts=False, packets=4),
-    "two_shot_wide": Algorithm("two_shot.cu", 5, buffers=3, parts=True, packets=4),
-    "two_shot_wide2": Algorithm("two_shot.cu", 6, buffers=3, parts=True, packets=2),
+    "two_shot_wide": Algorithm("two_shot.cu", 5, buffers=3, parts=True, gathers=(2,), packets=4),
+    "two_shot_wide2": Algorithm("two_shot.cu", 6, buffers=3, parts=True, gathers=(2,), packets=2),
 }
 
 

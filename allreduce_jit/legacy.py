@@ -20,6 +20,7 @@ class LegacyEngine(KernelEngine):
     """One-shot and two-shot push all-reduce that relies on nothing but peer stores of whole elements."""
 
     path = "legacy"
+    channel_bytes = 4  # an epoch
 
     def __init__(self, config: EngineConfig):
         layout = legacy_layout(config.world_size, config.settings.staging_mb << 20, BLOCK_BYTES)
@@ -73,7 +74,7 @@ class LegacyEngine(KernelEngine):
         known = of_launch | {
             "table": self._table.data_ptr(),
             "staging": self.memory.addresses[self.config.rank],
-            "epoch": self.state.epochs[algorithm],
+            "epoch": self.state.channels[algorithm],
             "control": self.state.control,
             "report": self.state.report,
             "slots": region.offset,

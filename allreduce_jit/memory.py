@@ -115,12 +115,12 @@ class SideChannel:
 class LocalState:
     """What only this rank's kernels touch: the control block, epoch words, and the report on the host.
 
-    Device layout: ``Control`` (staging.cuh) in the first ``CONTROL_BYTES``, then one u32 epoch per
-    channel of each algorithm, in the layout's order.
+    Device layout: ``Control`` (staging.cuh) in the first ``CONTROL_BYTES``, then ``channel_bytes`` per
+    channel of each algorithm, in the layout's order; each begins with its u32 epoch.
 
     Attributes:
         control: address of the control block.
-        epochs: address of the first epoch word, per algorithm.
+        channels: address of the first channel, per algorithm.
         report: address of the report, for kernels.
         words: the report, for the host.
     """
@@ -128,17 +128,20 @@ class LocalState:
     CONTROL_BYTES = 32 << 10
     DEADLINE_AT, GRACE_AT = 8, 16
     COUNTS_AT = 0, 4, 28  # of calls: sequence, ended, entered; equal while none is in flight
+    REPORTED_AT, CHANNELS_AT = 24, 32 + 4 * 4096
 
-    def __init__(self, channels: Mapping[str, int]):
-        nbytes = self.CONTROL_BYTES + 4 * sum(channels.values())
+    def __init__(self, channels: Mapping[str, int], channel_bytes: int):
+        total = sum(channels.values())
+        nbytes = self.CONTROL_BYTES + channel_bytes * total
         self.nbytes = -(-nbytes // GRANULARITY) * GRANULARITY
         self.control = int(call("cuMemAlloc", self.nbytes))
         call("cuMemsetD32", self.control, 0, self.nbytes // 4)
-        self.epochs = {}
+        call("cuMemsetD32", self.control + self.CHANNELS_AT, total, 1)
+        self.channels = {}
         address = self.control + self.CONTROL_BYTES
         for algorithm, count in channels.items():
-            self.epochs[algorithm] = address
-            address += 4 * count
+            self.channels[algorithm] = address
+            address += channel_bytes * count
         flags = driver.CU_MEMHOSTALLOC_DEVICEMAP | driver.CU_MEMHOSTALLOC_PORTABLE
         self.report = int(call("cuMemHostAlloc", REPORT_BYTES, flags))
         ctypes.memset(self.report, 0, REPORT_BYTES)

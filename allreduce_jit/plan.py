@@ -81,7 +81,7 @@ def v2_layout(world_size: int, staging_bytes: int, bands: Iterable[Band], max_ct
     """A region for every algorithm of ``bands`` (of all tables there are), together at most ``staging_bytes``.
 
     Each is as large as its largest message, but no more than a quarter (one-shot) or half (two-shot) of the memory; the
-    last one gets the rest, as far as it has use for it.
+    last one gets the rest, as far as it has use for it, and lies with its shared buffers over the others.
     """
     bands = tuple(bands)
     used = {band.algorithm for band in bands}
@@ -89,9 +89,11 @@ def v2_layout(world_size: int, staging_bytes: int, bands: Iterable[Band], max_ct
     regions, offset = {}, HEADER_BYTES
     for i, name in enumerate(names):
         algorithm = V2_ALGORITHMS[name]
-        slot = algorithm.buffers * (world_size - 1) * PACKET  # bytes per packet of capacity
+        slots = (world_size - 1) * PACKET  # bytes of a buffer per packet of capacity
+        slot = algorithm.buffers * slots
         step = MAX_BLOCK * algorithm.packets
-        room = (staging_bytes - offset) // slot
+        # Shared buffers need no room beside the others, if those are larger; all buffers must fit in any case.
+        room = min((staging_bytes - HEADER_BYTES) // slot, (staging_bytes - offset) // (slot - algorithm.shared * slots))
         if i < len(names) - 1:
             largest = max(band.up_to for band in bands if band.algorithm == name)
             room = min(room, staging_bytes // (2 if algorithm.parts else 4) // slot,
@@ -101,6 +103,7 @@ def v2_layout(world_size: int, staging_bytes: int, bands: Iterable[Band], max_ct
         if algorithm.stream:
             room = min(room, RESIDENT_PACKETS)
         capacity = room // step * step
+        offset = max(HEADER_BYTES, offset - algorithm.shared * slots * capacity)
         regions[name] = Region(offset, capacity, capacity // (WARP * algorithm.packets))
         offset += capacity * slot
     return Layout(regions, offset)

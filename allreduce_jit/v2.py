@@ -26,7 +26,7 @@ class Args(ctypes.Structure):
         ("numel", ctypes.c_uint64),
         ("total", ctypes.c_uint64),
         ("slots", ctypes.c_uint64),
-        ("epochs", ctypes.c_uint64),
+        ("channels", ctypes.c_uint64),
         ("control", ctypes.c_uint64),
         ("report", ctypes.c_uint64),
         ("rank", ctypes.c_uint32),
@@ -34,17 +34,27 @@ class Args(ctypes.Structure):
         ("tag", ctypes.c_uint32),
         ("config", ctypes.c_uint32),
         ("launch", ctypes.c_uint32),
+        ("scatter", ctypes.c_uint32),
+        ("gather", ctypes.c_uint32),
         ("last", ctypes.c_uint32),
     ]
 
 
 class Piece(NamedTuple):
-    """One launch of a call: ``numel`` elements from ``start`` on; ``last`` ends what a guard began."""
+    """One launch of a call: ``numel`` elements from ``start`` on; ``last`` ends what a guard began.
+
+    ``scatter`` and ``gather``: the buffers that a launch of a stream uses; others take turns by themselves.
+    """
 
     start: int
     numel: int
     blocks: int
     last: bool
+    scatter: int = 0
+    gather: int = 0
+
+
+_STREAM_SCATTERS = (2, 0, 3)  # the first launch's, one that others may lie over, the last launch's
 
 
 def launches(plan: Plan, numel: int, dtype: str, world_size: int) -> list[Piece]:
@@ -52,12 +62,17 @@ def launches(plan: Plan, numel: int, dtype: str, world_size: int) -> list[Piece]
     algorithm = V2_ALGORITHMS[plan.algorithm]
     threads = plan.block * algorithm.packets
     found = []
-    for start in range(0, numel, plan.chunk):
+    starts = range(0, numel, plan.chunk)
+    turn = 1 if len(starts) % 3 == 0 else 2  # in the direction in which the last launch meets the last buffer
+    for i, start in enumerate(starts):
         count = min(plan.chunk, numel - start)
         packets = ceil_div(count * ITEMSIZE[dtype], PACKET * (world_size if algorithm.parts else 1))
         guard = 0 if algorithm.stream and start else 1
         last = not algorithm.stream or start + count == numel
-        found.append(Piece(start, count, ceil_div(packets, threads) + guard, last))
+        buffers = ()
+        if algorithm.stream:
+            buffers = _STREAM_SCATTERS[i * turn % 3], algorithm.gathers[(len(starts) - 1 - i) % 2]
+        found.append(Piece(start, count, ceil_div(packets, threads) + guard, last, *buffers))
     return found
 
 
@@ -65,6 +80,7 @@ class V2Engine(KernelEngine):
     """Push all-reduce for GPUs that are all connected by NVLink."""
 
     path = "v2"
+    channel_bytes = 8  # Channel of staging.cuh
 
     def __init__(self, config: EngineConfig):
         tuned = config.tuned or {}
@@ -103,7 +119,7 @@ class V2Engine(KernelEngine):
                 numel=piece.numel,
                 total=numel,
                 slots=region.offset,
-                epochs=self.state.epochs[plan.algorithm],
+                channels=self.state.channels[plan.algorithm],
                 control=self.state.control,
                 report=self.state.report,
                 rank=self.config.rank,
@@ -111,6 +127,8 @@ class V2Engine(KernelEngine):
                 tag=tag(plan.algorithm, name),
                 config=config,
                 launch=i,
+                scatter=piece.scatter,
+                gather=piece.gather,
                 last=piece.last,
             )
             args.staging[:world_size] = self.memory.addresses

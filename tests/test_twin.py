@@ -3,12 +3,13 @@
 import os
 import random
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
 import twin
-from allreduce_jit import reference
+from allreduce_jit import reference, v2
 from allreduce_jit.failure import Kind, abort_code
 from allreduce_jit.kernel import DTYPES, V2_ALGORITHMS
 from allreduce_jit.plan import HEADER_BYTES
@@ -18,6 +19,7 @@ pytestmark = pytest.mark.skipif(twin.missing() is not None, reason=str(twin.miss
 
 LONG = bool(os.environ.get("LONG"))
 WORLDS = range(2, 9)
+LAYOUTS = [partial(cramped, under=name) for name in ("two_shot", "one_shot")]  # what a stream's buffers lie over
 # ThreadSanitizer's share: collectives, and how many of 100 each world size gets (a large world is much slower).
 COLLECTIVES = int(os.environ.get("TWIN_COLLECTIVES", "2000"))
 SHARES = {2: 64, 3: 28, 4: 4, 5: 1, 6: 1, 7: 1, 8: 1}
@@ -97,7 +99,7 @@ def test_every_16_bit_pattern_and_every_rounding(objects):
 def test_a_long_life(objects, world_size, options):
     """Everything changes from call to call on one communicator, many calls are in flight, ranks and threads dawdle."""
     dice = random.Random(world_size)
-    with World(twin.build(objects, world_size), world_size, relayout=cramped, **options) as world:
+    with World(twin.build(objects, world_size), world_size, relayout=dice.choice(LAYOUTS), **options) as world:
         for seed in range(2):
             calls = mixed(dice, world_size, 30, 10 - world_size // 2, [reference.RANDOM, reference.SPECIALS])
             program = Program(world_size, calls, seed)
@@ -133,10 +135,11 @@ def absent(objects, edits, seed, world_size=3, algorithm="one_shot"):
     last = world_size - 1
     with World(twin.build(objects, world_size, edits=edits), world_size, relayout=cramped) as world:
         world.set_deadlines(DEADLINE)
-        program = Program(world_size, 2 * [Call(algorithm, "float32", 400 * world_size)], seed)
+        # Later calls are in flight already when the first one gives up.
+        program = Program(world_size, 4 * [Call(algorithm, "float32", 400 * world_size)], seed)
 
         def run(turn, **options):
-            world.run(program, seed + turn, complete=False, patience=PATIENCE, **options)
+            world.run(program, seed + turn, complete=False, patience=PATIENCE, room=600, **options)
             for rank in range(world_size):
                 program.check(rank, world.arena(rank)[: program.end], or_nan=True, calls=rank not in options.get("skip", ()))
 
@@ -230,7 +233,7 @@ def test_no_data_race(objects, record_property, world_size):
 
 
 def run_mixed(objects, edits, seed, *, tsan=False, world_size=3, kinds=(reference.RANDOM,), only=None, **options):
-    dice, options = random.Random(seed), {"relayout": cramped, **options}
+    dice, options = random.Random(seed), {"relayout": LAYOUTS[seed % 2], **options}
     with World(twin.build(objects, world_size, tsan, edits), world_size, **options) as world:
         program = Program(world_size, mixed(dice, world_size, 40, 8, kinds, only=only), seed)
         for turn in range(2):
@@ -256,7 +259,7 @@ SEEDS = 6
 
 SYNC = "    __syncwarp();  // every lane has read the epoch\n"
 WAIT = "    griddepcontrol_wait();\n"
-PARITY = "    const u32 parity = ld_relaxed_gpu_u32(epoch) & 1;\n"
+STATE = "    const u64 state = ld_relaxed_gpu_v2_u32(own_channel);\n"
 PUSH = "st_relaxed_sys_v4(slot, p);"
 POISON = "        poison(mine, slots.stride);\n"
 LOAD = "    for (u32 k = 0; k < PACKETS; k++) own[k] = in.load(first + k * WARP);\n"
@@ -269,18 +272,18 @@ ANY = {"bits", "overwritten", "hang", "slots", "report", "foreign poison"}  # wh
 
 # name: check, how it may show, edits
 BUGS = {
-    "one parity": ("mixed calls", ANY, [("one_shot.cu", PARITY, PARITY.replace("& 1", "& 0"))]),
-    "the epoch is not flipped": ("mixed calls", ANY, [("two_shot.cu", "st_relaxed_gpu_u32(epoch, parity ^ 1)", "st_relaxed_gpu_u32(epoch, parity)")]),
+    "one parity": ("mixed calls", ANY, [("one_shot.cu", "u32(state) & 1", "u32(state) & 0")]),
+    "the epoch is not flipped": ("mixed calls", ANY, [("two_shot.cu", "epoch), parity ^ 1)", "epoch), parity)")]),
     "no __syncwarp before the epoch is written, one-shot": ("mixed calls", ANY, [("one_shot.cu", SYNC, "")]),
     "no __syncwarp before the epoch is written, two-shot": ("mixed calls", ANY, [("two_shot.cu", SYNC, "")]),
-    "epoch read before griddepcontrol_wait": ("mixed calls", ANY, [("one_shot.cu", WAIT, ""), ("one_shot.cu", PARITY, PARITY + WAIT)]),
+    "epoch read before griddepcontrol_wait": ("mixed calls", ANY, [("one_shot.cu", WAIT, ""), ("one_shot.cu", STATE, STATE + WAIT)]),
     "input read before griddepcontrol_wait": ("ThreadSanitizer", {"race"}, [("one_shot.cu", WAIT, ""), ("one_shot.cu", LOAD, LOAD + WAIT)]),
     "no griddepcontrol_wait in a call's first launch": ("ThreadSanitizer", {"race", *ANY}, [("two_shot.cu", "if (!follows) griddepcontrol_wait();", "")]),
     "no griddepcontrol_wait in the launches that follow": ("streamed calls", ANY, [("two_shot.cu", "if (follows) griddepcontrol_wait();", "")]),
-    "a stream has two scatter buffers": ("streamed calls", ANY, [("two_shot.cu", "a.launch % 3", "a.launch % 2")]),
-    "a stream has one gather buffer": ("streamed calls", ANY, [("two_shot.cu", "STREAM ? a.launch % 2 : 0", "0")]),
+    "a stream has two scatter buffers": ("streamed calls", ANY, [("two_shot.cu", "STREAM ? a.scatter", "STREAM ? (a.scatter ? a.scatter : 2)")]),
+    "a stream has one gather buffer": ("streamed calls", ANY, [("two_shot.cu", "STREAM ? a.gather", "STREAM ? 4")]),
     "a stream's launches start at once": ("streamed calls", ANY, [("two_shot.cu", "if (!STREAM) griddepcontrol_launch_dependents();", "griddepcontrol_launch_dependents();")]),
-    "gather and scatter share slots": ("mixed calls", ANY, [("two_shot.cu", "STREAM ? 3 : 2;", "STREAM ? 2 : 1;")]),
+    "gather and scatter share slots": ("mixed calls", ANY, [("two_shot.cu", "STREAM ? a.gather : 2", "STREAM ? a.gather : 1")]),
     "one-shot's slots are not poisoned again": ("mixed calls", ANY, [("one_shot.cu", POISON, "")]),
     "scatter's slots are not poisoned again": ("mixed calls", ANY, [("two_shot.cu", "own[k]);\n" + POISON, "own[k]);\n")]),
     "gather's slots are not poisoned again": ("mixed calls", ANY, [("two_shot.cu", "peers[j]);\n" + POISON, "peers[j]);\n")]),
@@ -314,18 +317,23 @@ BUGS = {
         "absent rank", {"hang"}, [("staging.cuh", "limit && now >= since + limit", "limit == 1")]),
     "the clock runs from its beginning": ("absent rank", {"report"}, [("staging.cuh", "since == 0 || (since & 1) != met", "since == 0 && met")]),
     "nobody was met": ("phases", {"report"}, [("guard.cuh", "    if (met && !known) st_relaxed_gpu_u32(", "    if (!met && !known) st_relaxed_gpu_u32(")]),
-    "epoch words of another algorithm": ("mixed calls", {"guard", *ANY}, [("two_shot.cu", "a.epochs + channel * 4", "a.epochs - channel * 4")]),
+    "epoch words of another algorithm": ("mixed calls", {"guard", *ANY}, [("two_shot.cu", "a.channels + channel *", "a.channels - channel *")]),
+    "launches may overlap before the ticket is drawn": ("mixed calls", ANY, [("guard.cuh", "    u32 entered = 0;\n", "    griddepcontrol_launch_dependents();\n    u32 entered = 0;\n")]),
+    "what the kernel before has stopped is overlooked": ("absent rank", {"pushed", "overwritten"}, [("one_shot.cu", "aborted | (GUARDED && state >> 32)", "aborted")]),
+    "channels are not told": ("absent rank", {"pushed", "overwritten"}, [("staging.cuh", "for (u32 c = 0; c < channels; c++)", "for (u32 c = 0; c < 0 * channels; c++)")]),
     "who gave up keeps pushing": ("absent rank", {"overwritten", "pushed"}, [("one_shot.cu", "if (!dead) push(", "push(")]),
-    "the first signature is numbered 0": ("mixed calls", {"bits", "report"}, [("guard.cuh", "u32(signed_ended) + 1, parity", "u32(signed_ended), parity"),
-                                                                  ("guard.cuh", "FIELD(Control, sequence), sequence);", "FIELD(Control, sequence), sequence + 1);")]),
+    "the first signature is numbered 0": ("mixed calls", {"bits", "report"}, [
+        ("guard.cuh", "entered) + 1;", "entered);"), ("guard.cuh", "u32(signed_ended) == sequence - 1 &&", "u32(signed_ended) == sequence &&"),
+        ("guard.cuh", ">> 32) - (sequence - 1))", ">> 32) - sequence)"),
+        ("guard.cuh", "FIELD(Control, sequence), sequence);", "FIELD(Control, sequence), sequence + 1);")]),
     "the sequence number is stored before every lane has read it": ("mixed calls", ANY, [("guard.cuh", VOTE, STORED + VOTE)]),
-    "signatures have one parity": ("mixed calls", ANY, [("guard.cuh", "(sequence & 1) * 8", "0 * 8")]),
+    "signatures have one parity": ("mixed calls", ANY, [("guard.cuh", "to += (sequence & 1) * 8", "to += 0 * 8"), ("guard.cuh", "from += (sequence & 1) * 8", "from += 0 * 8")]),
     "half a signature counts as all": ("mixed calls", {"bits", "report"}, [("guard.cuh", SIGNED, "signature.w[1] == sequence")]),
     "the guard does not wait": ("mixed calls", ANY, [("guard.cuh", WAIT, "")]),
-    "sizes are not compared": ("calls differ", {"report"}, [("guard.cuh", "theirs.w[0] != u32(call) || ", "")]),
+    "sizes are not compared": ("calls differ", {"report"}, [("guard.cuh", "(other ^ call) & ~(u64(IN_PLACE) << 32)", "(other ^ call) >> 32 & ~IN_PLACE")]),
     "calls never end": ("mixed calls", {"report", "in flight"}, [("one_shot.cu", "        ending.say();\n", "")]),
     "every launch of a stream ends a call": ("streamed calls", {"report", "in flight"}, [("guard.cuh", "GUARDED && a.last && last_channel ?", "GUARDED && last_channel ?")]),
-    "calls that begin are not counted": ("mixed calls", {"in flight", "report"}, [("guard.cuh", "if (lane == 0) entered = atom_add_relaxed_gpu_u32(control + FIELD(Control, entered), 1);", "")]),
+    "calls that begin are not counted": ("mixed calls", {"in flight", "report"}, [("guard.cuh", "if (lane == 0) entered = atom_add_relaxed_gpu_u32(a.control + FIELD(Control, entered), 1);", "")]),
     "completion is signalled before the last store": ("mixed calls", ANY, [("driver.cpp", "next.drained < next.grid", "next.triggered < next.grid")]),
 }  # fmt: skip
 
@@ -355,9 +363,9 @@ def test_planted_bug_is_caught(objects, bug, record_property):
     record_property("shown", f"planted: {bug}: caught by {check} ({failure.kind})")
 
 
-def sharing(layout):
+def sharing(layout, world_size):
     """All algorithms in the slots of the first."""
-    layout = cramped(layout)
+    layout = cramped(layout, world_size)
     regions = {name: replace(region, offset=HEADER_BYTES) for name, region in layout.regions.items()}
     return replace(layout, regions=regions)
 
@@ -366,6 +374,19 @@ def test_planted_shared_slots_are_caught(objects, record_property):
     failure = first_failure(run_mixed, objects, (), relayout=sharing)
     assert failure is not None and failure.kind in ANY
     record_property("shown", f"planted: two algorithms share slots: caught by mixed calls ({failure.kind})")
+
+
+@pytest.mark.parametrize(
+    ("scatters", "gathers"), [((0, 2, 3), (4, 1)), ((2, 3, 0), (4, 1)), ((2, 0, 3), (1, 4))], ids=["first", "last", "sums"]
+)
+def test_planted_shared_buffer_of_a_stream_is_caught(objects, monkeypatch, record_property, scatters, gathers):
+    """A buffer that must not lie over other slots changes places with one that may."""
+    stream = replace(V2_ALGORITHMS["two_shot_stream"], gathers=gathers)
+    monkeypatch.setattr(v2, "_STREAM_SCATTERS", scatters)
+    monkeypatch.setitem(V2_ALGORITHMS, "two_shot_stream", stream)
+    found = [failure for layout in LAYOUTS if (failure := first_failure(run_mixed, objects, (), relayout=layout))]
+    assert found and all(failure.kind in ANY for failure in found)
+    record_property("shown", f"planted: {scatters}, {gathers} of a stream: caught by mixed calls ({found[0].kind})")
 
 
 def test_a_stale_edit_is_an_error():

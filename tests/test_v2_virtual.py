@@ -126,12 +126,7 @@ def codes(world):
 def test_missing_rank_ends_the_wait_and_is_named(world, broken):
     last = world.world_size - 1
     for algorithm in each_algorithm(world):
-        broken.report.zero_()
-        for rank in range(last):
-            broken.staging[rank][:1024] = 0
-            broken.local[rank][6] = 0
-        for local in broken.local:  # a call that fails does not end
-            local[COUNTS] = local[SEQUENCE].clone()
+        broken.revive()
         broken.silence(last)
         for out in call(broken, algorithm)[:last]:
             assert bool(out.isnan().any())

@@ -29,7 +29,7 @@ from allreduce_jit import reference, v2
 from allreduce_jit.engine import MAX_SHAPES
 from allreduce_jit.kernel import ITEMSIZE, V2_ALGORITHMS, cuda_module, v2_algorithms
 from allreduce_jit.memory import REPORT_BYTES, LocalState
-from allreduce_jit.plan import HEADER_BYTES, MAX_BLOCK, WARP, Layout, Plan, v2_shape
+from allreduce_jit.plan import HEADER_BYTES, MAX_BLOCK, PACKET, WARP, Layout, Plan, v2_shape
 from allreduce_jit.tuning import NEVER, Band
 
 HERE = Path(__file__).parent / "twin"
@@ -263,7 +263,7 @@ class World:
     """
 
     def __init__(self, executable: Path, world_size: int, *, pdl: bool = True, epoch: int = 0, max_ctas: int | None = None,
-                 relayout=lambda layout: layout):  # fmt: skip
+                 relayout=lambda layout, world_size: layout):  # fmt: skip
         self.world_size = world_size
         names = algorithms(world_size)
         # Small messages already take different algorithms, and every algorithm has a region.
@@ -277,9 +277,10 @@ class World:
             ))
             for rank in range(world_size)
         ]  # fmt: skip
-        self.layout = relayout(self.engines[0].layout)
+        self.layout = relayout(self.engines[0].layout, world_size)
         channels = {name: region.channels for name, region in self.layout.regions.items()}
-        local = LocalState.CONTROL_BYTES + sum(4 * count + GUARD for count in channels.values())
+        channel_bytes = v2.V2Engine.channel_bytes
+        local = LocalState.CONTROL_BYTES + sum(channel_bytes * count + GUARD for count in channels.values())
         parts = {"staging": self.layout.nbytes, "local": local, "report": REPORT_BYTES, "arena": ARENA}
         self._offsets, size = [], 0
         for _ in range(world_size):
@@ -294,18 +295,21 @@ class World:
             {name: memory[start : start + parts[name]] for name, start in offsets.items()} for offsets in self._offsets
         ]
         epochs, sequence = torch.tensor([epoch, max(0, epoch - 4)]).to(torch.int32)  # the same bits
-        # Epoch words of every algorithm, and behind them what nobody may touch.
-        self._epochs, self._between, at = {}, [], LocalState.CONTROL_BYTES
+        # The channels of every algorithm, and behind them what nobody may touch, but who tells all that this rank is stopped.
+        self._channels, self._between, at = {}, [], LocalState.CONTROL_BYTES
         for name, count in channels.items():
-            self._epochs[name] = slice(at, at + 4 * count)
-            self._between.append(slice(at + 4 * count, at + 4 * count + GUARD))
-            at += 4 * count + GUARD
+            end = at + channel_bytes * count
+            self._channels[name] = slice(at, end)
+            self._between.append(slice(end, end + GUARD))
+            at = end + GUARD
+        total = (at - LocalState.CONTROL_BYTES) // channel_bytes
         for parts in self._parts:
             parts["staging"][HEADER_BYTES:].fill_(0xFF)
             for count in LocalState.COUNTS_AT:
                 parts["local"][count : count + 4].view(torch.int32).fill_(sequence)
-            for words in self._epochs.values():
-                parts["local"][words].view(torch.int32).fill_(epochs)
+            parts["local"][LocalState.CHANNELS_AT :][:4].view(torch.int32).fill_(total)
+            for words in self._channels.values():
+                parts["local"][words].view(torch.int32)[::2].fill_(epochs)
             for gap in self._between:
                 parts["local"][gap].fill_(0x5A)
         self._stderr = tempfile.TemporaryFile()
@@ -319,10 +323,10 @@ class World:
         entries = [entry for name in names for entry in cuda_module(name, world_size).entries]
         for rank, engine in enumerate(self.engines):
             address = {name: self._base + offset for name, offset in self._offsets[rank].items()}
-            epochs = {name: address["local"] + words.start for name, words in self._epochs.items()}
+            channels = {name: address["local"] + words.start for name, words in self._channels.items()}
             engine.layout = self.layout
             engine.memory = SimpleNamespace(addresses=[self._base + offsets["staging"] for offsets in self._offsets])
-            engine.state = SimpleNamespace(epochs=epochs, control=address["local"], report=address["report"])
+            engine.state = SimpleNamespace(channels=channels, control=address["local"], report=address["report"])
             engine._kernels = {entry: (self._queue, rank, number) for number, entry in enumerate(entries)}
         self.collectives = self.pushes = self.switches = 0
 
@@ -381,9 +385,8 @@ class World:
              pokes: Sequence[tuple[int, int, int]] = ()) -> None:  # fmt: skip
         slots = []
         for rank, offsets in enumerate(self._offsets):
-            starts = sorted(region.offset for region in self.layout.regions.values())
-            for start, end in zip(starts, [*starts[1:], self.layout.nbytes], strict=True):
-                slots.append(struct.pack("QQII", *(self._base + offsets["staging"] + b for b in (start, end)), rank, 0))
+            start, end = (self._base + offsets["staging"] + b for b in (HEADER_BYTES, self.layout.nbytes))
+            slots.append(struct.pack("QQII", start, end, rank, 0))
         reports = [struct.pack("Q", self._base + offsets["report"]) for offsets in self._offsets]
         chances = (int(jitter * 65536), int(sleep * 65536))
         counts = (len(self._queue), len(slots), len(pokes), len(reports))
@@ -407,12 +410,10 @@ class World:
     def check_slots(self) -> None:
         """Every slot is empty."""
         for rank, parts in enumerate(self._parts):
-            for name, region in self.layout.regions.items():
-                end = min([r.offset for r in self.layout.regions.values() if r.offset > region.offset] or [self.layout.nbytes])
-                slots = parts["staging"][region.offset : end]
-                if slots.min() != 0xFF:
-                    full = (slots.view(torch.int32) != -1).nonzero()
-                    raise Failed("slots", f"{name} of rank {rank}: {len(full)} words left, the first at {int(full[0])}")
+            slots = parts["staging"][HEADER_BYTES:]
+            if slots.min() != 0xFF:
+                full = (slots.view(torch.int32) != -1).nonzero()
+                raise Failed("slots", f"rank {rank}: {len(full)} words left, the first at {int(full[0])}")
 
     def check_reports(self) -> None:
         """Nobody gave up, and all calls are over."""
@@ -420,7 +421,7 @@ class World:
             if parts["report"].any() or parts["staging"][:4].any():
                 raise Failed("report", f"rank {rank} gave up: {self.report(rank)}")
             if any((parts["local"][gap] != 0x5A).any() for gap in self._between):
-                raise Failed("guard", f"rank {rank} wrote beside its epoch words")
+                raise Failed("guard", f"rank {rank} wrote beside its channels")
             if len({int(parts["local"][count : count + 4].view(torch.int32)) for count in LocalState.COUNTS_AT}) > 1:
                 raise Failed("in flight", f"rank {rank} thinks that calls are still in flight")
 
@@ -466,11 +467,20 @@ class World:
         self.close()
 
 
-def cramped(layout: Layout) -> Layout:
-    """Room for two warps per launch, so that a few KB take many launches."""
-    return replace(layout, regions={
-        name: replace(region, capacity=2 * WARP * V2_ALGORITHMS[name].packets, channels=2) for name, region in layout.regions.items()
-    })  # fmt: skip
+def cramped(layout: Layout, world_size: int, under: str = "two_shot") -> Layout:
+    """Room for two warps per launch, so that a few KB take many launches, and no byte between two algorithms.
+
+    Of a stream's buffers, those that may lie over other slots lie over the last ones of the algorithm ``under``.
+    """
+    regions, offset = {}, HEADER_BYTES
+    for name in sorted(layout.regions, key=lambda name: (V2_ALGORITHMS[name].stream, name == under)):
+        algorithm, region = V2_ALGORITHMS[name], layout.regions[name]
+        capacity = 2 * WARP * algorithm.packets
+        buffer = (world_size - 1) * PACKET * capacity
+        offset -= algorithm.shared * buffer
+        regions[name] = replace(region, offset=offset, capacity=capacity, channels=2)
+        offset += algorithm.buffers * buffer
+    return replace(layout, regions={name: regions[name] for name in layout.regions})
 
 
 class Recorder:

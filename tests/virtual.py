@@ -13,7 +13,7 @@ from allreduce_jit.kernel import cuda_module, entry, v2_algorithms
 from allreduce_jit.memory import LocalState
 from allreduce_jit.plan import HEADER_BYTES, PACKET, v2_layout
 from allreduce_jit.tuning import Band
-from allreduce_jit.v2 import Args, launches
+from allreduce_jit.v2 import Args, V2Engine, launches
 
 
 def algorithms(world_size: int) -> list[str]:
@@ -42,8 +42,10 @@ class VirtualWorld:
         for staging in self.staging:
             staging[: HEADER_BYTES // 4] = 0
         channels = sum(region.channels for region in self.layout.regions.values())
-        words = LocalState.CONTROL_BYTES // 4 + channels
+        words = LocalState.CONTROL_BYTES // 4 + channels * V2Engine.channel_bytes // 4
         self.local = [torch.zeros(words, dtype=torch.int32, device="cuda") for _ in range(world_size)]
+        for local in self.local:
+            local[LocalState.CHANNELS_AT // 4] = channels
         self.report = torch.zeros(world_size, 16, dtype=torch.int32).pin_memory()
 
     def set_deadlines(self, seconds: float, grace: float | None = None) -> None:
@@ -53,6 +55,18 @@ class VirtualWorld:
     def silence(self, rank: int) -> None:
         """As if ``rank`` had died: from now on it neither signs nor pushes."""
         self.staging[rank][0] = abort_code(Kind.ABORTED, rank, rank)
+
+    def revive(self) -> None:
+        """As new, after a rank was stopped."""
+        self.report.zero_()
+        for staging, local in zip(self.staging, self.local, strict=True):
+            staging[: HEADER_BYTES // 4] = 0
+            staging[HEADER_BYTES // 4 :] = -1
+            local[LocalState.REPORTED_AT // 4] = 0
+            local[LocalState.CONTROL_BYTES // 4 + 1 :: 2] = 0  # Channel.stopped
+            # What was signed is gone from the header.
+            for at in LocalState.COUNTS_AT:
+                local[at // 4] = 0
 
     def all_reduce(self, plan, inputs, outs, tags: dict | None = None) -> None:
         """One call on every rank; ``tags``: what some ranks sign with instead of the truth."""
@@ -66,6 +80,7 @@ class VirtualWorld:
                 args = self._args(rank, plan.algorithm, dtype)
                 args.input, args.output = (t[rank].data_ptr() + piece.start * itemsize for t in (inputs, outs))
                 args.numel, args.total, args.launch, args.last = piece.numel, numel, i, piece.last
+                args.scatter, args.gather = piece.scatter, piece.gather
                 args.tag = (tags or {}).get(rank, args.tag)
                 table += bytes(args)
             arguments = torch.frombuffer(bytearray(table), dtype=torch.uint8).cuda()
@@ -84,7 +99,7 @@ class VirtualWorld:
         args = Args(
             own=self.staging[rank].data_ptr(),
             slots=region.offset,
-            epochs=local.data_ptr() + LocalState.CONTROL_BYTES + 4 * before,
+            channels=local.data_ptr() + LocalState.CONTROL_BYTES + V2Engine.channel_bytes * before,
             control=local.data_ptr(),
             report=self.report[rank].data_ptr(),
             rank=rank,

@@ -12,31 +12,23 @@
 #include "entry.cuh"
 #include "guard.cuh"
 
-// Of a thread that did not get every packet: NaN for a result, and word to everybody.
-template <class T, bool WHOLE>
-__device__ __noinline__ void give_up(const Args &a, u32 first, Wait wait) {
-    const Tensor<T, WHOLE> out(a.out, a.numel);
-#pragma unroll 1
-    for (u32 k = 0; k < PACKETS; k++) out.store(first + k * WARP, NOTHING);
-    stop(a, TIMEOUT, wait.culprit(a), wait.buffer, wait.waited_ns);
-}
-
 template <class T, bool WHOLE>
 __device__ inline void one_shot(const Args &a) {
-    griddepcontrol_launch_dependents();
     if (GUARDED && blockIdx.x == 0) return guard(a);
+    griddepcontrol_launch_dependents();
     const u32 thread = (blockIdx.x - GUARDED) * blockDim.x + threadIdx.x, lane = thread % WARP, channel = thread / WARP;
     const u32 first = channel * WARP * PACKETS + lane;
     Tensor<T, WHOLE> in(a.in, a.numel), out(a.out, a.numel);
     if (first - lane >= in.packets) return;  // an idle channel, on every rank
 
     const Slots slots(a, first);
-    u64 epoch = a.epochs + channel * 4;
+    u64 own_channel = a.channels + channel * sizeof(Channel);
     materialize(in.address);
     materialize(out.address);
-    materialize(epoch);
+    materialize(own_channel);
     Ending ending(a, first + WARP * PACKETS >= in.packets);
     if (GUARDED) materialize(ending.count);
+    const bool aborted = stopped(a);
     // Before this, an earlier kernel of the stream may still be writing the input, the epoch or the slots.
     griddepcontrol_wait();
     // The loads overlap only in this order: the compiler uses the parity before it loads anything else.
@@ -45,8 +37,9 @@ __device__ inline void one_shot(const Args &a) {
     for (u32 k = 0; k < PACKETS; k++) own[k] = in.load(first + k * WARP);
     Wait wait;
     ending.look();
-    const bool dead = stopped(a);
-    const u32 parity = ld_relaxed_gpu_u32(epoch) & 1;
+    const u64 state = ld_relaxed_gpu_v2_u32(own_channel);
+    const u32 parity = u32(state) & 1;
+    const bool dead = aborted | (GUARDED && state >> 32);
     const u32 buffer = slots.buffer(parity);
 #pragma unroll
     for (u32 k = 0; k < PACKETS; k++)
@@ -57,14 +50,14 @@ __device__ inline void one_shot(const Args &a) {
     for (u32 k = 0; k < PACKETS; k++) {
         const u64 mine = slots.mine + buffer + k * WARP * 16;
         Packet peers[PEERS], v[WORLD_SIZE];
-        if (!receive(a, mine, slots.stride, parity, dead, wait, peers)) return give_up<T, WHOLE>(a, first, wait);
+        if (!receive(a, mine, slots.stride, parity, dead, wait, peers)) return give_up<T, WHOLE, 1>(a, first, in.packets, wait);
         in_rank_order(peers, own[k], a.rank, v);
         out.store(first + k * WARP, sum<T>(v));
         poison(mine, slots.stride);
     }
     __syncwarp();  // every lane has read the epoch
     if (lane == 0) {
-        st_relaxed_gpu_u32(epoch, parity ^ 1);
+        st_relaxed_gpu_u32(own_channel + FIELD(Channel, epoch), parity ^ 1);
         ending.say();
     }
 }

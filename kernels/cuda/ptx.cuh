@@ -142,6 +142,9 @@ __device__ inline void opaque(u32 &value) { asm volatile("" : "+r"(value)); }
 // Of the lanes in `mask`, all of which take part.
 __device__ inline bool all_sync(u32 mask, bool p) { return __all_sync(mask, p); }
 
+// What lane 0 has; the lanes in `mask` take part.
+__device__ inline u32 broadcast(u32 mask, u32 v) { return __shfl_sync(mask, v, 0); }
+
 // Programmatic dependent launch (sm_90 and later; before it, kernels of a stream do not overlap).
 __device__ inline void griddepcontrol_launch_dependents() {
 #if __CUDA_ARCH__ >= 900

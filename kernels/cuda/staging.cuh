@@ -26,7 +26,7 @@ struct Args {
     u64 numel;       // of this launch
     u64 total;       // of the whole call, for the signature
     u64 slots;       // offset of this algorithm's slots in the staging memory
-    u64 epochs;      // u32 per channel, local
+    u64 channels;    // Channel per channel of this algorithm, local
     u64 control;     // Control, local
     u64 report;      // Report, host memory
     u32 rank;
@@ -34,6 +34,8 @@ struct Args {
     u32 tag;         // dtype and algorithm, for the signature (guard.cuh)
     u32 config;      // which flag of Control.met belongs to calls of this shape
     u32 launch;      // number of this launch within the call, from 0
+    u32 scatter;     // buffers of a stream's launch (two_shot.cu)
+    u32 gather;
     u32 last;        // whether it ends what a guard began: the last of a stream, any other launch
 };
 
@@ -52,14 +54,25 @@ struct Control {
     u32 reported;
     u32 entered;      // calls that began
     u32 met[4096];    // per shape of call: whether all ranks have taken part in one
+    u32 channels;     // how many there are of all algorithms together, from CHANNELS_AT on
 };
+
+// What a channel keeps from call to call. One load reads both, for which nobody has to wait longer than for one.
+struct Channel {
+    u32 epoch;
+    u32 stopped;  // this rank was stopped: push no more
+};
+
+constexpr u32 CHANNELS_AT = 32 << 10;  // bytes behind Control
 
 // Why waits ended. Code = kind | culprit << 8 | rank that found out << 16.
 constexpr u32 TIMEOUT = 1, MISMATCH = 2, CONCURRENT = 3;
 
 struct Report {
     u32 code;  // written last
-    u32 sequence, tag, buffer, channel, waited_ms;
+    u32 sequence;  // 0: of whoever does not know, Control tells
+    u32 tag, buffer, channel, waited_ms;
+    u32 mine[2], theirs[2];  // signatures that differ: numel, tag
 };
 
 #define FIELD(type, member) reinterpret_cast<u64>(&reinterpret_cast<type *>(0)->member)
@@ -105,30 +118,44 @@ __device__ inline void push(u64 slot, Packet p) {
     st_relaxed_sys_v4(slot, p);
 }
 
-// Tell the host, once: whoever makes an output NaN calls this.
-__device__ inline void report(const Args &a, u32 code, u32 buffer, u64 waited_ns) {
+// Tell the host and all channels, once: whoever makes an output NaN calls this.
+__device__ inline void report(const Args &a, u32 code, u32 buffer, u64 waited_ns, u32 sequence, u64 mine, u64 theirs) {
     const u64 reported = a.control + FIELD(Control, reported);
     if (ld_relaxed_gpu_u32(reported) || atom_exch_relaxed_gpu_u32(reported, 1)) return;
+    const u32 channels = ld_relaxed_gpu_u32(a.control + FIELD(Control, channels));
+#pragma unroll 1
+    for (u32 c = 0; c < channels; c++)
+        st_relaxed_gpu_u32(a.control + CHANNELS_AT + c * sizeof(Channel) + FIELD(Channel, stopped), 1);
     st_relaxed_sys_u32(a.report + FIELD(Report, tag), a.tag);
     st_relaxed_sys_u32(a.report + FIELD(Report, buffer), buffer);
     st_relaxed_sys_u32(a.report + FIELD(Report, waited_ms), u32(waited_ns / 1000000));
+    if (sequence) {
+        st_relaxed_sys_u32(a.report + FIELD(Report, sequence), sequence);
+        for (u32 i = 0; i < 2; i++) {
+            st_relaxed_sys_u32(a.report + FIELD(Report, mine) + 4 * i, u32(mine >> 32 * i));
+            st_relaxed_sys_u32(a.report + FIELD(Report, theirs) + 4 * i, u32(theirs >> 32 * i));
+        }
+    }
     fence_acq_rel_sys();
     st_relaxed_sys_u32(a.report + FIELD(Report, code), code);
 }
 
-// Stop this communicator on all ranks, unless somebody did: the first cause counts.
-__device__ inline void stop(const Args &a, u32 kind, u32 culprit, u32 buffer, u64 waited_ns) {
+// Stop this communicator on all ranks, unless somebody did: the first cause counts. The guard knows the call's number and
+// signature, and a peer's.
+__device__ inline void stop(const Args &a, u32 kind, u32 culprit, u32 buffer, u64 waited_ns, u32 sequence = 0, u64 mine = 0,
+                            u64 theirs = 0) {
     u32 code = kind | culprit << 8 | a.rank << 16;
     const u32 before = atom_cas_relaxed_sys_u32(a.own + FIELD(Header, abort), 0, code);
     for (u32 j = 0; j < PEERS && before == 0; j++)
         st_relaxed_sys_u32(a.staging[source_at(j, a.rank)] + FIELD(Header, abort), code);
-    report(a, before ? before : code, buffer, waited_ns);
+    report(a, before ? before : code, buffer, waited_ns, sequence, mine, theirs);
 }
 
 // Whether this rank was stopped before. It must not push then: it could overtake a peer that is merely late and
-// overwrite slots which that peer has not read yet. Only device scope, which is quicker: what this rank's own earlier
-// kernels wrote must be seen, and the boundary between kernels sees to that; what peers write may be seen later, by
-// whoever waits.
+// overwrite slots which that peer has not read yet. Two looks see to it that it does not. This one is taken before
+// griddepcontrol.wait, where it costs nothing, and ends a stopped rank's kernels at once. What the kernel just before has
+// stopped may escape it: that is in Channel, which is read behind the boundary between the two. Only device scope, which is
+// quicker: what peers and the host write may be seen later, by whoever waits.
 __device__ inline bool stopped(const Args &a) { return GUARDED && ld_relaxed_gpu_u32(a.own + FIELD(Header, abort)); }
 
 // A wait that lasts, and how it ended.

@@ -13,37 +13,27 @@
 // from the same peer, which proves that the peer's previous kernel is complete.
 //
 // STREAM 1: the launches of a call overlap: launch i pushes its scatter packets while launch i-1 gathers. It starts
-// when some thread of every block of launch i-1 has received a packet of i-1 from every peer (launch_dependents). A
-// peer's launch i-1 began when all blocks of its launch i-2 had passed griddepcontrol.wait: so its launch i-3 is
-// complete, its slots are poisoned, and three scatter buffers, taken in turn, are enough. A gather packet goes
-// out after our own wait (launch i-1 is complete here) and after the peer's scatter packet (its launch i-2 is
-// complete): two gather buffers are enough. Every call begins with buffer 0 after a full wait. Only the peer's
-// last launch before may still be running then, so no call may end with scatter buffer 0: the number of its
-// launches is not 1 modulo 3 (the plan sees to it).
+// when some thread of every block of launch i-1 has received a packet of i-1 from every peer (launch_dependents), or
+// all have given up, and said so before they ended. A peer's launch i-1 began when all blocks of its launch i-2 had passed
+// griddepcontrol.wait: so its launch i-3 is complete, its slots are poisoned, and three scatter buffers, taken in turn,
+// are enough. A gather packet goes out after our own wait (launch i-1 is complete here) and after the peer's scatter
+// packet (its launch i-2 is complete): two gather buffers are enough.
+//
+// A call begins after a full wait, but a peer may still be in its last launch before. So the first launch has a
+// scatter buffer of its own, and so has the last; and the last launch's gather buffer is always the same (the host sees to
+// all that: v2.launches; the number of launches is not 1 modulo 3). The other two buffers may lie over the slots of other
+// algorithms. What was pushed into them came from a launch before the last: who has completed a call has
+// gather packets of its last launch from every peer, sent when that peer's launch before was complete. And they are
+// pushed into only after a scatter packet of this call has come from every peer, whose earlier calls are complete then.
 #include "entry.cuh"
 #include "guard.cuh"
 
-constexpr u32 GATHER = STREAM ? 3 : 2;  // its first buffer, after those of scatter
-
-// Of a thread that did not get every packet: NaN for a result, and word to everybody.
-template <class T, bool WHOLE>
-__device__ __noinline__ void give_up(const Args &a, u32 first, u32 part, Wait wait) {
-    griddepcontrol_wait();
-    const Tensor<T, WHOLE> out(a.out, a.numel);
-#pragma unroll 1
-    for (u32 k = 0; k < PACKETS; k++)
-#pragma unroll 1
-        for (u32 rank = 0; rank < WORLD_SIZE && first + k * WARP < part; rank++)
-            out.store(rank * part + first + k * WARP, NOTHING);
-    stop(a, TIMEOUT, wait.culprit(a), wait.buffer, wait.waited_ns);
-}
-
 template <class T, bool WHOLE>
 __device__ inline void two_shot(const Args &a) {
-    if (!STREAM) griddepcontrol_launch_dependents();
     const bool follows = STREAM && a.launch > 0;
     const bool guarded = GUARDED && !follows;
     if (guarded && blockIdx.x == 0) return guard(a);
+    if (!STREAM) griddepcontrol_launch_dependents();
     const u32 thread = (blockIdx.x - guarded) * blockDim.x + threadIdx.x, lane = thread % WARP, channel = thread / WARP;
     const u32 first = channel * WARP * PACKETS + lane;
     const Tensor<T, WHOLE> in(a.in, a.numel), out(a.out, a.numel);
@@ -51,9 +41,10 @@ __device__ inline void two_shot(const Args &a) {
     if (first - lane >= part) return;  // an idle channel, on every rank
 
     const Slots slots(a, first);
-    u64 epoch = a.epochs + channel * 4;
-    materialize(epoch);
+    u64 own_channel = a.channels + channel * sizeof(Channel);
+    materialize(own_channel);
     Ending ending(a, first + WARP * PACKETS >= part);
+    const bool aborted = stopped(a);
     // Before this, an earlier kernel of the stream may still be writing the input, the epoch or the slots. A launch
     // that follows reads an input that was complete before the call's first launch went on.
     if (!follows) griddepcontrol_wait();
@@ -68,9 +59,10 @@ __device__ inline void two_shot(const Args &a) {
     }
     Wait wait;
     ending.look();
-    const bool dead = stopped(a);
-    const u32 parity = STREAM ? 0 : ld_relaxed_gpu_u32(epoch) & 1;
-    const u32 scatter = STREAM ? a.launch % 3 : parity, gather = GATHER + (STREAM ? a.launch % 2 : 0);
+    const u64 state = ld_relaxed_gpu_v2_u32(own_channel);
+    const u32 parity = u32(state) & 1;
+    const bool dead = aborted | (GUARDED && state >> 32);
+    const u32 scatter = STREAM ? a.scatter : parity, gather = STREAM ? a.gather : 2;
     const u32 scattered = slots.buffer(scatter), gathered = slots.buffer(gather);
 #pragma unroll
     for (u32 k = 0; k < PACKETS; k++)
@@ -85,7 +77,7 @@ __device__ inline void two_shot(const Args &a) {
         const u32 packet = first + k * WARP;
         const u64 mine = slots.mine + scattered + k * WARP * 16;
         Packet v[WORLD_SIZE];
-        if (!receive(a, mine, slots.stride, scatter, dead, wait, peers)) return give_up<T, WHOLE>(a, first, part, wait);
+        if (!receive(a, mine, slots.stride, scatter, dead, wait, peers)) return give_up<T, WHOLE, WORLD_SIZE>(a, first, part, wait);
         if (STREAM && k == 0) griddepcontrol_launch_dependents();
         in_rank_order(peers, own[k], a.rank, v);
         own[k] = sum<T>(v);
@@ -99,7 +91,7 @@ __device__ inline void two_shot(const Args &a) {
     for (u32 k = 0; k < PACKETS; k++) {
         const u32 packet = first + k * WARP;
         const u64 mine = slots.mine + gathered + k * WARP * 16;
-        if (!receive(a, mine, slots.stride, gather, false, wait, peers)) return give_up<T, WHOLE>(a, first, part, wait);
+        if (!receive(a, mine, slots.stride, gather, false, wait, peers)) return give_up<T, WHOLE, WORLD_SIZE>(a, first, part, wait);
 #pragma unroll
         for (u32 j = 0; j < PEERS; j++)
             if (packet < part) out.store(source_at(j, a.rank) * part + packet, peers[j]);
@@ -107,7 +99,7 @@ __device__ inline void two_shot(const Args &a) {
     }
     __syncwarp();  // every lane has read the epoch
     if (lane == 0) {
-        if (!STREAM) st_relaxed_gpu_u32(epoch, parity ^ 1);
+        if (!STREAM) st_relaxed_gpu_u32(own_channel + FIELD(Channel, epoch), parity ^ 1);
         ending.say();
     }
 }

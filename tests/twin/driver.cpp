@@ -66,6 +66,7 @@ struct Fiber;
 struct Barrier {
     u32 live = 0, turn = 0;
     bool all = true, outcome[2] = {true, true};  // votes
+    u32 word[2];                                 // of lane 0
     std::vector<Fiber *> arrived;
     char order[2] = {0, 0};
 };
@@ -584,6 +585,16 @@ bool all(bool vote) {
     pause();
     Driver driver;
     return meet(current->block->warps[current->lane.thread.x / WARP], vote);
+}
+
+u32 broadcast(u32 v) {
+    pause();
+    Driver driver;
+    Barrier &warp = current->block->warps[current->lane.thread.x / WARP];
+    u32 &word = warp.word[warp.turn];
+    if (current->lane.thread.x % WARP == 0) word = v;
+    meet(warp);
+    return word;
 }
 
 void trigger() {

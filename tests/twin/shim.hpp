@@ -49,6 +49,7 @@ void fence();
 void syncwarp();
 void syncthreads();
 bool all(bool vote);    // of a warp
+u32 broadcast(u32 v);   // what the warp's lane 0 has
 void trigger();      // griddepcontrol.launch_dependents
 void wait();         // griddepcontrol.wait
 void weak();         // a weak access follows
@@ -185,7 +186,9 @@ inline void griddepcontrol_wait() { twin::wait(); }
 inline u32 zero() { return 0; }
 inline void materialize(u64 &) {}
 inline void opaque(u32 &) {}
-inline bool all_sync(u32, bool p) { return twin::all(p); }  // of the lanes that have not returned
+// Of the lanes that have not returned.
+inline bool all_sync(u32, bool p) { return twin::all(p); }
+inline u32 broadcast(u32, u32 v) { return twin::broadcast(v); }
 inline void __syncwarp() { twin::syncwarp(); }
 inline void __syncthreads() { twin::syncthreads(); }
 inline u32 __float_as_uint(float f) { return twin::bits(f); }
