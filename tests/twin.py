@@ -68,7 +68,8 @@ def sources(edits: Sequence[Edit] = ()) -> dict[str, str]:
     """All sources by name, ``ptx.cuh`` replaced by the shim, with ``edits`` made."""
     texts = {path.name: path.read_text() for path in sorted(KERNELS.glob("*.cu*")) if path.name != "ptx.cuh"}
     texts |= {path.name: path.read_text() for path in sorted(HERE.iterdir()) if path.is_file()}
-    for name, old, new in edits:
+    # Half of all waits take the way of those that last.
+    for name, old, new in (("staging.cuh", "POLLS = 64;", "POLLS = 2;"), *edits):
         if texts[name].count(old) != 1:
             raise StaleEdit(f"{name} holds {texts[name].count(old)} times: {old!r}")
         texts[name] = texts[name].replace(old, new)
@@ -123,7 +124,7 @@ def digest(*texts: str) -> str:
 
 def _compile(directory: Path, texts: dict[str, str], headers: dict[str, str], name: str, text: str, flags) -> Path:
     command = [COMPILER, "-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror",
-               "-Wno-unknown-pragmas", "-ffp-contract=off", "-fno-strict-aliasing", *flags]  # fmt: skip
+               "-Wno-unknown-pragmas", "-Wno-unused-parameter", "-ffp-contract=off", "-fno-strict-aliasing", *flags]  # fmt: skip
     key = digest(name, text, *command, *headers, *headers.values())
     result = directory / f"{key}.o"
     if not result.exists():

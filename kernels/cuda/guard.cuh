@@ -33,18 +33,18 @@ __device__ inline void guard(const Args &a) {
     const bool aborted = stopped(a);
     u64 to = a.staging[peer] + FIELD(Header, signature) + a.rank * 16;
     u64 from = a.own + FIELD(Header, signature) + peer * 16;
-    u64 control = a.control, flag = a.control + FIELD(Control, met) + a.config * 4ull;
-    const u32 tag = a.tag | u32(a.total >> 32) << 16 | (a.in == a.out ? IN_PLACE : 0);
-    u64 call = u64(tag) << 32 | u32(a.total);
-    materialize(control);
-    materialize(flag);
-    materialize(call);
     const u32 sequence = broadcast((1u << PEERS) - 1, entered) + 1;
     to += (sequence & 1) * 8 * 16;
     from += (sequence & 1) * 8 * 16;
     materialize(to);
-    materialize(from);
     if (!STREAM) griddepcontrol_launch_dependents();  // now that the ticket is there
+    u64 control = a.control, flag = a.control + FIELD(Control, met) + a.config * 4ull;
+    const u32 tag = a.tag | u32(a.total >> 32) << 16 | (a.in == a.out ? IN_PLACE : 0);
+    u64 call = u64(tag) << 32 | u32(a.total);
+    materialize(from);
+    materialize(control);
+    materialize(flag);
+    materialize(call);
     griddepcontrol_wait();
     if (!aborted) st_relaxed_sys_v2_u64(to, Packet{{u32(call), sequence, u32(call >> 32), sequence}});
     const u64 signed_ended = ld_relaxed_gpu_v2_u32(control + FIELD(Control, sequence));
@@ -54,7 +54,7 @@ __device__ inline void guard(const Args &a) {
     Wait wait;
     Packet theirs;
     u32 kind = TIMEOUT, culprit = peer, polls = dead ? POLLS : 0;
-    // As in receive().
+    // One way out, as in receive().
 #pragma unroll 1
     do {
         theirs = ld_relaxed_sys_v2_u64(from);
@@ -80,8 +80,7 @@ __device__ inline void guard(const Args &a) {
 // Of a thread that did not get every packet: NaN for its packets of each of `PARTS` parts of the output, and word to
 // everybody.
 template <class T, bool WHOLE, u32 PARTS>
-__device__ __noinline__ void give_up(const Args &a, u32 first, u32 part, Wait wait) {
-    const Tensor<T, WHOLE> out(a.out, a.numel);
+__device__ inline void give_up(const Args &a, const Tensor<T, WHOLE> &out, u32 first, u32 part, const Wait &wait) {
 #pragma unroll 1
     for (u32 k = 0; k < PACKETS; k++)
 #pragma unroll 1
