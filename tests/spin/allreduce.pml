@@ -14,6 +14,17 @@
  * Other channels: a call in which this channel is idle passes at once, as if the others needed no time. Launches of
  * a streamed call lean on each other; there some channel is active in every launch, and all that is used of it is
  * that a launch is complete only when every rank has passed the wait of the same launch (RIDE).
+ *
+ * Memory. Of the buffers of a streamed call, FIRST, LAST and FINAL have slots of their own; MIDDLE and OTHER may lie over
+ * the slots of one-shot and two-shot, in any way. In the model they coincide with two buffers of those. A slot may as well
+ * lie over one of another channel or another source, which a model of one channel cannot show. So the same is asserted
+ * of kernels (ANYWHERE), which are complete only with all of their channels; then kernels of both kinds never use
+ * a slot at the same time, wherever it lies:
+ * - A packet lands in MIDDLE or OTHER only where all earlier calls are complete. It is pushed after something was heard
+ *   from every peer in this call, and a peer says nothing in it before its full wait.
+ * - A packet of one-shot or two-shot lands only where every launch that used MIDDLE or OTHER is complete. No such launch
+ *   is the last of its call. Who completed the last one has gathered packets of it from every peer, pushed after
+ *   the peer's own griddepcontrol.wait there, when its launch before was complete and had poisoned everything.
  */
 #ifndef N
 #define N 4             /* ranks: 2 to 4 */
@@ -30,11 +41,29 @@
 #ifndef LENGTH
 #define LENGTH 0        /* launches of a streamed call; 0: 2, 3 or 5 */
 #endif
-#ifndef SCATTERS
-#define SCATTERS 3      /* its buffers; launch i uses number i mod SCATTERS ... */
+
+/* Buffers: one-shot 0 and 1, two-shot's scatter 2 and 3, its gather 4. */
+#define SHARED(buffer) ((buffer) < 5)
+#define BUFFERS (5 + 3 * STREAMS)
+/* A streamed call scatters through three in turn, from FIRST in the first launch to LAST in the last one ... */
+#ifndef FIRST
+#define FIRST 5
 #endif
-#ifndef GATHERS
-#define GATHERS 2       /* ... and i mod GATHERS */
+#ifndef MIDDLE
+#define MIDDLE 2        /* where it lies: 0 to 4 */
+#endif
+#ifndef LAST
+#define LAST 6
+#endif
+/* ... and gathers through two: FINAL in the last launch and every second one before it, OTHER in the rest. */
+#ifndef FINAL
+#define FINAL 7
+#endif
+#ifndef OTHER
+#define OTHER 0         /* where it lies: 0 to 4, but not with MIDDLE */
+#endif
+#ifndef ANYWHERE
+#define ANYWHERE 1      /* whether MIDDLE and OTHER may lie over other channels' and sources' slots, too */
 #endif
 
 /* Planted mistakes, by -DMUTANT=... */
@@ -56,6 +85,8 @@
 #define KEEPS_PUSHING 15        /* a rank that gave up goes on pushing */
 #define REJOINS 16              /* a rank that gave up takes part again in the next kernel */
 #define NO_DEADLINE 17          /* nobody gives up */
+#define ONE_DIRECTION 18        /* the scatter buffers are taken in the same direction, whatever the number of launches */
+#define GATHER_FROM_FRONT 19    /* the gather buffers alternate from the first launch, not from the last */
 #ifndef MUTANT
 #define MUTANT NONE
 #endif
@@ -67,16 +98,20 @@
 #define STREAM 3
 #define RIDE 4
 
-/* Buffers: one-shot 0 and 1, two-shot's scatter 2 and 3, its gather 4, then those of streams. */
-#define BUFFERS (5 + STREAMS * (SCATTERS + GATHERS))
 #define SLOT(owner, buffer, source) slot[((owner) * BUFFERS + (buffer)) * N + (source)]
 #define PARITY(bit, without) (MUTANT == without -> 0 : bit)
 #define SCATTER_AT (MUTANT == SHARED_SLOTS -> 0 : 2)
 #define FIRST_BUFFER(k) \
     (form[k] == ONE_SHOT -> PARITY(one_parity, ONE_PARITY) : \
-    (form[k] == TWO_SHOT -> SCATTER_AT + PARITY(two_parity, SCATTER_WITHOUT_PARITY) : 5 + launch[k] % SCATTERS))
-#define SECOND_BUFFER(k) \
-    (form[k] == STREAM -> 5 + SCATTERS + launch[k] % GATHERS : (MUTANT == WRONG_PARITY -> 3 - two_parity : 4))
+    (form[k] == TWO_SHOT -> SCATTER_AT + PARITY(two_parity, SCATTER_WITHOUT_PARITY) : SCATTER(k)))
+#define SECOND_BUFFER(k) (form[k] == STREAM -> GATHER(k) : (MUTANT == WRONG_PARITY -> 3 - two_parity : 4))
+
+/* In turn: in the direction that ends with LAST. No direction does if the number of launches is 1 modulo 3. */
+#define DIRECTION(k) (MUTANT == ONE_DIRECTION || launches[k] % 3 == 0 -> 1 : 2)
+#define TURN(k) (launch[k] * DIRECTION(k) % 3)
+#define SCATTER(k) (TURN(k) == 0 -> FIRST : (TURN(k) == 1 -> MIDDLE : LAST))
+#define TO_COME(k) (MUTANT == GATHER_FROM_FRONT -> launch[k] : launches[k] - 1 - launch[k])
+#define GATHER(k) (TO_COME(k) % 2 == 0 -> FINAL : OTHER)
 
 #if !STREAMS
 #define KERNELS CALLS
@@ -86,7 +121,9 @@
 #define KERNELS (CALLS * 5)
 #endif
 byte form[KERNELS];
-byte launch[KERNELS];   /* place in the streamed call */
+byte launch[KERNELS];   /* place in the streamed call ... */
+byte launches[KERNELS]; /* ... of so many */
+byte used[KERNELS];     /* the last kernel before this one that used MIDDLE or OTHER, plus one */
 byte kernels;           /* how many there are */
 byte slot[N * BUFFERS * N];
 byte waited[N];         /* the last kernel whose wait a rank passed, plus one: all before it are complete there */
@@ -98,6 +135,9 @@ byte ended;
 #define MUTE(rank) (MUTANT == SILENT_RANK && (rank) == N - 1)
 #define HERE(source, buffer) (source >= N || source == me || MUTE(source) || SLOT(me, buffer, source % N) != 0)
 #define ARRIVED(buffer) (HERE(0, buffer) && HERE(1, buffer) && HERE(2, buffer) && HERE(3, buffer))
+#define COMPLETE(kernels, rank) ((kernels) == 0 || waited[rank] > (kernels)) /* so many, the first ones */
+#define MAY_LAND(k, buffer, rank) \
+    (form[k] == STREAM -> !SHARED(buffer) || COMPLETE(k - launch[k], rank) : COMPLETE(used[k], rank))
 #define EVERYBODY_WAITED(k) (waited[0] > k && waited[1] > k && waited[2 % N] > k && waited[3 % N] > k)
 
 /* The kernel after the running one may push before its wait, once its predecessor has triggered: a thread of every
@@ -108,9 +148,9 @@ byte ended;
     (MUTANT == TRIGGER_FIRST || waited[me] == k + 1 && (MUTANT == TRIGGER_AFTER_WAIT || EVERYBODY_STARTED(k)))
 
 /* Where a rank is in kernel k. */
-#define FIRST 0         /* waits for the first packets */
-#define SECOND 1        /* waits for the gathered ones */
-#define OTHERS 2        /* waits for other channels */
+#define HOP_1 0         /* waits for the first packets */
+#define HOP_2 1         /* waits for the gathered ones */
+#define RIDING 2        /* waits for other channels */
 #define OVER 3
 #define NOTHING 255
 
@@ -119,6 +159,7 @@ inline push(kernel, buffer) {
         if
         :: peer != me && !MUTE(me) && (reach >> peer & 1) ->
             assert(SLOT(peer, buffer, me) == 0);
+            assert(!ANYWHERE || MAY_LAND(kernel, buffer, peer));
             SLOT(peer, buffer, me) = kernel + 1
         :: else
         fi
@@ -164,10 +205,10 @@ inline start() {
     od;
     if
     :: k == kernels -> step = OVER; settle()
-    :: k < kernels && form[k] == RIDE -> waited[me] = k + 1; started[me] = k + 1; step = OTHERS
+    :: k < kernels && form[k] == RIDE -> waited[me] = k + 1; started[me] = k + 1; step = RIDING
     :: k < kernels && form[k] != RIDE ->
         waited[me] = k + 1; started[me] = k + 1;
-        step = FIRST;
+        step = HOP_1;
         buffer = FIRST_BUFFER(k);
         if
         :: MUTANT == STALE_EPOCH && me == 0 && k > 0 && form[k] == ONE_SHOT && form[k - (k > 0)] == ONE_SHOT ->
@@ -211,13 +252,13 @@ proctype rank(byte me) {
 
     /* A rank dies, or gives up: its deadline has passed, or a peer's abort has arrived. */
     :: d_step { FAILURES && (MUTANT < KEEPS_PUSHING || MUTANT == NO_DEADLINE && me == 0) -> step = OVER }
-    :: d_step { FAILURES && MUTANT == KEEPS_PUSHING && step == FIRST && form[k] != ONE_SHOT ->
-            scattered = buffer; buffer = SECOND_BUFFER(k); step = SECOND; push(k, buffer)
+    :: d_step { FAILURES && MUTANT == KEEPS_PUSHING && step == HOP_1 && form[k] != ONE_SHOT ->
+            scattered = buffer; buffer = SECOND_BUFFER(k); step = HOP_2; push(k, buffer)
         }
-    :: d_step { FAILURES && (MUTANT == REJOINS || MUTANT == KEEPS_PUSHING && (step == SECOND || form[k] == ONE_SHOT)) ->
+    :: d_step { FAILURES && (MUTANT == REJOINS || MUTANT == KEEPS_PUSHING && (step == HOP_2 || form[k] == ONE_SHOT)) ->
             poison(buffer);
             if
-            :: step == SECOND -> poison(scattered)
+            :: step == HOP_2 -> poison(scattered)
             :: else
             fi;
             complete()
@@ -240,44 +281,50 @@ proctype rank(byte me) {
             started[me] = pushed
         }
 
-    :: d_step { step == FIRST && ARRIVED(buffer) ->
+    :: d_step { step == HOP_1 && ARRIVED(buffer) ->
             receive(buffer);
             settle();
             if
             :: form[k] == ONE_SHOT && MUTANT == POISON_AFTER_KERNEL -> owed = buffer; complete()
             :: form[k] == ONE_SHOT && MUTANT != POISON_AFTER_KERNEL -> poison(buffer); complete()
             :: form[k] != ONE_SHOT ->
-                scattered = buffer; buffer = SECOND_BUFFER(k); step = SECOND;
+                scattered = buffer; buffer = SECOND_BUFFER(k); step = HOP_2;
                 if
                 :: MUTANT != GATHER_FIRST -> push(k, buffer)
                 :: else
                 fi
             fi
         }
-    :: d_step { step == SECOND && ARRIVED(buffer) ->
+    :: d_step { step == HOP_2 && ARRIVED(buffer) ->
             receive(buffer); poison(buffer); poison(scattered); complete()
         }
-    :: d_step { step == OTHERS && (EVERYBODY_WAITED(k) || MUTANT == NOBODY_ACTIVE) ->
+    :: d_step { step == RIDING && (EVERYBODY_WAITED(k) || MUTANT == NOBODY_ACTIVE) ->
             pushed = k + 1; complete()
         }
     od;
     ended++
 }
 
-inline add(what, place) {
+inline add(what, place, total) {
     form[kernels] = what;
     launch[kernels] = place;
+    launches[kernels] = total;
+    used[kernels] = last;
+    if
+    :: what >= STREAM && (SHARED(SCATTER(kernels)) || SHARED(GATHER(kernels))) -> last = kernels + 1
+    :: else
+    fi;
     kernels++
 }
 
 init {
-    byte i, busy, length, call;
+    byte i, busy, length, call, last;
     atomic {
         for (call : 1 .. CALLS) {
             if
-            :: add(ONE_SHOT, 0)
-            :: add(TWO_SHOT, 0)
-            :: !STREAMS -> add(IDLE, 0)
+            :: add(ONE_SHOT, 0, 1)
+            :: add(TWO_SHOT, 0, 1)
+            :: !STREAMS -> add(IDLE, 0, 1)
             :: STREAMS ->
                 if
                 :: !LENGTH -> length = 2
@@ -292,8 +339,8 @@ init {
                 fi;
                 for (i : 0 .. length - 1) {
                     if
-                    :: i < busy -> add(STREAM, i)
-                    :: else -> add(RIDE, i)
+                    :: i < busy -> add(STREAM, i, length)
+                    :: else -> add(RIDE, i, length)
                     fi
                 };
                 busy = 0; length = 0
