@@ -74,9 +74,7 @@ _launch_kernel = None  # the driver's own entry: a call through the bindings bui
 def _entry():
     global _launch_kernel
     if _launch_kernel is None:
-        function = ctypes.CDLL("libcuda.so.1").cuLaunchKernelEx
-        function.argtypes = [ctypes.c_void_p] * 4
-        _launch_kernel = function
+        _launch_kernel = ctypes.CDLL("libcuda.so.1").cuLaunchKernelEx
     return _launch_kernel
 
 
@@ -97,9 +95,11 @@ class Launch:
         pointers = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(a) for a in arguments))
         self.arguments, self.grid = arguments, grid
         self._config = _Config((grid, ranks, 1), (block, 1, 1), shared_bytes, None, table, len(attributes))
-        self._keep = (kernel, pointers, table)
+        self._keep = (kernel, table)
         self._stream: int | None = None
-        self._call = partial(_entry(), ctypes.addressof(self._config), int(kernel), ctypes.addressof(pointers), None)
+        # Pointers that ctypes need not convert at each call. The kernel's handle is one to the driver only.
+        handle = ctypes.c_char.from_address(int(kernel))
+        self._call = partial(_entry(), ctypes.byref(self._config), ctypes.byref(handle), ctypes.byref(pointers), None)
 
     def __call__(self, stream: int) -> None:
         if stream != self._stream:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import struct
 from dataclasses import replace
 from types import SimpleNamespace
@@ -12,7 +13,7 @@ import torch
 from allreduce_jit import engine as engines
 from allreduce_jit.cache import KernelCache
 from allreduce_jit.engine import MAX_SHAPES, EngineConfig, KernelEngine, Step
-from allreduce_jit.errors import CallMismatch, PeerLost, PeerTimeout, Poisoned
+from allreduce_jit.errors import AllReduceError, CallMismatch, PeerLost, PeerTimeout, Poisoned
 from allreduce_jit.failure import SIGNATURES, SIGNATURES_AT, Kind, abort_code, tag
 from allreduce_jit.kernel import DTYPES, LEGACY_ALGORITHMS, catalogue, entry, v2_algorithms
 from allreduce_jit.plan import HEADER_BYTES, Layout, Plan
@@ -415,6 +416,43 @@ def test_the_event_does_not_outlive_an_error(one, current, monkeypatch):
     with pytest.raises(RuntimeError, match="planted"):
         all_reduce(one)
     assert one.driver[-1] == ("cuEventDestroy", "event")
+
+
+def test_a_launch_hands_over_what_its_arguments_hold_at_that_moment(monkeypatch):
+    pytest.importorskip("cuda.bindings.driver")
+    from allreduce_jit import driver
+
+    seen = []
+
+    @ctypes.CFUNCTYPE(ctypes.c_int, *[ctypes.c_void_p] * 4)
+    def launch_kernel(config, kernel, arguments, extra):
+        config = driver._Config.from_address(config)
+        attributes = [(config.attributes[i].id, config.attributes[i].value[0]) for i in range(config.count)]
+        first, second = (ctypes.c_void_p * 2).from_address(arguments)
+        values = ctypes.c_uint64.from_address(first).value, ctypes.c_int32.from_address(second).value
+        shape = [*config.grid], [*config.block], config.shared_bytes
+        seen.append((shape, attributes, config.stream, kernel, values, extra))
+        return 0 if kernel == 1 << 46 else 1
+
+    # As the driver's own: an address, of which ctypes knows no more.
+    address = ctypes.cast(launch_kernel, ctypes.c_void_p).value
+    monkeypatch.setattr(driver, "_launch_kernel", ctypes.CFUNCTYPE(ctypes.c_int)(address))
+    x, count = ctypes.c_uint64(1 << 47), ctypes.c_int32(-3)
+    launch = driver.Launch(1 << 46, [x, count], 5, 64, 128, pdl=True, ranks=2)
+    shape = [5, 2, 1], [64, 1, 1], 128
+    launch(7 << 40)
+    x.value, count.value = 9, 11
+    launch(7 << 40)
+    launch(0)
+    attributes = [(6, 1), (2, 1)]  # programmatic serialisation, cooperative
+    assert seen == [
+        (shape, attributes, 7 << 40, 1 << 46, (1 << 47, -3), None),
+        (shape, attributes, 7 << 40, 1 << 46, (9, 11), None),
+        (shape, attributes, None, 1 << 46, (9, 11), None),
+    ]
+    monkeypatch.setattr(driver, "describe", lambda error: f"error {int(error)}")
+    with pytest.raises(AllReduceError, match="kernel launch: error 1"):
+        driver.Launch(1 << 45, [x, count], 1, 32)(0)
 
 
 def test_a_module_is_loaded_once_for_each_context(monkeypatch):
