@@ -24,7 +24,7 @@ from .verdict import Path
 from .watcher import Watch, watch
 
 if TYPE_CHECKING:
-    from .engine import KernelEngine
+    from .engine import KernelEngine, Prepared
 
 log = logging.getLogger("allreduce_jit")
 
@@ -328,10 +328,10 @@ class Communicator:
                 group = groups.sibling(original, backend)
         return TorchEngine(group, self.device, self.world_size, backend)
 
-    def _route(self, numel: int, dtype: torch.dtype) -> KernelEngine | TorchEngine:
+    def _route(self, numel: int, dtype: torch.dtype) -> Prepared | TorchEngine:
         """Who runs such a call; remembered, as a plan costs more than the look-up."""
         if self.takes(numel, dtype):
-            engine = self._engine
+            engine = self._engine.prepared(numel, dtype)
         elif self.deterministic and self.world_size > 1:
             raise NotDeterministicError(
                 f"rank {self.rank}: {dtype} is all-reduced by torch.distributed, whose bits differ from the exact "

@@ -77,6 +77,33 @@ class Step:
             launch(stream)
 
 
+@dataclass(slots=True)
+class Prepared:
+    """An engine's calls of one size and dtype: nothing is left to look up or to plan."""
+
+    engine: KernelEngine
+    step: Step
+
+    def all_reduce(self, x: torch.Tensor, out: torch.Tensor) -> None:
+        """As ``KernelEngine.all_reduce``, for tensors of this size and dtype."""
+        engine = self.engine
+        if engine._stopped or engine.state.words[0]:
+            engine._refuse()
+        device = engine._raw_device
+        if _current_device() != device:
+            with torch.cuda.device(device):
+                return self.all_reduce(x, out)
+        stream = _current_stream(device)
+        lock = engine._lock
+        try:  # a with statement takes twice as long
+            lock.acquire()
+            if stream != engine._stream:
+                engine._order(stream)
+            self.step.fire(x.data_ptr(), out.data_ptr(), stream)
+        finally:
+            lock.release()
+
+
 class KernelEngine:
     """A path with kernels of our own. Subclasses say which kernels, which layout, and how to launch."""
 
@@ -98,8 +125,9 @@ class KernelEngine:
         self._raised = False
         self._stream: int | None = None
         self._steps: dict[tuple[int, torch.dtype], Step] = {}
-        # Two threads may call, and the launches of one call belong together.
-        self._lock = threading.Lock()
+        # Two threads may call, and the launches of one call belong together. An RLock cannot be released for another
+        # thread, should a signal's exception come before it was acquired.
+        self._lock = threading.RLock()
 
     # -- construction, in the order in which the ladder calls it
 
@@ -176,16 +204,18 @@ class KernelEngine:
         Raises:
             CommunicatorFailed: an earlier call did not complete; nothing was launched.
         """
-        if self._stopped or self.state.words[0]:
-            self._refuse()
-        if _current_device() != self._raw_device:
-            with torch.cuda.device(self._raw_device):
-                return self.all_reduce(x, out)
-        stream = _current_stream(self._raw_device)
+        self.prepared(x.numel(), x.dtype).all_reduce(x, out)
+
+    def prepared(self, numel: int, dtype: torch.dtype) -> Prepared:
+        """Calls of ``numel`` elements of ``dtype``, to be made again and again: planning costs more than launching."""
         with self._lock:
-            if stream != self._stream:
-                self._order(stream)
-            self._launch(x, out, stream)
+            step = self._steps.get((numel, dtype))
+            if step is None:
+                if len(self._steps) >= MAX_SHAPES - 1:
+                    self._steps.clear()
+                plan = self.plan(numel, DTYPE_NAMES[dtype])
+                step = self._steps[numel, dtype] = self._step(plan, numel, dtype, config=len(self._steps) + 1)
+        return Prepared(self, step)
 
     def check(self) -> None:
         """Raise what kept a call from completing, here or on a peer that stopped this rank for it: a subclass of
@@ -296,16 +326,6 @@ class KernelEngine:
         with torch.cuda.device(self._raw_device):
             step = self._step(plan, x.numel(), x.dtype, config=0)
             step.fire(x.data_ptr(), out.data_ptr(), _current_stream(self._raw_device))
-
-    def _launch(self, x: torch.Tensor, out: torch.Tensor, stream: int) -> None:
-        key = (x.numel(), x.dtype)
-        step = self._steps.get(key)
-        if step is None:  # planning costs more than launching
-            if len(self._steps) >= MAX_SHAPES - 1:
-                self._steps.clear()
-            plan = self.plan(key[0], DTYPE_NAMES[x.dtype])
-            step = self._steps[key] = self._step(plan, *key, config=len(self._steps) + 1)
-        step.fire(x.data_ptr(), out.data_ptr(), stream)
 
     def _register(self, spec: KernelSpec, entry: str, artifact: Artifact, kernel) -> None:
         raise NotImplementedError

@@ -47,8 +47,7 @@ def engine(request, monkeypatch):
 
 def launched(engine, numel, dtype=torch.bfloat16, source=1 << 40, target=1 << 41):
     FakeLaunch.fired = []
-    x, out = (SimpleNamespace(numel=lambda: numel, dtype=dtype, data_ptr=lambda at=at: at) for at in (source, target))
-    engine._launch(x, out, 7)
+    engine.prepared(numel, dtype).step.fire(source, target, 7)
     return FakeLaunch.fired
 
 
