@@ -80,7 +80,8 @@ __device__ inline void guard(const Args &a) {
 // Of a thread that did not get every packet: NaN for its packets of each of `PARTS` parts of the output, and word to
 // everybody.
 template <class T, bool WHOLE, u32 PARTS>
-__device__ inline void give_up(const Args &a, const Tensor<T, WHOLE> &out, u32 first, u32 part, const Wait &wait) {
+__device__ __noinline__ void give_up(const Args &a, u32 first, u32 part, Wait wait) {
+    const Tensor<T, WHOLE> out(a.out, a.numel);
 #pragma unroll 1
     for (u32 k = 0; k < PACKETS; k++)
 #pragma unroll 1
@@ -98,7 +99,8 @@ struct Ending {
     __device__ void look() {
         if (count) ended = ld_relaxed_gpu_u32(count);
     }
-    __device__ void say() const {
+    __device__ void say() {
+        opaque(ended);  // or the sum would be made, and the count waited for, before the first push
         if (count) st_relaxed_gpu_u32(count, ended + 1);
     }
 };

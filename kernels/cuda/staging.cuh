@@ -175,16 +175,12 @@ struct Wait {
         return ld_relaxed_sys_u32(a.own + FIELD(Header, abort)) || (limit && now >= since + limit);
     }
 
-    // Waits for the packet of every peer, u[place], as long as it takes; returns whether they came.
-    __device__ bool receive(const Args &a, u64 first, u32 stride, Packet (&u)[PEERS]) {
-        since = 0;
+    // Waits until there is a packet of every peer; returns whether they came.
+    __device__ bool ends_well(const Args &a, u64 first, u32 stride) {
         do {
             missing = 0;
 #pragma unroll
-            for (u32 j = 0; j < PEERS; j++) {
-                u[j] = ld_relaxed_sys_v4(first + j * stride);
-                missing |= u32(!arrived(u[j])) << j;
-            }
+            for (u32 j = 0; j < PEERS; j++) missing |= u32(!arrived(ld_relaxed_sys_v4(first + j * stride))) << j;
         } while (missing && !over(a));
         return !missing;
     }
@@ -192,26 +188,33 @@ struct Wait {
     __device__ u32 culprit(const Args &a) const { return source_at(__ffs(missing) - 1, a.rank); }
 };
 
-// Look for the packet of every peer, u[place], in the slots from `first` on: for as long as small messages take, some 50 us;
-// without GUARDED, for ever. All loads first, then all checks, so that the round trips overlap. Returns whether they came.
+// Wait for the packet of every peer, u[place], in the slots from `first` on. All loads first, then all checks, so
+// that the round trips overlap. Returns whether they came; if not, `wait` says why, and the thread pushes nothing more.
+// `buffer` is for the report.
 //
-// The loop has one way out, by the branch that goes back: a small message took 0.1 us longer with two.
-__device__ inline bool receive(u64 first, u32 stride, Packet (&u)[PEERS]) {
-#pragma unroll
-    for (u32 j = 0; j < PEERS; j++) u[j] = ld_relaxed_sys_v4(first + j * stride);
-    u32 polls = 0;
-#pragma unroll 1
+// The inner loop has one way out, by the branch that goes back, and a long wait leaves nothing in registers that the
+// usual way would have to be merged with: a small message took 0.1 us longer without either.
+__device__ inline bool receive(const Args &a, u64 first, u32 stride, u32 buffer, Wait &wait, Packet (&u)[PEERS]) {
     for (;;) {
-        bool came[PEERS], all = true;
 #pragma unroll
-        for (u32 j = 0; j < PEERS; j++) all &= came[j] = arrived(u[j]);
-        if (all | (GUARDED && ++polls > POLLS)) break;
+        for (u32 j = 0; j < PEERS; j++) u[j] = ld_relaxed_sys_v4(first + j * stride);
+        u32 polls = 0;
+#pragma unroll 1
+        for (;;) {
+            bool came[PEERS], all = true;
 #pragma unroll
-        for (u32 j = 0; j < PEERS; j++)
-            if (!came[j]) u[j] = ld_relaxed_sys_v4(first + j * stride);
+            for (u32 j = 0; j < PEERS; j++) all &= came[j] = arrived(u[j]);
+            if (all | (GUARDED && ++polls > POLLS)) break;
+#pragma unroll
+            for (u32 j = 0; j < PEERS; j++)
+                if (!came[j]) u[j] = ld_relaxed_sys_v4(first + j * stride);
+        }
+        opaque(polls);
+        if (!GUARDED || polls <= POLLS) return true;
+        wait = Wait();
+        wait.buffer = buffer;
+        if (!wait.ends_well(a, first, stride)) return false;
     }
-    opaque(polls);
-    return !GUARDED || polls <= POLLS;
 }
 
 __device__ inline void poison(u64 first, u32 stride) {
