@@ -7,6 +7,7 @@ import logging
 import sys
 import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,7 +17,7 @@ from . import groups
 from .agree import require_cpu_group, require_group
 from .errors import ClosedError, InputError, NotDeterministicError
 from .fallback import TorchEngine
-from .inputs import as_device, check_output, packed, refuse
+from .inputs import as_device, check_output, likeness, nothing, packed, plain, refuse
 from .kernel import DTYPES, ITEMSIZE
 from .ladder import climb
 from .plan import Plan
@@ -32,6 +33,23 @@ DTYPE_NAMES = {getattr(torch, name): name for name in DTYPES}
 LARGEST_BAND = 1 << 30
 MAX_ROUTES = 4096
 _STRIDED = torch.strided
+
+
+@dataclass(slots=True)
+class Route:
+    """Who runs calls of one shape and dtype.
+
+    Attributes:
+        fits: whether a tensor is like one that has passed every check, so that it need not; a no says nothing.
+        nbytes: size of such a tensor.
+    """
+
+    engine: Prepared | TorchEngine | None
+    fits: Callable[[object], bool]
+    nbytes: int
+
+
+NOWHERE = Route(None, nothing, 0)
 
 
 def init(
@@ -89,7 +107,8 @@ class Communicator:
         self.world_size = dist.get_world_size(group)
         self._closed = False
         self._engine = None
-        self._routes: dict[tuple[int, torch.dtype], object] = {}
+        self._routes: dict[tuple[torch.Size, torch.dtype], Route] = {}
+        self._last = NOWHERE  # most calls are like the one before
         self.group = group
         if not groups.has_backend(group, "cpu:"):
             if not create_groups:
@@ -129,6 +148,20 @@ class Communicator:
             ClosedError, InputError, InputTypeError, NotDeterministicError: nothing was launched.
             CommunicatorFailed: an earlier call did not complete, or a peer has died; nothing was launched.
         """
+        route = self._last
+        if not route.fits(x):
+            route = self._last = self._known(x)
+            if not route.fits(x):
+                return self._all_reduce(x, out)
+        if out is None:
+            out = torch.empty_like(x)
+        elif out is not x and (not route.fits(out) or abs(out.data_ptr() - x.data_ptr()) < route.nbytes):
+            return self._all_reduce(x, out)
+        route.engine.all_reduce(x, out)
+        return out
+
+    def _all_reduce(self, x: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
+        """``all_reduce`` with every check."""
         if (
             self._closed
             or not isinstance(x, torch.Tensor)
@@ -148,15 +181,12 @@ class Communicator:
                 dense = True
         elif out is not x or not dense:
             dense = check_output(x, out, dense, self.rank)
-        numel = x.numel()
-        if numel == 0:
+        if x.numel() == 0:
             return out
-        engine = self._routes.get((numel, x.dtype)) or self._route(numel, x.dtype)
-        if dense:
-            engine.all_reduce(x, out)
-        else:
-            through = packed(x)
-            engine.all_reduce(through, through)
+        through, target = (x, out) if dense else (packed(x),) * 2
+        self._last = route = self._route(through)
+        route.engine.all_reduce(through, target)
+        if not dense:
             out.copy_(through)
         return out
 
@@ -205,7 +235,7 @@ class Communicator:
             return
         if local and self._engine is not None:
             self._engine.abort()
-        self._closed = True
+        self._closed, self._last = True, NOWHERE
         if self._watch is not None:
             self._watch.close()
         engine, self._engine = self._engine, None
@@ -328,10 +358,17 @@ class Communicator:
                 group = groups.sibling(original, backend)
         return TorchEngine(group, self.device, self.world_size, backend)
 
-    def _route(self, numel: int, dtype: torch.dtype) -> Prepared | TorchEngine:
-        """Who runs such a call; remembered, as a plan costs more than the look-up."""
-        if self.takes(numel, dtype):
-            engine = self._engine.prepared(numel, dtype)
+    def _known(self, x: object) -> Route:
+        """The route of the last tensor that was accepted with this shape and dtype."""
+        return self._routes.get((x.shape, x.dtype), NOWHERE) if plain(x) else NOWHERE
+
+    def _route(self, x: torch.Tensor) -> Route:
+        """Who runs a call with ``x``, accepted and contiguous; remembered, as a plan costs more than the look-up."""
+        route, dtype = self._known(x), x.dtype
+        if route.fits(x):
+            return route
+        if self.takes(x.numel(), dtype):
+            engine = self._engine.prepared(x.numel(), dtype)
         elif self.deterministic and self.world_size > 1:
             raise NotDeterministicError(
                 f"rank {self.rank}: {dtype} is all-reduced by torch.distributed, whose bits differ from the exact "
@@ -339,10 +376,12 @@ class Communicator:
             )
         else:
             engine = self._torch
-        if len(self._routes) >= MAX_ROUTES:
-            self._routes.clear()
-        self._routes[numel, dtype] = engine
-        return engine
+        route = Route(engine, likeness(x), x.numel() * dtype.itemsize)
+        if route.fits(x):
+            if len(self._routes) >= MAX_ROUTES:
+                self._routes.clear()
+            self._routes[x.shape, dtype] = route
+        return route
 
     def _capturing(self) -> bool:
         return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NoReturn
 
 import torch
 
 from .errors import InputError, InputTypeError
+
+_Guards = getattr(torch._C._dynamo.guards, "TensorGuards", None)
+
+
+def nothing(x: object) -> bool:
+    """A likeness that nothing has."""
+    return False
 
 
 def as_device(device: torch.device | str | int | None) -> torch.device:
@@ -42,6 +50,29 @@ def refuse(x: object, device: torch.device, rank: int) -> NoReturn:
         f"rank {rank}: the tensor requires grad and all_reduce is not differentiable: "
         "detach it, or call it under torch.no_grad()"
     )
+
+
+def plain(x: object) -> bool:
+    """Whether ``x`` is a tensor that holds its sizes and strides itself: no parameter or other subclass, sparse, nested, ..."""
+    return type(x) is torch.Tensor and x.layout is torch.strided and not x.is_nested
+
+
+def likeness(x: torch.Tensor) -> Callable[[object], bool]:
+    """Tells whether something is a tensor like ``x``: with the same dtype, device, sizes, strides, and bits for conjugation and
+    negation, without grad. One call of torch's, where looking at each of them costs as much as a launch.
+
+    A no may be wrong (for a subclass, or in another inference mode), a yes is not.
+    """
+    if _Guards is None or x.requires_grad or not plain(x):
+        return nothing
+    check = _Guards(x, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
+    strided = torch.strided
+
+    def fits(x: object) -> bool:
+        # As ``plain``, whose call would cost more: the guards end the process where strides cannot be had.
+        return type(x) is torch.Tensor and x.layout is strided and not x.is_nested and check(x)
+
+    return fits
 
 
 def check_output(x: torch.Tensor, out: torch.Tensor, dense: bool, rank: int) -> bool:

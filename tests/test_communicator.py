@@ -21,7 +21,7 @@ from allreduce_jit import communicator, groups, ranks, reference
 from allreduce_jit.communicator import Communicator, stretches
 from allreduce_jit.errors import ClosedError, InputError, InputTypeError, NotDeterministicError, SettingsError
 from allreduce_jit.fallback import TorchEngine
-from allreduce_jit.inputs import as_device
+from allreduce_jit.inputs import as_device, likeness
 from allreduce_jit.kernel import ITEMSIZE
 from allreduce_jit.plan import legacy_layout, legacy_plan, v2_layout, v2_plan
 from allreduce_jit.tuning import V2_TABLES
@@ -388,6 +388,41 @@ def test_every_bad_call(driven):
         raised(kind, call, "rank 0", *words)
     assert driven._engine.sums == 0
     check_values(driven, DTYPES)
+
+
+@pytest.mark.parametrize("good", [torch.ones(8), torch.eye(3), torch.ones(2, 2), torch.ones(8).half()], ids=str)
+def test_every_bad_call_right_after_a_good_one(driven, good):
+    """What is known of the last call spares none of the checks."""
+    for kind, call, *words in bad_calls(driven):
+        driven.all_reduce(good)
+        driven.all_reduce(good, out=torch.empty_like(good))
+        sums = driven._engine.sums
+        raised(kind, call, "rank 0", *words)
+        assert driven._engine.sums == sums
+
+
+def test_likeness():
+    x = torch.ones(4, 6)
+    fits = likeness(x)
+    alike = torch.empty_like(x), torch.zeros(24).view(4, 6), torch.zeros(30)[3:27].view(4, 6), torch.nn.Parameter(x).detach()
+    assert all(map(fits, (x, *alike)))
+    unlike = (
+        None, 3, "x", [1.0], x.numpy(), x.view(6, 4), x.view(24), x[:3], x.t(), torch.ones(6, 4).t(), x[:1].expand(4, 6),
+        torch.ones(4, 12)[:, ::2], x.int(), x.double(), x.cfloat(), x.to_sparse(), x.to("meta"), torch._neg_view(x),
+        torch.view_as_complex(torch.ones(4, 6, 2)).conj().imag, torch.ones(4, 6, requires_grad=True), torch.nn.Parameter(x),
+    )  # fmt: skip
+    assert not any(map(fits, unlike))
+    with torch.no_grad():
+        assert fits(x) and not any(map(fits, unlike))
+    # Whether a tensor that requires grad is taken depends on the mode; of the others, torch's guards know too little.
+    nested = [torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=way) for way in (torch.strided, torch.jagged)]
+    layouts = [x.to_sparse_csr(), x.to_sparse_csc(), x.to_sparse_bsr((2, 2)), x.to_sparse_bsc((2, 2)), x.to_sparse()]
+    if torch.backends.mkldnn.is_available():
+        layouts.append(x.to_mkldnn())
+    for other in (*nested, *layouts, torch.ones(4, 6, requires_grad=True), torch.nn.Parameter(x, requires_grad=False)):
+        assert not fits(other) and not likeness(other)(other)
+    z = torch.ones(3, dtype=torch.cfloat)
+    assert likeness(z)(z) and not likeness(z)(z.conj()) and not likeness(z.conj())(z)
 
 
 def test_after_close(driven):
