@@ -101,7 +101,7 @@ def _bench_arguments(parser: argparse.ArgumentParser) -> None:
     add("-b", "--min-bytes", type=_size, default=1 << 10, metavar="SIZE", help="first size (default 1K)")
     add("-e", "--max-bytes", type=_size, metavar="SIZE", help="last size (default 64M, on the CPU 1M)")
     add("-f", "--factor", type=_from(2), default=2, metavar="N", help="from one size to the next (default 2)")
-    add("-n", "--iters", type=_from(1), default=20, metavar="N", help="timed bursts of 8 to 100 calls (default 20)")
+    add("-n", "--iters", type=_from(1), default=20, metavar="N", help="timed bursts of 8 to 200 calls (default 20)")
     add("-w", "--warmup", type=_from(0), default=5, metavar="N", help="bursts before them (default 5)")
     add("-d", "--dtype", type=_dtype, default="bfloat16", help="float, half or bfloat16 (default)")
     add("-o", "--op", choices=["sum"], default="sum", help="the reduction")

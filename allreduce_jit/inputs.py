@@ -9,7 +9,24 @@ import torch
 
 from .errors import InputError, InputTypeError
 
-_Guards = getattr(torch._C._dynamo.guards, "TensorGuards", None)
+
+def _tensor_guards() -> type | None:
+    """What torch compares tensors with in one call, for its compiler; None where it is not there, or not what it was.
+
+    It is no public name: so it is held against what is relied upon.
+    """
+    try:
+        guards = torch._C._dynamo.guards.TensorGuards
+        x = torch.empty(2, 3)
+        check = guards(x, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
+        unlike = (x.double(), x[:1], x.view(3, 2), x.view(6), torch.empty(3, 2).t(), x.to("meta"), torch._neg_view(x),
+                  torch.empty(2, 3, requires_grad=True))  # fmt: skip
+        return guards if check(x) and check(torch.empty(2, 3)) and not any(map(check, unlike)) else None
+    except Exception:
+        return None
+
+
+_Guards = _tensor_guards()
 
 
 def nothing(x: object) -> bool:

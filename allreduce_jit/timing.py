@@ -16,7 +16,7 @@ from .place import Place
 
 # Calls in one timed burst: their common start-up is divided by this, so short calls come in longer bursts. The same
 # for everybody who is measured.
-BURSTS = ((4 << 20, 100), (32 << 20, 20))  # (up to so many bytes, calls)
+BURSTS = ((256 << 10, 200), (4 << 20, 100), (32 << 20, 20))  # (up to so many bytes, calls)
 CALLS = 8  # of messages beyond
 ROTATE = 4  # inputs taken in turn, so that no call finds its own data in a cache
 PRIMING = 2  # replays before the warm-up: the first also uploads the graph, the second tells what a launch costs

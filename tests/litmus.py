@@ -328,6 +328,9 @@ OURS = [
     Case("give up: later kernels do not push", "forbidden", "abort == 0",
          {"g0:k0": "atom_cas_relaxed_sys_u32 a, [abort], 0, 7",
           "g0:k1:b1": "griddepcontrol_wait; ld_relaxed_gpu_u32 abort, [abort]"}),
+    Case("give up: the next kernel knows, and its epoch, from one load", "forbidden", "n0 != 3 or n1 == 0",
+         {"g0:k0:b0": "st_relaxed_gpu_u32 [channel.0], 3", "g0:k0:b1": "st_relaxed_gpu_u32 [channel.1], 1",
+          "g0:k1": "griddepcontrol_wait; ld_relaxed_gpu_v2_u32 n, [channel]"}),
     # Kernels look at the word at device scope when they start: the boundary is there for what this GPU wrote.
     Case("give up: a peer's abort may be overlooked at device scope", "allowed", "a != 0 and b == 0",
          {"g1": "st_relaxed_sys_u32 [abort], 7", "g0": "ld_relaxed_gpu_u32 a, [abort]; ld_relaxed_gpu_u32 b, [abort]"}),
@@ -351,6 +354,10 @@ OURS = [
     Case("in flight: of two calls at once, one sees the other", "forbidden", "a == 0 and b == 0",
          {"g0:b0": "atom_add_relaxed_gpu_u32 a, [entered], 1",
           "g0:b1": "atom_add_relaxed_gpu_u32 b, [entered], 1"}),
+    # The model knows no order between the two but the one that the hardware gives: the first has had its answer.
+    Case("in flight: tickets of two kernels, the first drawn before the second may start", "allowed", "a == 1 and b == 0",
+         {"g0:k0": "atom_add_relaxed_gpu_u32 a, [entered], 1; griddepcontrol_launch_dependents",
+          "g0:k1": "atom_add_relaxed_gpu_u32 b, [entered], 1"}),
     Case("in flight: the next kernel sees how many calls were signed and ended", "forbidden", "n0 != 7 or n1 != 8",
          {"g0:k0:b0": "st_relaxed_gpu_u32 [counts.0], 7", "g0:k0:b1": "st_relaxed_gpu_u32 [counts.1], 8",
           "g0:k1": "griddepcontrol_wait; ld_relaxed_gpu_v2_u32 n, [counts]"}),

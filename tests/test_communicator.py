@@ -17,7 +17,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 import allreduce_jit
-from allreduce_jit import communicator, groups, ranks, reference
+from allreduce_jit import communicator, groups, inputs, ranks, reference
 from allreduce_jit.communicator import Communicator, stretches
 from allreduce_jit.errors import ClosedError, InputError, InputTypeError, NotDeterministicError, SettingsError
 from allreduce_jit.fallback import TorchEngine
@@ -423,6 +423,16 @@ def test_likeness():
         assert not fits(other) and not likeness(other)(other)
     z = torch.ones(3, dtype=torch.cfloat)
     assert likeness(z)(z) and not likeness(z)(z.conj()) and not likeness(z.conj())(z)
+
+
+@pytest.mark.parametrize("check", [lambda self, x: True, lambda self, x: 1 / 0], ids=["says yes to all", "fails"])
+def test_guards_that_are_not_what_they_were_are_not_used(monkeypatch, check):
+    other = type("TensorGuards", (), {"__init__": lambda self, *x, **options: None, "check": check})
+    assert inputs._tensor_guards() is not None
+    monkeypatch.setattr(torch._C._dynamo.guards, "TensorGuards", other)
+    assert inputs._tensor_guards() is None
+    monkeypatch.setattr(inputs, "_Guards", None)
+    assert not inputs.likeness(torch.ones(2))(torch.ones(2))
 
 
 def test_after_close(driven):

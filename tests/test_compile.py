@@ -183,11 +183,19 @@ def check_v2(ops, what, world_size, elements, pdl):
     assert ("PREEXIT" in ops and "ACQBULK" in ops) == pdl
     if pdl and what.stream:
         # The next launch may start only after the wait, and pushes before its own.
-        assert ops.index("ACQBULK") < ops.index("PREEXIT")
+        assert "ACQBULK" in ops[: ops.index("PREEXIT")]
     elif pdl:
-        # The next kernel may start at once, this one touches no memory before it may.
-        first = min(i for i, op in enumerate(ops) if op in accesses)
-        assert ops.index("PREEXIT") < ops.index("ACQBULK") < first
+        # The next kernel may start at once. This one touches no memory before it may, but for a look at the abort word.
+        tensor = ops.index(next(op for op in weak if op.startswith("LD")))
+        wait = max(i for i, op in enumerate(ops[:tensor]) if op == "ACQBULK")
+        before = ops[max(i for i, op in enumerate(ops[:wait]) if op == "PREEXIT") : wait]
+        assert [op for op in before if op in accesses] == ["LDG.E.STRONG.GPU"]
+    if pdl:
+        # The guard draws its ticket before the next kernel may start, and before it waits.
+        ticket = ops.index("ATOMG.E.ADD.STRONG.GPU")
+        before = ops[ticket : ops.index("ACQBULK", ticket)]
+        assert ("PREEXIT" in before) != what.stream
+        assert {op for op in before if op in accesses} == {"ATOMG.E.ADD.STRONG.GPU", "LDG.E.STRONG.GPU"}
 
 
 def check_memory_accesses(ops):
@@ -209,6 +217,7 @@ def check_memory_accesses(ops):
         ("one_shot", "fence.acq_rel.sys", "fence.sc.sys"),
         ("one_shot", "fence.acq_rel.sys", "fence.acq_rel.gpu"),
         ("one_shot", "griddepcontrol.wait", "griddepcontrol.launch_dependents"),
+        ("one_shot", "if (!STREAM) griddepcontrol_launch_dependents();  // now", "// now"),  # and not before
         ("two_shot_stream", "if (!STREAM) griddepcontrol", "griddepcontrol"),  # before the wait
         ("two_shot", "? 1 : 2", "? 4 : 4"),  # so few registers that they spill
     ],

@@ -81,6 +81,7 @@ __device__ inline void guard(const Args &a) {
 // everybody.
 template <class T, bool WHOLE, u32 PARTS>
 __device__ __noinline__ void give_up(const Args &a, u32 first, u32 part, Wait wait) {
+    griddepcontrol_wait();  // a launch that follows may not have: what comes after it waits for all before it
     const Tensor<T, WHOLE> out(a.out, a.numel);
 #pragma unroll 1
     for (u32 k = 0; k < PACKETS; k++)

@@ -37,7 +37,7 @@ __device__ inline void one_shot(const Args &a) {
     for (u32 k = 0; k < PACKETS; k++) own[k] = in.load(first + k * WARP);
     Wait wait;
     const u64 state = ld_relaxed_gpu_v2_u32(own_channel);
-    __syncwarp();  // every lane has read the epoch; here the lanes are together, which costs 0.1 us to say after a loop
+    __syncwarp();  // every lane has read the epoch; after the loops below, bringing them together would take 0.1 us
     const u32 parity = u32(state) & 1;
     const u32 buffer = slots.buffer(parity);
     if (GUARDED && aborted | state >> 32) return give_up<T, WHOLE, 1>(a, first, in.packets, wait);
