@@ -131,5 +131,5 @@ def explain(words: Sequence[int], code: int, rank: int, signed: Sequence[tuple[i
 def _phase(algorithm: str, buffer: int) -> str:
     if "one_shot" in algorithm:
         return "exchange"
-    gathers = V2_ALGORITHMS[algorithm].gathers if algorithm in V2_ALGORITHMS else (2,)  # legacy's
+    gathers = V2_ALGORITHMS[algorithm].gathers if algorithm in V2_ALGORITHMS else (2, 3)  # legacy's
     return "gather" if buffer in gathers else "scatter"

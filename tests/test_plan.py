@@ -12,7 +12,7 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass, replace
-from itertools import count
+from itertools import count, pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -41,6 +41,7 @@ BUFFERS = {
 }  # fmt: skip
 PACKETS = {"one_shot_wide": 4, "two_shot_wide": 4, "two_shot_wide2": 2}  # of a thread, where it is not one
 STREAMS = {"two_shot_stream"}
+SHARED = {"two_shot_stream": 2}  # buffers, the first ones, that may lie over the slots of other algorithms
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,7 @@ def v2(f, case):
 
 
 def launches(f, case):
-    """Region, plan, and the launches of the call (first element, elements, blocks with the guard, last or not)."""
+    """Region, plan, and the launches of the call (first element, elements, blocks with the guard, last or not, buffers)."""
     layout, plan = v2(f, case)
     return layout.regions[plan.algorithm], plan, f.launches(plan, case.numel, case.dtype, case.world_size)
 
@@ -195,7 +196,7 @@ def v2_covers(f, case):
     """Every element once, and every packet has a thread."""
     _, plan, found = launches(f, case)
     done = 0
-    for i, (start, elements, blocks, _) in enumerate(found):
+    for i, (start, elements, blocks, *_) in enumerate(found):
         assert start == done and elements > 0
         done += elements
         moving = blocks - (0 if plan.algorithm in STREAMS and i else 1)  # the guard's block moves nothing
@@ -212,17 +213,30 @@ def v2_whole_packets(f, case):
 
 
 def v2_stream_ends_well(f, case):
-    """No call ends with scatter buffer 0, with which the next one begins (two_shot.cu): that is launch 1 modulo 3."""
+    """Three buffers in turn lead from the first launch's to another one, that of the last launch (two_shot.cu)."""
     _, plan, found = launches(f, case)
     if plan.algorithm in STREAMS:
         assert len(found) % 3 != 1
+
+
+def v2_stream_buffers(f, case):
+    """Of the launches of the case's call, and of calls that take the same plan in any number of launches."""
+    _, plan, found = launches(f, case)
+    check_buffers(plan, found)
+    if plan.algorithm in STREAMS:
+        unit = parts_of(plan.algorithm, case.world_size) * WARP * PACKET // ITEMSIZE[case.dtype]
+        for number in range(2, 24):
+            if number % 3 != 1:
+                found = f.launches(replace(plan, chunk=unit), number * unit - 1, case.dtype, case.world_size)
+                assert len(found) == number
+                check_buffers(plan, found)
 
 
 def v2_guards_pair_up(f, case):
     """What enters with a guard leaves before the next one; else two launches look like two calls (guard.cuh)."""
     _, plan, found = launches(f, case)
     inside = 0
-    for start, elements, blocks, last in found:
+    for start, elements, blocks, last, *_ in found:
         threads = plan.block * PACKETS.get(plan.algorithm, 1)
         entered = blocks - -(-packets_of(plan.algorithm, elements, case) // threads)
         assert entered in (0, 1) and inside + entered == 1
@@ -332,12 +346,28 @@ def legacy_repeats(f, case):
 
 
 def check_apart(layout, case):
+    """Nothing lies over the header, outside, or over buffers that are another's alone, unless it may be shared itself."""
     assert all(region.offset >= 0 and region.capacity > 0 and region.channels > 0 for region in layout.regions.values())
-    end = HEADER
-    for name, region in sorted(layout.regions.items(), key=lambda item: item[1].offset):
-        assert region.offset >= end
-        end = region.offset + region_bytes(name, region, case.world_size)
-    assert end <= layout.nbytes <= case.staging
+    alone = []  # from where to where
+    for name, region in layout.regions.items():
+        nbytes = region_bytes(name, region, case.world_size)
+        alone.append((region.offset + nbytes // BUFFERS[name] * SHARED.get(name, 0), region.offset + nbytes))
+    alone.sort()
+    assert all(end <= begin for (_, end), (begin, _) in pairwise(alone))
+    assert min(region.offset for region in layout.regions.values()) >= HEADER
+    assert max(end for _, end in alone) == layout.nbytes <= case.staging
+
+
+def check_buffers(plan, found):
+    """What two_shot.cu asks of the host, in the order in which it says so."""
+    scatters, gathers = [piece.scatter for piece in found], [piece.gather for piece in found]
+    if plan.algorithm not in STREAMS:
+        assert not any(scatters) and not any(gathers)
+        return
+    assert set(scatters) <= {0, 2, 3} and set(gathers) <= {1, 4}
+    assert all(len({*three}) == 3 for three in zip(scatters, scatters[1:], scatters[2:], strict=False))
+    assert all(one != other for one, other in pairwise(gathers))
+    assert (scatters[0], scatters[-1], gathers[-1]) == (2, 3, 4)
 
 
 # -- they hold
@@ -345,8 +375,8 @@ def check_apart(layout, case):
 
 PROPERTIES = [
     v2_regions_apart, v2_aligned, v2_inside_the_slots, v2_covers, v2_whole_packets, v2_stream_ends_well,
-    v2_guards_pair_up, v2_blocks, v2_few_blocks, v2_known_kernel, v2_never_goes_back, v2_splits_no_more_than_it_must,
-    v2_takes_its_band, v2_repeats,
+    v2_stream_buffers, v2_guards_pair_up, v2_blocks, v2_few_blocks, v2_known_kernel, v2_never_goes_back,
+    v2_splits_no_more_than_it_must, v2_takes_its_band, v2_repeats,
     legacy_regions_apart, legacy_aligned, legacy_launches_fit, legacy_hands_over, legacy_repeats,
 ]  # fmt: skip
 
@@ -412,6 +442,57 @@ def on_regions(**changes):
     return change
 
 
+def moved(change):
+    """The layouts with each region where ``change`` (name, region, bytes, the bytes in front of it) wants it."""
+
+    def v2_layout(n, staging, *rest):
+        layout = planning.v2_layout(n, staging, *rest)
+        regions, end = {}, HEADER
+        for name, region in layout.regions.items():
+            size = region_bytes(name, region, n)
+            regions[name] = replace(region, offset=change(name, region, size, end))
+            end = regions[name].offset + size
+        return planning.Layout(regions, max(r.offset + region_bytes(name, r, n) for name, r in regions.items()))
+
+    return replaced("v2_layout", v2_layout)
+
+
+def lower_stream(name, region, size, end):
+    """By a packet, but not into the header."""
+    return max(HEADER, region.offset - PACKET) if name in STREAMS else region.offset
+
+
+def stream_with_a_buffer_more_over_others(name, region, size, end):
+    return max(HEADER, end - 3 * size // 5) if name in STREAMS else region.offset
+
+
+def stream_in_the_header(name, region, size, end):
+    """All of its shared buffers over others', even if there is not so much of those."""
+    return max(0, end - 2 * size // 5) if name in STREAMS else region.offset
+
+
+def stream_behind_all_others(name, region, size, end):
+    """As large as if it lay over them."""
+    return end if name in STREAMS else region.offset
+
+
+def a_buffer_of_each_over_others(name, region, size, end):
+    return region.offset if name in STREAMS else max(HEADER, end - size // BUFFERS[name])
+
+
+def on_buffers(change):
+    """Launches of streams with the buffers that ``change`` (their number, a launch's place) picks."""
+
+    def launches(plan, *rest):
+        found = REAL.launches(plan, *rest)
+        if plan.algorithm not in STREAMS:
+            return found
+        picked = [change(len(found), i, piece.scatter, piece.gather) for i, piece in enumerate(found)]
+        return [piece._replace(scatter=s, gather=g) for piece, (s, g) in zip(found, picked, strict=True)]
+
+    return replaced("launches", launches)
+
+
 def on_plan(**changes):
     return lambda plan: replace(plan, **{k: c(getattr(plan, k)) for k, c in changes.items()})
 
@@ -430,9 +511,16 @@ MUTANTS = [
     (v2_regions_apart, "capacity past the region", mutant("v2_layout", on_regions(capacity=lambda c: c + 512))),
     (v2_regions_apart, "regions of one another", mutant("v2_layout", swap_regions)),
     (v2_regions_apart, "regions at one place", mutant("v2_layout", on_regions(offset=lambda o: 0))),
-    (v2_regions_apart, "more than allowed", mutant("v2_layout", lambda x: replace(x, nbytes=x.nbytes + (1 << 20)))),
+    (v2_regions_apart, "another size of the whole", mutant("v2_layout", lambda x: replace(x, nbytes=x.nbytes + (1 << 20)))),
+    (v2_regions_apart, "more than allowed", replaced("v2_layout", lambda n, staging, *rest: planning.v2_layout(
+        n, staging + (1 << 20), *rest))),
+    (v2_regions_apart, "a stream one packet too low", moved(lower_stream)),
+    (v2_regions_apart, "a stream with three buffers over others", moved(stream_with_a_buffer_more_over_others)),
+    (v2_regions_apart, "a stream with its shared buffers in the header", moved(stream_in_the_header)),
+    (v2_regions_apart, "a stream past the end", moved(stream_behind_all_others)),
+    (v2_regions_apart, "buffers of two-shot over one-shot", moved(a_buffer_of_each_over_others)),
     (v2_aligned, "offset of 8 bytes", mutant("v2_layout", on_regions(offset=lambda o: o + 8))),
-    (v2_regions_apart, "slots in the header", mutant("v2_layout", on_regions(offset=lambda o: o - HEADER))),
+    (v2_regions_apart, "slots in the header", moved(lambda name, region, size, end: region.offset - HEADER)),
     (v2_inside_the_slots, "twice the capacity", replaced("v2_plan", lambda *args: planning.v2_plan(
         *args[:-1], on_regions(capacity=lambda c: 2 * c)(args[-1])))),
     (v2_inside_the_slots, "everything in one launch", replaced("v2_plan", lambda n, dtype, numel, *rest: replace(
@@ -446,6 +534,27 @@ MUTANTS = [
     (v2_covers, "an element forgotten", on_launches(lambda plan, piece: piece._replace(numel=max(1, piece.numel - 1)))),
     (v2_whole_packets, "launches of odd length", mutant("v2_plan", on_plan(chunk=lambda c: max(1, c - 1)))),
     (v2_stream_ends_well, "as few launches as possible", replaced("v2_plan", deaf_to_the_stream)),
+    (v2_stream_buffers, "always in one direction", on_buffers(lambda n, i, scatter, gather: ((2, 0, 3)[i % 3], gather))),
+    (v2_stream_buffers, "in the other direction", on_buffers(lambda n, i, scatter, gather: (
+        (2, 3, 0)[i % 3] if n % 3 == 0 else (2, 0, 3)[i % 3], gather))),
+    (v2_stream_buffers, "two for all launches but the last", on_buffers(lambda n, i, scatter, gather: (
+        3 if i == n - 1 else (2, 0)[i % 2], gather))),
+    (v2_stream_buffers, "the first launch's buffer is a shared one", on_buffers(lambda n, i, scatter, gather: (
+        (2 - scatter if scatter < 3 else 3), gather))),
+    (v2_stream_buffers, "the last launch's buffer is a shared one", on_buffers(lambda n, i, scatter, gather: (
+        (3 - scatter if scatter != 2 else 2), gather))),
+    (v2_stream_buffers, "the other shared one", on_buffers(lambda n, i, scatter, gather: (scatter or 1, gather))),
+    (v2_stream_buffers, "first and last launch swapped", on_buffers(lambda n, i, scatter, gather: (-scatter % 5, gather))),
+    (v2_stream_buffers, "gathers counted from the front", on_buffers(lambda n, i, scatter, gather: (scatter, (4, 1)[i % 2]))),
+    (v2_stream_buffers, "gathers shifted by a launch", on_buffers(lambda n, i, scatter, gather: (scatter, 5 - gather))),
+    (v2_stream_buffers, "one for all gathers", on_buffers(lambda n, i, scatter, gather: (scatter, 4))),
+    (v2_stream_buffers, "only the last gathers alone", on_buffers(lambda n, i, scatter, gather: (
+        scatter, 4 if i == n - 1 else 1))),
+    (v2_stream_buffers, "gathers through a buffer that scatters", on_buffers(lambda n, i, scatter, gather: (
+        scatter, gather if gather == 4 else 2))),
+    (v2_stream_buffers, "as few launches as possible", replaced("v2_plan", deaf_to_the_stream)),
+    (v2_stream_buffers, "buffers for those that take turns by themselves", on_launches(lambda plan, piece: piece._replace(
+        scatter=piece.scatter if plan.algorithm in STREAMS else 1))),
     (v2_guards_pair_up, "only the call's last launch leaves", replaced("launches", lambda plan, numel, *rest: [
         piece._replace(last=piece.start + piece.numel == numel) for piece in REAL.launches(plan, numel, *rest)])),
     (v2_guards_pair_up, "every launch leaves", on_launches(lambda plan, piece: piece._replace(last=True))),
@@ -592,7 +701,9 @@ def test_verification_stays_inside_the_slots(world_size, staging_mb, max_ctas):
             assert [plan.algorithm for plan in plans] == list(engine.layout.regions)
             for plan in plans:
                 fixed = replaced("v2_plan", lambda *_, plan=plan: plan)
-                for prop in (v2_inside_the_slots, v2_covers, v2_whole_packets, v2_stream_ends_well, v2_blocks):
+                for prop in (
+                    v2_inside_the_slots, v2_covers, v2_whole_packets, v2_stream_ends_well, v2_stream_buffers, v2_blocks,
+                ):  # fmt: skip
                     prop(fixed, replace(case, dtype=name, numel=numel))
 
 

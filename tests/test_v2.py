@@ -37,8 +37,8 @@ def engine(request, monkeypatch):
     monkeypatch.setattr(v2, "Launch", FakeLaunch)
     FakeLaunch.fired = []
     one = V2Engine(EngineConfig(1, n, torch.device("cuda", 1), "sm_90", True, False, Settings(staging_mb=4)))
-    epochs = {name: 100 + i for i, name in enumerate(one.layout.regions)}
-    one.state = SimpleNamespace(epochs=epochs, control=13, report=14)
+    channels = {name: 100 + i for i, name in enumerate(one.layout.regions)}
+    one.state = SimpleNamespace(channels=channels, control=13, report=14)
     one.memory = SimpleNamespace(addresses=[1000 * (rank + 1) for rank in range(n)])
     names = [entry(name, dtype, n, whole) for name in v2_algorithms(n) for dtype in ITEMSIZE for whole in (True, False)]
     one._kernels = {name: name for name in names}
@@ -66,6 +66,17 @@ def test_launches(algorithm, chunk, numel, found):
     assert [tuple(piece[:3]) for piece in pieces] == found
 
 
+@pytest.mark.parametrize("buffers", [
+    [(2, 1), (3, 4)],
+    [(2, 4), (0, 1), (3, 4)],
+    [(2, 4), (3, 1), (0, 4), (2, 1), (3, 4)],
+    [(2, 1), (0, 4), (3, 1), (2, 4), (0, 1), (3, 4)],
+])  # fmt: skip
+def test_buffers_of_a_stream(buffers):
+    pieces = launches(Plan("v2", "two_shot_stream", 0, 64, 2048), 2048 * len(buffers), "bfloat16", 4)
+    assert [(piece.scatter, piece.gather) for piece in pieces] == buffers
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("numel", [1, 5000, 1 << 20, (1 << 22) + 3, 1 << 25])
 def test_kernels_are_given_their_part(engine, numel, dtype):
@@ -79,10 +90,12 @@ def test_kernels_are_given_their_part(engine, numel, dtype):
         assert (one.input, one.output) == ((1 << 40) + done * itemsize, (1 << 41) + done * itemsize)
         assert (one.slots, one.capacity, one.rank, one.block) == (region.offset, region.capacity, 1, plan.block)
         assert one.own == 2000  # rank 1's
-        assert (one.total, one.epochs) == (numel, engine.state.epochs[plan.algorithm])
+        assert (one.total, one.channels) == (numel, engine.state.channels[plan.algorithm])
         assert (one.stream, one.control, one.report) == (7, 13, 14)
         done += one.numel
     assert done == numel
+    pieces = launches(plan, numel, name, engine.config.world_size)
+    assert [(one.scatter, one.gather, one.last) for one in fired] == [(p.scatter, p.gather, p.last) for p in pieces]
 
 
 @pytest.mark.parametrize("numel", [1, 5000, (1 << 23) + 8, 1 << 25])
