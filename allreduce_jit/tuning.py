@@ -40,8 +40,8 @@ def _two_shot_from(nbytes: int, stream_from: int = 2 * MIB) -> Bands:
 
 V2_TABLES: dict[int, Bands] = {
     2: (Band(128 * KIB, "one_shot", 64), Band(8 * MIB, "one_shot", 128), Band(NEVER, "one_shot", 512)),
-    3: _two_shot_from(512 * KIB, 4 * MIB),
-    4: _two_shot_from(256 * KIB, 4 * MIB),
+    3: _two_shot_from(384 * KIB, 4 * MIB),
+    4: _two_shot_from(192 * KIB, 4 * MIB),
     5: _two_shot_from(128 * KIB),
     6: _two_shot_from(96 * KIB),
     7: _two_shot_from(80 * KIB),

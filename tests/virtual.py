@@ -12,6 +12,7 @@ from allreduce_jit.failure import Kind, abort_code, tag
 from allreduce_jit.kernel import cuda_module, entry, v2_algorithms
 from allreduce_jit.memory import LocalState
 from allreduce_jit.plan import HEADER_BYTES, PACKET, v2_layout
+from allreduce_jit.settings import Settings
 from allreduce_jit.tuning import Band
 from allreduce_jit.v2 import Args, V2Engine, launches
 
@@ -35,7 +36,7 @@ class VirtualWorld:
         self.kernels = {}
         for algorithm in names:
             spec = cuda_module(algorithm, world_size, virtual_ranks=True)
-            module = load_module(build(spec, f"sm_{major}{minor}", cache or KernelCache(None))[0].cubin)
+            module = load_module(build(spec, f"sm_{major}{minor}", cache or KernelCache(Settings.from_env().cache_dir))[0].cubin)
             self.kernels |= {name: module.kernel(name) for name in spec.entries}
         words = self.layout.nbytes // 4
         self.staging = [torch.full((words,), -1, dtype=torch.int32, device="cuda") for _ in range(world_size)]
