@@ -1,6 +1,7 @@
 """The tables that ``plan`` reads. Tuning changes speed only, never a bit of a result.
 
-Measured on H200 at 2 to 4 ranks (docs/performance.md); estimated from bytes on the wire at 5 to 8.
+Measured on H200 at 2 to 4 ranks (docs/performance.md). At 5 to 8 estimated: one-shot sends (n-1) S bytes and two-shot
+2 (n-1) / n S in one hop more, so they change places at S ~ 1 / ((n-1) (1 - 2/n)), on from where they do at 3 and 4.
 """
 
 from __future__ import annotations
@@ -28,24 +29,23 @@ class Band:
 Bands = tuple[Band, ...]  # by growing size; the last one has no end
 
 
-def _two_shot_from(nbytes: int, stream_from: int = 2 * MIB) -> Bands:
-    """``stream_from``: the less two-shot takes, the more staging memory is left for the launches of a stream."""
+def _one_shot_up_to(nbytes: int) -> Bands:
     return (
         Band(16 * KIB, "one_shot", 64),
         Band(nbytes, "one_shot", 32),
-        Band(stream_from, "two_shot", 32),
+        Band(4 * MIB, "two_shot", 32),
         Band(NEVER, "two_shot_stream", 512),
     )
 
 
 V2_TABLES: dict[int, Bands] = {
     2: (Band(128 * KIB, "one_shot", 64), Band(8 * MIB, "one_shot", 128), Band(NEVER, "one_shot", 512)),
-    3: _two_shot_from(384 * KIB, 4 * MIB),
-    4: _two_shot_from(192 * KIB, 4 * MIB),
-    5: _two_shot_from(128 * KIB),
-    6: _two_shot_from(96 * KIB),
-    7: _two_shot_from(80 * KIB),
-    8: _two_shot_from(64 * KIB),
+    3: _one_shot_up_to(384 * KIB),
+    4: _one_shot_up_to(192 * KIB),
+    5: _one_shot_up_to(112 * KIB),
+    6: _one_shot_up_to(80 * KIB),
+    7: _one_shot_up_to(64 * KIB),
+    8: _one_shot_up_to(48 * KIB),
 }
 
 

@@ -298,7 +298,7 @@ class TestBench:
         """Short messages in long bursts; always whole rounds of the inputs."""
         loads = [timing.Workload(None, [torch.empty(1 << shift, dtype=torch.uint8)], []) for shift in range(10, 28)]
         calls = [load.calls for load in loads]
-        assert calls == sorted(calls, reverse=True) and calls[0] == 100 and calls[-1] == 8
+        assert calls == sorted(calls, reverse=True) and calls[0] == 200 and calls[-1] == 8
         assert not [n for n in calls if n % timing.ROTATE]
 
     def test_turns_share_all_bursts_out(self):

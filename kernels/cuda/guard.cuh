@@ -90,7 +90,7 @@ __device__ __noinline__ void give_up(const Args &a, u32 first, u32 part, Wait wa
     stop(a, TIMEOUT, wait.culprit(a), wait.buffer, wait.waited_ns);
 }
 
-// Of a call's last channel: says, when it is done, that the call has ended. The count is read ahead, with the rest.
+// Of a call's last channel: says, when it is done, that the call has ended. The count is read while the peers are waited for.
 struct Ending {
     u64 count;  // where it is; 0 in all other channels
     u32 ended = 0;
@@ -101,7 +101,7 @@ struct Ending {
         if (count) ended = ld_relaxed_gpu_u32(count);
     }
     __device__ void say() {
-        opaque(ended);  // or the sum would be made, and the count waited for, before the first push
+        opaque(ended);  // or one would be added, and the count waited for, as soon as it is read
         if (count) st_relaxed_gpu_u32(count, ended + 1);
     }
 };

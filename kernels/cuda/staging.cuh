@@ -57,20 +57,20 @@ struct Control {
     u32 channels;     // how many there are of all algorithms together, from CHANNELS_AT on
 };
 
-// What a channel keeps from call to call. One load reads both, for which nobody has to wait longer than for one.
+// What a channel keeps from call to call; one load reads both.
 struct Channel {
     u32 epoch;
     u32 stopped;  // this rank was stopped: push no more
 };
 
-constexpr u32 CHANNELS_AT = 32 << 10;  // bytes behind Control
+constexpr u32 CHANNELS_AT = 32 << 10;  // bytes from the beginning of Control
 
 // Why waits ended. Code = kind | culprit << 8 | rank that found out << 16.
 constexpr u32 TIMEOUT = 1, MISMATCH = 2, CONCURRENT = 3;
 
 struct Report {
     u32 code;  // written last
-    u32 sequence;  // 0: of whoever does not know, Control tells
+    u32 sequence;  // 0: whoever reports does not know; Control.sequence tells
     u32 tag, buffer, channel, waited_ms;
     u32 mine[2], theirs[2];  // signatures that differ: numel, tag
 };
@@ -192,8 +192,9 @@ struct Wait {
 // that the round trips overlap. Returns whether they came; if not, `wait` says why, and the thread pushes nothing more.
 // `buffer` is for the report.
 //
-// The inner loop has one way out, by the branch that goes back, and a long wait leaves nothing in registers that the
-// usual way would have to be merged with: a small message took 0.1 us longer without either.
+// The inner loop has one way out, by the branch that goes back: behind it the lanes of a warp are together again. With two
+// ways, lanes that leave in different turns would sum and store one after the other, which took a small message 0.1 us.
+// And a long wait leaves nothing in registers that the usual way would have to be merged with.
 __device__ inline bool receive(const Args &a, u64 first, u32 stride, u32 buffer, Wait &wait, Packet (&u)[PEERS]) {
     for (;;) {
 #pragma unroll
