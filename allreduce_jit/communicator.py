@@ -44,7 +44,7 @@ class Route:
         nbytes: size of such a tensor.
     """
 
-    engine: Prepared | TorchEngine | None
+    runner: Prepared | TorchEngine | None
     fits: Callable[[object], bool]
     nbytes: int
 
@@ -107,7 +107,8 @@ class Communicator:
         self.world_size = dist.get_world_size(group)
         self._closed = False
         self._engine = None
-        self._routes: dict[tuple[torch.Size, torch.dtype], Route] = {}
+        self._runners: dict[tuple[int, torch.dtype], Prepared | TorchEngine] = {}  # by number of elements
+        self._routes: dict[tuple[torch.Size, torch.dtype], Route] = {}  # of tensors that can be told by one call
         self._last = NOWHERE  # most calls are like the one before
         self.group = group
         if not groups.has_backend(group, "cpu:"):
@@ -157,7 +158,7 @@ class Communicator:
             out = torch.empty_like(x)
         elif out is not x and (not route.fits(out) or abs(out.data_ptr() - x.data_ptr()) < route.nbytes):
             return self._all_reduce(x, out)
-        route.engine.all_reduce(x, out)
+        route.runner.all_reduce(x, out)
         return out
 
     def _all_reduce(self, x: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
@@ -185,7 +186,7 @@ class Communicator:
             return out
         through, target = (x, out) if dense else (packed(x),) * 2
         self._last = route = self._route(through)
-        route.engine.all_reduce(through, target)
+        route.runner.all_reduce(through, target)
         if not dense:
             out.copy_(through)
         return out
@@ -239,6 +240,7 @@ class Communicator:
         if self._watch is not None:
             self._watch.close()
         engine, self._engine = self._engine, None
+        self._runners.clear()
         self._routes.clear()
         # A group that outlives destroy_process_group can abort the process at exit.
         self.group = self._torch = None
@@ -363,25 +365,29 @@ class Communicator:
         return self._routes.get((x.shape, x.dtype), NOWHERE) if plain(x) else NOWHERE
 
     def _route(self, x: torch.Tensor) -> Route:
-        """Who runs a call with ``x``, accepted and contiguous; remembered, as a plan costs more than the look-up."""
-        route, dtype = self._known(x), x.dtype
-        if route.fits(x):
-            return route
-        if self.takes(x.numel(), dtype):
-            engine = self._engine.prepared(x.numel(), dtype)
+        """Who runs a call with ``x``, accepted and contiguous."""
+        route = self._known(x)
+        if not route.fits(x):
+            numel, dtype = x.numel(), x.dtype
+            runner = self._runners.get((numel, dtype)) or self._runner(numel, dtype)
+            route = Route(runner, likeness(x), numel * dtype.itemsize)
+            if route.fits(x):
+                _remember(self._routes, (x.shape, dtype), route)
+        return route
+
+    def _runner(self, numel: int, dtype: torch.dtype) -> Prepared | TorchEngine:
+        """Who runs calls of that size; remembered, as a plan costs more than the look-up."""
+        if self.takes(numel, dtype):
+            runner = self._engine.prepared(numel, dtype)
         elif self.deterministic and self.world_size > 1:
             raise NotDeterministicError(
                 f"rank {self.rank}: {dtype} is all-reduced by torch.distributed, whose bits differ from the exact "
                 "sum; use fp32, fp16 or bf16, or build the communicator without deterministic=True"
             )
         else:
-            engine = self._torch
-        route = Route(engine, likeness(x), x.numel() * dtype.itemsize)
-        if route.fits(x):
-            if len(self._routes) >= MAX_ROUTES:
-                self._routes.clear()
-            self._routes[x.shape, dtype] = route
-        return route
+            runner = self._torch
+        _remember(self._runners, (numel, dtype), runner)
+        return runner
 
     def _capturing(self) -> bool:
         return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
@@ -389,6 +395,13 @@ class Communicator:
     def _check_open(self) -> None:
         if self._closed:
             raise ClosedError(f"rank {self.rank}: this communicator is closed: build a new one")
+
+
+def _remember(known: dict, key: object, value: object) -> None:
+    """Calls of ever new sizes must not fill the memory: what is forgotten is found again."""
+    if len(known) >= MAX_ROUTES:
+        known.clear()
+    known[key] = value
 
 
 def stretches(what: Callable[[int], object], last: int) -> Iterator[tuple[int, int | None, object]]:

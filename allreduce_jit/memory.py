@@ -128,7 +128,7 @@ class LocalState:
     CONTROL_BYTES = 32 << 10
     DEADLINE_AT, GRACE_AT = 8, 16
     COUNTS_AT = 0, 4, 28  # of calls: sequence, ended, entered; equal while none is in flight
-    REPORTED_AT, CHANNELS_AT = 24, 32 + 4 * 4096
+    REPORTED_AT, CHANNEL_COUNT_AT = 24, 32 + 4 * 4096
 
     def __init__(self, channels: Mapping[str, int], channel_bytes: int):
         total = sum(channels.values())
@@ -136,7 +136,7 @@ class LocalState:
         self.nbytes = -(-nbytes // GRANULARITY) * GRANULARITY
         self.control = int(call("cuMemAlloc", self.nbytes))
         call("cuMemsetD32", self.control, 0, self.nbytes // 4)
-        call("cuMemsetD32", self.control + self.CHANNELS_AT, total, 1)
+        call("cuMemsetD32", self.control + self.CHANNEL_COUNT_AT, total, 1)
         self.channels = {}
         address = self.control + self.CONTROL_BYTES
         for algorithm, count in channels.items():

@@ -89,23 +89,22 @@ def v2_layout(world_size: int, staging_bytes: int, bands: Iterable[Band], max_ct
     regions, offset = {}, HEADER_BYTES
     for i, name in enumerate(names):
         algorithm = V2_ALGORITHMS[name]
-        slots = (world_size - 1) * PACKET  # bytes of a buffer per packet of capacity
-        slot = algorithm.buffers * slots
+        one = (world_size - 1) * PACKET  # bytes of one buffer per packet of capacity; of all, and of those not shared:
+        every, alone = algorithm.buffers * one, (algorithm.buffers - algorithm.shared) * one
         step = MAX_BLOCK * algorithm.packets
-        # Shared buffers need no room beside the others, if those are larger; all buffers must fit in any case.
-        room = min((staging_bytes - HEADER_BYTES) // slot, (staging_bytes - offset) // (slot - algorithm.shared * slots))
+        room = min((staging_bytes - HEADER_BYTES) // every, (staging_bytes - offset) // alone)
         if i < len(names) - 1:
             largest = max(band.up_to for band in bands if band.algorithm == name)
-            room = min(room, staging_bytes // (2 if algorithm.parts else 4) // slot,
+            room = min(room, staging_bytes // (2 if algorithm.parts else 4) // every,
                        ceil_div(largest, PACKET * (world_size if algorithm.parts else 1) * step) * step)
         if max_ctas is not None:
             room = min(room, (max_ctas - 1) * step)
         if algorithm.stream:
             room = min(room, RESIDENT_PACKETS)
         capacity = room // step * step
-        offset = max(HEADER_BYTES, offset - algorithm.shared * slots * capacity)
+        offset = max(HEADER_BYTES, offset - (every - alone) * capacity)
         regions[name] = Region(offset, capacity, capacity // (WARP * algorithm.packets))
-        offset += capacity * slot
+        offset += every * capacity
     return Layout(regions, offset)
 
 

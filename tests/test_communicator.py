@@ -440,7 +440,7 @@ def test_after_close(driven):
     driven.all_reduce(torch.ones(2))
     driven.close()
     driven.close()
-    assert engine.closed == 1 and driven.closed and not driven._routes  # nothing holds the engine any more
+    assert engine.closed == 1 and driven.closed and not driven._routes and not driven._runners  # nothing holds the engine any more
     x = torch.ones(2)
     for call in (lambda: driven.all_reduce(x), lambda: driven.all_reduce(x, out=x), lambda: driven.all_reduce(3),
                  driven.warmup, driven.check, driven.abort, driven.describe, lambda: driven.plan(5, torch.float32), lambda: driven.capture().__enter__()):  # fmt: skip
@@ -565,7 +565,20 @@ def test_routes_are_few_and_right(driven, monkeypatch):
                 sums = driven._engine.sums
                 driven.all_reduce(torch.ones(numel, dtype=dtype))
                 assert driven._engine.sums == sums + (dtype is not torch.int32)
-                assert len(driven._routes) <= 5
+                assert len(driven._routes) <= 5 and len(driven._runners) <= 5
+
+
+def test_a_tensor_that_is_not_told_by_one_call_is_not_planned_anew(driven, monkeypatch):
+    """A subclass, and every tensor where torch lacks the guards: who runs the call is known from the first one."""
+    for x in (torch.nn.Parameter(torch.ones(8), requires_grad=False), torch.ones(9)):
+        monkeypatch.setattr(inputs, "_Guards", None)
+        driven.all_reduce(x)
+        sums = driven._engine.sums
+        with monkeypatch.context() as patch:
+            patch.setattr(driven._engine, "plan", None)
+            driven.all_reduce(x)
+            driven.all_reduce(x, out=torch.empty(x.shape))
+        assert driven._engine.sums == sums + 2
 
 
 def runs(plan, last):

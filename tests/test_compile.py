@@ -169,10 +169,10 @@ def check_v2(ops, what, world_size, elements, pdl):
     assert sum("CAS" in op and op.endswith(".SYS") for op in strong) == 2  # of the guard and of who gives up
 
     # Weak accesses: the user's tensors, 16 bytes at a time where they are whole packets, and once more to store NaN, in a
-    # loop or not; and loads of arguments.
+    # loop or unrolled; and loads of arguments.
     tensor = what.packets * (world_size if what.parts else 1)
     stores = [op for op in weak if op.startswith("ST")]
-    assert (tensor + 1) * elements <= len(stores) <= 2 * tensor * elements
+    assert len(stores) in ((tensor + 1) * elements, 2 * tensor * elements)
     if elements == 1:
         assert set(stores) == {"STG.E.128"} and weak.count("LDG.E.128") == tensor
     else:

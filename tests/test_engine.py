@@ -488,5 +488,5 @@ def test_local_state_has_its_channels_one_after_another(monkeypatch, channel_byt
     assert state.control + state.nbytes >= behind + 501_003 * channel_bytes and ("cuMemAlloc", state.nbytes) in calls
     # All zero, then how many channels there are, for whoever tells them all.
     cleared, told = [call[1:] for call in calls if call[0] == "cuMemsetD32"]
-    assert cleared == (start, 0, state.nbytes // 4) and told == (start + state.CHANNELS_AT, 501_003, 1)
-    assert state.CHANNELS_AT % 4 == 0 and max(state.COUNTS_AT) < state.CHANNELS_AT < state.CONTROL_BYTES
+    assert cleared == (start, 0, state.nbytes // 4) and told == (start + state.CHANNEL_COUNT_AT, 501_003, 1)
+    assert state.CHANNEL_COUNT_AT % 4 == 0 and max(state.COUNTS_AT) < state.CHANNEL_COUNT_AT < state.CONTROL_BYTES

@@ -124,7 +124,7 @@ def digest(*texts: str) -> str:
 
 def _compile(directory: Path, texts: dict[str, str], headers: dict[str, str], name: str, text: str, flags) -> Path:
     command = [COMPILER, "-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror",
-               "-Wno-unknown-pragmas", "-Wno-unused-parameter", "-ffp-contract=off", "-fno-strict-aliasing", *flags]  # fmt: skip
+               "-Wno-unknown-pragmas", "-ffp-contract=off", "-fno-strict-aliasing", *flags]  # fmt: skip
     key = digest(name, text, *command, *headers, *headers.values())
     result = directory / f"{key}.o"
     if not result.exists():
@@ -308,7 +308,7 @@ class World:
             parts["staging"][HEADER_BYTES:].fill_(0xFF)
             for count in LocalState.COUNTS_AT:
                 parts["local"][count : count + 4].view(torch.int32).fill_(sequence)
-            parts["local"][LocalState.CHANNELS_AT :][:4].view(torch.int32).fill_(total)
+            parts["local"][LocalState.CHANNEL_COUNT_AT :][:4].view(torch.int32).fill_(total)
             for words in self._channels.values():
                 parts["local"][words].view(torch.int32)[::2].fill_(epochs)
             for gap in self._between:

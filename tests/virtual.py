@@ -46,7 +46,7 @@ class VirtualWorld:
         words = LocalState.CONTROL_BYTES // 4 + channels * V2Engine.channel_bytes // 4
         self.local = [torch.zeros(words, dtype=torch.int32, device="cuda") for _ in range(world_size)]
         for local in self.local:
-            local[LocalState.CHANNELS_AT // 4] = channels
+            local[LocalState.CHANNEL_COUNT_AT // 4] = channels
         self.report = torch.zeros(world_size, 16, dtype=torch.int32).pin_memory()
 
     def set_deadlines(self, seconds: float, grace: float | None = None) -> None:
