@@ -152,8 +152,7 @@ class KernelEngine:
 
     def allocate(self) -> str:
         """Allocate and poison the staging memory; returns the handle for the peers."""
-        channels = {name: region.channels for name, region in self.layout.regions.items()}
-        self.state = LocalState(channels, self.channel_bytes)
+        self.state = LocalState(self.layout.channels, self.channel_bytes)
         self.side = SideChannel()
         self.memory = StagingMemory(self.layout.nbytes, self.config.rank)
         return self.memory.handle()

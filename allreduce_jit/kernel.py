@@ -43,6 +43,7 @@ class Algorithm:
         packets: packets (of each part) per thread.
         stream: the launches of a call overlap.
         shared: how many buffers, the first ones, may lie over other algorithms' slots.
+        inside: the algorithm whose last buffers, and whose epochs, are its own, too, where a communicator has both.
     """
 
     source: str
@@ -53,11 +54,12 @@ class Algorithm:
     packets: int = 1
     stream: bool = False
     shared: int = 0
+    inside: str | None = None
 
 
 V2_ALGORITHMS = {
     "one_shot": Algorithm("one_shot.cu", 1, buffers=2, parts=False),
-    "two_shot": Algorithm("two_shot.cu", 2, buffers=3, parts=True, gathers=(2,)),
+    "two_shot": Algorithm("two_shot.cu", 2, buffers=3, parts=True, gathers=(2,), inside="two_shot_stream"),
     "two_shot_stream": Algorithm("two_shot.cu", 3, buffers=5, parts=True, gathers=(4, 1), stream=True, shared=2),
     "one_shot_wide": Algorithm("one_shot.cu", 4, buffers=2, parts=False, packets=4),
     "two_shot_wide": Algorithm("two_shot.cu", 5, buffers=3, parts=True, gathers=(2,), packets=4),

@@ -74,7 +74,7 @@ class LegacyEngine(KernelEngine):
         known = of_launch | {
             "table": self._table.data_ptr(),
             "staging": self.memory.addresses[self.config.rank],
-            "epoch": self.state.channels[algorithm],
+            "epoch": self.state.channels + region.first_channel * self.channel_bytes,
             "control": self.state.control,
             "report": self.state.report,
             "slots": region.offset,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from cuda.bindings import driver
 
@@ -115,12 +115,12 @@ class SideChannel:
 class LocalState:
     """What only this rank's kernels touch: the control block, epoch words, and the report on the host.
 
-    Device layout: ``Control`` (staging.cuh) in the first ``CONTROL_BYTES``, then ``channel_bytes`` per
-    channel of each algorithm, in the layout's order; each begins with its u32 epoch.
+    Device layout: ``Control`` (staging.cuh) in the first ``CONTROL_BYTES``, then ``channel_bytes`` per channel, which
+    begin with its u32 epoch.
 
     Attributes:
         control: address of the control block.
-        channels: address of the first channel, per algorithm.
+        channels: address of the first channel.
         report: address of the report, for kernels.
         words: the report, for the host.
     """
@@ -130,18 +130,13 @@ class LocalState:
     COUNTS_AT = 0, 4, 28  # of calls: sequence, ended, entered; equal while none is in flight
     REPORTED_AT, CHANNEL_COUNT_AT = 24, 32 + 4 * 4096
 
-    def __init__(self, channels: Mapping[str, int], channel_bytes: int):
-        total = sum(channels.values())
-        nbytes = self.CONTROL_BYTES + channel_bytes * total
+    def __init__(self, channels: int, channel_bytes: int):
+        nbytes = self.CONTROL_BYTES + channel_bytes * channels
         self.nbytes = -(-nbytes // GRANULARITY) * GRANULARITY
         self.control = int(call("cuMemAlloc", self.nbytes))
         call("cuMemsetD32", self.control, 0, self.nbytes // 4)
-        call("cuMemsetD32", self.control + self.CHANNEL_COUNT_AT, total, 1)
-        self.channels = {}
-        address = self.control + self.CONTROL_BYTES
-        for algorithm, count in channels.items():
-            self.channels[algorithm] = address
-            address += channel_bytes * count
+        call("cuMemsetD32", self.control + self.CHANNEL_COUNT_AT, channels, 1)
+        self.channels = self.control + self.CONTROL_BYTES
         flags = driver.CU_MEMHOSTALLOC_DEVICEMAP | driver.CU_MEMHOSTALLOC_PORTABLE
         self.report = int(call("cuMemHostAlloc", REPORT_BYTES, flags))
         ctypes.memset(self.report, 0, REPORT_BYTES)

@@ -6,7 +6,7 @@ Every input of a plan is the same on all ranks, so all ranks choose alike.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .kernel import ITEMSIZE, V2_ALGORITHMS, v2_algorithms
 from .tuning import LEGACY_TABLES, NEVER, V2_TABLES, Band, Bands
@@ -27,19 +27,28 @@ class Region:
         offset: its first byte.
         capacity: size of a slot array, one per (buffer, source): packets for V2, bytes for legacy.
         channels: how many channels have an epoch word.
+        first_channel: number of the first of them among those of all regions.
     """
 
     offset: int
     capacity: int
     channels: int
+    first_channel: int
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Staging memory of a rank: one region per algorithm, and the size of the whole in bytes."""
+    """What a rank keeps for its calls.
+
+    Attributes:
+        regions: one per algorithm.
+        nbytes: size of the staging memory.
+        channels: of all regions together.
+    """
 
     regions: dict[str, Region]
     nbytes: int
+    channels: int
 
 
 @dataclass(frozen=True)
@@ -81,31 +90,43 @@ def v2_layout(world_size: int, staging_bytes: int, bands: Iterable[Band], max_ct
     """A region for every algorithm of ``bands`` (of all tables there are), together at most ``staging_bytes``.
 
     Each is as large as its largest message, but no more than a quarter (one-shot) or half (two-shot) of the memory; the
-    last one gets the rest, as far as it has use for it, and lies with its shared buffers over the others.
+    last one gets the rest, as far as it has use for it, and lies with its shared buffers over the others. An algorithm
+    inside another one has a part of its region, which is as large as either of them wants.
     """
     bands = tuple(bands)
     used = {band.algorithm for band in bands}
     names = [name for name in V2_ALGORITHMS if name in used]
-    regions, offset = {}, HEADER_BYTES
-    for i, name in enumerate(names):
-        algorithm = V2_ALGORITHMS[name]
+
+    def wish(name: str) -> int:
+        what, largest = V2_ALGORITHMS[name], max(band.up_to for band in bands if band.algorithm == name)
+        parts, step = world_size if what.parts else 1, MAX_BLOCK * what.packets
+        packets = ceil_div(NEVER if name == names[-1] else largest, PACKET * parts * step) * step
+        return min(packets, RESIDENT_PACKETS) if what.stream else packets
+
+    owners = [name for name in names if V2_ALGORITHMS[name].inside not in used]
+    regions, offset, channels = {}, HEADER_BYTES, 0
+    for owner in owners:
+        algorithm = V2_ALGORITHMS[owner]
+        guests = [name for name in names if V2_ALGORITHMS[name].inside == owner]
         one = (world_size - 1) * PACKET  # bytes of one buffer per packet of capacity; of all, and of those not shared:
         every, alone = algorithm.buffers * one, (algorithm.buffers - algorithm.shared) * one
         step = MAX_BLOCK * algorithm.packets
         room = min((staging_bytes - HEADER_BYTES) // every, (staging_bytes - offset) // alone)
-        if i < len(names) - 1:
-            largest = max(band.up_to for band in bands if band.algorithm == name)
-            room = min(room, staging_bytes // (2 if algorithm.parts else 4) // every,
-                       ceil_div(largest, PACKET * (world_size if algorithm.parts else 1) * step) * step)
+        room = min(room, max(map(wish, (owner, *guests))))
+        if owner != owners[-1]:
+            room = min(room, staging_bytes // (2 if algorithm.parts else 4) // every)
         if max_ctas is not None:
             room = min(room, (max_ctas - 1) * step)
-        if algorithm.stream:
-            room = min(room, RESIDENT_PACKETS)
         capacity = room // step * step
         offset = max(HEADER_BYTES, offset - (every - alone) * capacity)
-        regions[name] = Region(offset, capacity, capacity // (WARP * algorithm.packets))
+        region = Region(offset, capacity, capacity // (WARP * algorithm.packets), channels)
+        regions[owner] = region
+        for guest in guests:
+            others = algorithm.buffers - V2_ALGORITHMS[guest].buffers
+            regions[guest] = replace(region, offset=offset + others * one * capacity)
         offset += every * capacity
-    return Layout(regions, offset)
+        channels += region.channels
+    return Layout({name: regions[name] for name in names}, offset, channels)
 
 
 def v2_plan(world_size: int, dtype: str, numel: int, bands: Bands, layout: Layout) -> Plan:
@@ -131,7 +152,8 @@ def v2_shape(algorithm: str, block: int, world_size: int, dtype: str, numel: int
     what = V2_ALGORITHMS[algorithm]
     parts = world_size if what.parts else 1
     packets = ceil_div(numel * ITEMSIZE[dtype], PACKET * parts)
-    launches = ceil_div(packets, layout.regions[algorithm].capacity)
+    room = layout.regions[algorithm].capacity
+    launches = ceil_div(packets, min(room, RESIDENT_PACKETS) if what.stream else room)
     unit = WARP * what.packets
     if what.stream and launches % 3 == 1:
         launches += 1  # the protocol's condition, see two_shot.cu
@@ -150,10 +172,10 @@ def legacy_layout(world_size: int, staging_bytes: int, block_bytes: int) -> Layo
     channels = capacity // block_bytes
     one_shot = 2 * world_size * capacity
     regions = {
-        "legacy_one_shot": Region(HEADER_BYTES, capacity, channels),
-        "legacy_two_shot": Region(HEADER_BYTES + one_shot, capacity, channels),
+        "legacy_one_shot": Region(HEADER_BYTES, capacity, channels, 0),
+        "legacy_two_shot": Region(HEADER_BYTES + one_shot, capacity, channels, channels),
     }
-    return Layout(regions, HEADER_BYTES + 3 * one_shot)
+    return Layout(regions, HEADER_BYTES + 3 * one_shot, 2 * channels)
 
 
 def legacy_plan(world_size: int, dtype: str, numel: int, layout: Layout, block_bytes: int, threads: int,

@@ -29,23 +29,23 @@ class Band:
 Bands = tuple[Band, ...]  # by growing size; the last one has no end
 
 
-def _one_shot_up_to(nbytes: int) -> Bands:
+def _bands(one_shot_up_to: int, two_shot_up_to: int) -> Bands:
     return (
         Band(16 * KIB, "one_shot", 64),
-        Band(nbytes, "one_shot", 32),
-        Band(4 * MIB, "two_shot", 32),
+        Band(one_shot_up_to, "one_shot", 32),
+        Band(two_shot_up_to, "two_shot", 32),
         Band(NEVER, "two_shot_stream", 512),
     )
 
 
 V2_TABLES: dict[int, Bands] = {
     2: (Band(128 * KIB, "one_shot", 64), Band(8 * MIB, "one_shot", 128), Band(NEVER, "one_shot", 512)),
-    3: _one_shot_up_to(384 * KIB),
-    4: _one_shot_up_to(192 * KIB),
-    5: _one_shot_up_to(112 * KIB),
-    6: _one_shot_up_to(80 * KIB),
-    7: _one_shot_up_to(64 * KIB),
-    8: _one_shot_up_to(48 * KIB),
+    3: _bands(384 * KIB, 8 * MIB),
+    4: _bands(192 * KIB, 8 * MIB),
+    5: _bands(112 * KIB, 7 * MIB),
+    6: _bands(80 * KIB, 7 * MIB),
+    7: _bands(64 * KIB, 7 * MIB),
+    8: _bands(48 * KIB, 7 * MIB),
 }
 
 

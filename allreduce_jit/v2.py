@@ -54,7 +54,7 @@ class Piece(NamedTuple):
     gather: int = 0
 
 
-_STREAM_SCATTERS = (2, 0, 3)  # the first launch's, one that others may lie over, the last launch's
+_STREAM_SCATTERS = (2, 0, 3)  # the first launch's in an even epoch, one that others may lie over, the last launch's
 
 
 def launches(plan: Plan, numel: int, dtype: str, world_size: int) -> list[Piece]:
@@ -119,7 +119,7 @@ class V2Engine(KernelEngine):
                 numel=piece.numel,
                 total=numel,
                 slots=region.offset,
-                channels=self.state.channels[plan.algorithm],
+                channels=self.state.channels + region.first_channel * self.channel_bytes,
                 control=self.state.control,
                 report=self.state.report,
                 rank=self.config.rank,

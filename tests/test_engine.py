@@ -105,8 +105,7 @@ def bound(cls, module, monkeypatch, deterministic=False):
     """The engine of rank 1 of 3, its kernels and memory made up, ready to launch."""
     monkeypatch.setattr(module, "Launch", FakeLaunch)
     one = cls(replace(config(1, 3), deterministic=deterministic))
-    channels = {name: 11 + i for i, name in enumerate(one.layout.regions)}
-    one.state = SimpleNamespace(channels=channels, control=13, report=14, words=[0] * 16)
+    one.state = SimpleNamespace(channels=1 << 30, control=13, report=14, words=[0] * 16)
     one.memory = SimpleNamespace(addresses=BASES)
     return one
 
@@ -146,7 +145,7 @@ def test_v2_launches(monkeypatch, current):
                 done = sum(b.numel for b in args[: a.launch]) * dtype.itemsize
                 assert (a.input, a.output) == ((1 << 20) + done, (1 << 21) + done)
                 assert [*a.staging] == [*BASES, 0, 0, 0, 0, 0] and a.own == BASES[1] and a.slots == region.offset >= HEADER_BYTES
-                assert (a.channels, a.control, a.report) == (one.state.channels[plan.algorithm], 13, 14)
+                assert (a.channels, a.control, a.report) == ((1 << 30) + 8 * region.first_channel, 13, 14)
                 assert (a.rank, a.capacity, a.tag) == (1, region.capacity, tag(plan.algorithm, str(dtype)[6:]))
                 assert launch.kernel == entry(plan.algorithm, str(dtype)[6:], 3, True) and launch.pdl
             seen.add(args[0].config)
@@ -184,7 +183,7 @@ def test_legacy_launches(monkeypatch, current, numel, algorithm):
         assert launch.kernel == ("float16", v["numel"] % 8 == 0) and not launch.pdl
         assert (v["table"], v["staging"], v["slots"]) == (one._table.data_ptr(), BASES[1], region.offset)
         assert region.offset >= HEADER_BYTES
-        assert (v["epoch"], v["control"], v["report"]) == (one.state.channels[algorithm], 13, 14)
+        assert (v["epoch"], v["control"], v["report"]) == ((1 << 30) + 4 * region.first_channel, 13, 14)
         assert (v["rank"], v["tag"], v["total"], v["config"]) == (1, tag(algorithm, "float16"), numel, 1)
         block = legacy.BLOCK_BYTES // 2
         if algorithm == "legacy_two_shot":
@@ -203,7 +202,7 @@ class Plain(KernelEngine):
     path = "v2"
 
     def __init__(self, rank=0, world_size=3):
-        super().__init__(config(rank, world_size), Layout({}, 0))
+        super().__init__(config(rank, world_size), Layout({}, 0, 0))
         self.log = []
 
     def plan(self, numel, dtype):
@@ -472,7 +471,7 @@ def test_a_module_is_loaded_once_for_each_context(monkeypatch):
 
 
 @pytest.mark.parametrize("channel_bytes", [4, 8])
-def test_local_state_has_its_channels_one_after_another(monkeypatch, channel_bytes):
+def test_local_state_has_its_channels_behind_the_control_block(monkeypatch, channel_bytes):
     pytest.importorskip("cuda.bindings.driver")
     from allreduce_jit import memory
 
@@ -480,12 +479,9 @@ def test_local_state_has_its_channels_one_after_another(monkeypatch, channel_byt
     start, calls = 1 << 40, []
     answers = {"cuMemAlloc": start, "cuMemHostAlloc": ctypes.addressof(report)}
     monkeypatch.setattr(memory, "call", lambda name, *args: calls.append((name, *args)) or answers.get(name))
-    counts = {"one_shot": 1000, "two_shot": 3, "two_shot_stream": 500_000}
-    state = memory.LocalState(counts, channel_bytes)
-    behind = start + state.CONTROL_BYTES
-    before = {"one_shot": 0, "two_shot": 1000, "two_shot_stream": 1003}
-    assert state.channels == {name: behind + count * channel_bytes for name, count in before.items()}
-    assert state.control + state.nbytes >= behind + 501_003 * channel_bytes and ("cuMemAlloc", state.nbytes) in calls
+    state = memory.LocalState(501_003, channel_bytes)
+    assert state.channels == start + state.CONTROL_BYTES
+    assert state.control + state.nbytes >= state.channels + 501_003 * channel_bytes and ("cuMemAlloc", state.nbytes) in calls
     # All zero, then how many channels there are, for whoever tells them all.
     cleared, told = [call[1:] for call in calls if call[0] == "cuMemsetD32"]
     assert cleared == (start, 0, state.nbytes // 4) and told == (start + state.CHANNEL_COUNT_AT, 501_003, 1)

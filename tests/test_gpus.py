@@ -1,4 +1,4 @@
-"""Real ranks on 2, 3 and 4 GPUs: every rung of the ladder, eager and captured, every bit."""
+"""Real ranks on 2, 3, 4 and 8 GPUs: every rung of the ladder, eager and captured, every bit."""
 
 import os
 
@@ -9,7 +9,7 @@ from test_readme import torchrun
 from allreduce_jit import ranks
 from allreduce_jit.verdict import Path
 
-WORLDS = [pytest.param(n, marks=pytest.mark.gpus(n), id=f"{n} GPUs") for n in (2, 3, 4)]
+WORLDS = [pytest.param(n, marks=pytest.mark.gpus(n), id=f"{n} GPUs") for n in (2, 3, 4, 8)]
 
 LIVE_AT_EXIT = """
 import os, torch, torch.distributed as dist, allreduce_jit
@@ -87,9 +87,9 @@ def test_exit_with_a_live_graph_and_after_a_fork(tmp_path):
     assert torchrun(LIVE_AT_EXIT, tmp_path).split() == ["2.0", "2.0"]
 
 
-@pytest.mark.gpus(4)
-def test_groups():
-    run(4, "groups")
+@pytest.mark.parametrize("n", WORLDS[2:])
+def test_groups(n):
+    run(n, "groups")
 
 
 @pytest.mark.gpus(2)

@@ -42,6 +42,8 @@ BUFFERS = {
 PACKETS = {"one_shot_wide": 4, "two_shot_wide": 4, "two_shot_wide2": 2}  # of a thread, where it is not one
 STREAMS = {"two_shot_stream"}
 SHARED = {"two_shot_stream": 2}  # buffers, the first ones, that may lie over the slots of other algorithms
+INSIDE = {"two_shot": "two_shot_stream"}  # whose last buffers and whose epochs are its own, too
+RESIDENT = 264 * 512  # threads: two blocks on each of an H200's multiprocessors
 
 
 @dataclass(frozen=True)
@@ -219,6 +221,13 @@ def v2_stream_ends_well(f, case):
         assert len(found) % 3 != 1
 
 
+def v2_stream_is_resident(f, case):
+    """All blocks of a launch at once, or the next one could not begin while it runs."""
+    _, plan, found = launches(f, case)
+    if plan.algorithm in STREAMS:
+        assert max(packets_of(plan.algorithm, piece.numel, case) for piece in found) <= RESIDENT
+
+
 def v2_stream_buffers(f, case):
     """Of the launches of the case's call, and of calls that take the same plan in any number of launches."""
     _, plan, found = launches(f, case)
@@ -348,10 +357,18 @@ def legacy_repeats(f, case):
 def check_apart(layout, case):
     """Nothing lies over the header, outside, or over buffers that are another's alone, unless it may be shared itself."""
     assert all(region.offset >= 0 and region.capacity > 0 and region.channels > 0 for region in layout.regions.values())
-    alone = []  # from where to where
+    alone, channels = [], 0  # from where to where
     for name, region in layout.regions.items():
         nbytes = region_bytes(name, region, case.world_size)
+        if INSIDE.get(name) in layout.regions:
+            owner = layout.regions[INSIDE[name]]
+            assert region.offset + nbytes == owner.offset + region_bytes(INSIDE[name], owner, case.world_size)
+            assert replace(region, offset=0) == replace(owner, offset=0)
+            continue
         alone.append((region.offset + nbytes // BUFFERS[name] * SHARED.get(name, 0), region.offset + nbytes))
+        assert region.first_channel == channels
+        channels += region.channels
+    assert channels == layout.channels
     alone.sort()
     assert all(end <= begin for (_, end), (begin, _) in pairwise(alone))
     assert min(region.offset for region in layout.regions.values()) >= HEADER
@@ -375,7 +392,7 @@ def check_buffers(plan, found):
 
 PROPERTIES = [
     v2_regions_apart, v2_aligned, v2_inside_the_slots, v2_covers, v2_whole_packets, v2_stream_ends_well,
-    v2_stream_buffers, v2_guards_pair_up, v2_blocks, v2_few_blocks, v2_known_kernel, v2_never_goes_back,
+    v2_stream_is_resident, v2_stream_buffers, v2_guards_pair_up, v2_blocks, v2_few_blocks, v2_known_kernel, v2_never_goes_back,
     v2_splits_no_more_than_it_must, v2_takes_its_band, v2_repeats,
     legacy_regions_apart, legacy_aligned, legacy_launches_fit, legacy_hands_over, legacy_repeats,
 ]  # fmt: skip
@@ -418,12 +435,12 @@ def straight_to_the_last_band(n, dtype, numel, bands, layout):
     return plan
 
 
-def deaf_to_the_stream(n, dtype, numel, bands, layout):
+def deaf_to_the_stream(n, dtype, numel, bands, layout, most=RESIDENT):
     """Launches of a call that streams, as few as there can be."""
     plan = planning.v2_plan(n, dtype, numel, bands, layout)
-    parts = parts_of(plan.algorithm, n)
-    chunk = min(numel, layout.regions[plan.algorithm].capacity * parts * PACKET // ITEMSIZE[dtype])
-    return replace(plan, chunk=chunk)
+    parts, room = parts_of(plan.algorithm, n), layout.regions[plan.algorithm].capacity
+    room = min(room, most) if plan.algorithm in STREAMS else room
+    return replace(plan, chunk=min(numel, room * parts * PACKET // ITEMSIZE[dtype]))
 
 
 def on_launches(change):
@@ -433,10 +450,15 @@ def on_launches(change):
     return replaced("launches", changed)
 
 
-def on_regions(**changes):
+def on_regions(*names, **changes):
+    """Layouts with changed fields of the regions of ``names``, or of all."""
+
     def change(layout):
         fields = {k: (lambda r, k=k, c=c: c(getattr(r, k))) for k, c in changes.items()}
-        regions = {n: replace(r, **{k: c(r) for k, c in fields.items()}) for n, r in layout.regions.items()}
+        regions = {
+            n: replace(r, **{k: c(r) for k, c in fields.items()}) if n in (names or layout.regions) else r
+            for n, r in layout.regions.items()
+        }
         return replace(layout, regions=regions)
 
     return change
@@ -449,10 +471,15 @@ def moved(change):
         layout = planning.v2_layout(n, staging, *rest)
         regions, end = {}, HEADER
         for name, region in layout.regions.items():
-            size = region_bytes(name, region, n)
-            regions[name] = replace(region, offset=change(name, region, size, end))
-            end = regions[name].offset + size
-        return planning.Layout(regions, max(r.offset + region_bytes(name, r, n) for name, r in regions.items()))
+            if INSIDE.get(name) not in layout.regions:
+                size = region_bytes(name, region, n)
+                regions[name] = replace(region, offset=change(name, region, size, end))
+                end = regions[name].offset + size
+        for name in layout.regions.keys() - regions.keys():
+            owner, region = INSIDE[name], layout.regions[name]
+            regions[name] = replace(region, offset=region.offset + regions[owner].offset - layout.regions[owner].offset)
+        nbytes = max(r.offset + region_bytes(name, r, n) for name, r in regions.items())
+        return replace(layout, regions=regions, nbytes=nbytes)
 
     return replaced("v2_layout", v2_layout)
 
@@ -474,10 +501,6 @@ def stream_in_the_header(name, region, size, end):
 def stream_behind_all_others(name, region, size, end):
     """As large as if it lay over them."""
     return end if name in STREAMS else region.offset
-
-
-def a_buffer_of_each_over_others(name, region, size, end):
-    return region.offset if name in STREAMS else max(HEADER, end - size // BUFFERS[name])
 
 
 def on_buffers(change):
@@ -518,7 +541,11 @@ MUTANTS = [
     (v2_regions_apart, "a stream with three buffers over others", moved(stream_with_a_buffer_more_over_others)),
     (v2_regions_apart, "a stream with its shared buffers in the header", moved(stream_in_the_header)),
     (v2_regions_apart, "a stream past the end", moved(stream_behind_all_others)),
-    (v2_regions_apart, "buffers of two-shot over one-shot", moved(a_buffer_of_each_over_others)),
+    (v2_regions_apart, "two-shot beside its part of the stream", mutant("v2_layout", on_regions("two_shot", offset=lambda o: o + PACKET))),
+    (v2_regions_apart, "two-shot with less room than the stream", mutant("v2_layout", on_regions("two_shot", capacity=lambda c: c - 512))),
+    (v2_regions_apart, "two-shot with epochs of its own", mutant("v2_layout", on_regions("two_shot", first_channel=lambda c: c + 1))),
+    (v2_regions_apart, "all epochs at one place", mutant("v2_layout", on_regions(first_channel=lambda c: 0))),
+    (v2_regions_apart, "channels that nobody counts", mutant("v2_layout", lambda x: replace(x, channels=x.channels - 1))),
     (v2_aligned, "offset of 8 bytes", mutant("v2_layout", on_regions(offset=lambda o: o + 8))),
     (v2_regions_apart, "slots in the header", moved(lambda name, region, size, end: region.offset - HEADER)),
     (v2_inside_the_slots, "twice the capacity", replaced("v2_plan", lambda *args: planning.v2_plan(
@@ -534,6 +561,7 @@ MUTANTS = [
     (v2_covers, "an element forgotten", on_launches(lambda plan, piece: piece._replace(numel=max(1, piece.numel - 1)))),
     (v2_whole_packets, "launches of odd length", mutant("v2_plan", on_plan(chunk=lambda c: max(1, c - 1)))),
     (v2_stream_ends_well, "as few launches as possible", replaced("v2_plan", deaf_to_the_stream)),
+    (v2_stream_is_resident, "launches as large as the slots allow", replaced("v2_plan", lambda *args: deaf_to_the_stream(*args, most=NEVER))),
     (v2_stream_buffers, "always in one direction", on_buffers(lambda n, i, scatter, gather: ((2, 0, 3)[i % 3], gather))),
     (v2_stream_buffers, "in the other direction", on_buffers(lambda n, i, scatter, gather: (
         (2, 3, 0)[i % 3] if n % 3 == 0 else (2, 0, 3)[i % 3], gather))),

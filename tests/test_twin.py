@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(twin.missing() is not None, reason=str(twin.miss
 
 LONG = bool(os.environ.get("LONG"))
 WORLDS = range(2, 9)
-LAYOUTS = [partial(cramped, under=name) for name in ("two_shot", "one_shot")]  # what a stream's buffers lie over
+LAYOUTS = [partial(cramped, under=name) for name in ("two_shot_wide", "one_shot")]  # what a stream's buffers lie over
 # ThreadSanitizer's share: collectives, and how many of 100 each world size gets (a large world is much slower).
 COLLECTIVES = int(os.environ.get("TWIN_COLLECTIVES", "2000"))
 SHARES = {2: 64, 3: 28, 4: 4, 5: 1, 6: 1, 7: 1, 8: 1}
@@ -280,8 +280,10 @@ BUGS = {
     "input read before griddepcontrol_wait": ("ThreadSanitizer", {"race"}, [("one_shot.cu", WAIT, ""), ("one_shot.cu", LOAD, LOAD + WAIT)]),
     "no griddepcontrol_wait in a call's first launch": ("ThreadSanitizer", {"race", *ANY}, [("two_shot.cu", "if (!follows) griddepcontrol_wait();", "")]),
     "no griddepcontrol_wait in the launches that follow": ("streamed calls", ANY, [("two_shot.cu", "if (follows) griddepcontrol_wait();", "")]),
-    "a stream has two scatter buffers": ("streamed calls", ANY, [("two_shot.cu", "STREAM ? a.scatter", "STREAM ? (a.scatter ? a.scatter : 2)")]),
+    "a stream has two scatter buffers": ("streamed calls", ANY, [("two_shot.cu", "STREAM ? a.scatter ^", "STREAM ? (a.scatter ? a.scatter : 2) ^")]),
     "a stream has one gather buffer": ("streamed calls", ANY, [("two_shot.cu", "STREAM ? a.gather", "STREAM ? 4")]),
+    "a stream begins with the same buffer in every epoch": ("mixed calls", ANY, [("two_shot.cu", "a.scatter ^ (parity & a.scatter >> 1)", "a.scatter")]),
+    "a stream flips the epoch": ("mixed calls", ANY, [("two_shot.cu", "if (!STREAM) st_relaxed", "if (!STREAM || a.last) st_relaxed")]),
     "a stream's launches start at once": ("streamed calls", ANY, [("two_shot.cu", "if (!STREAM) griddepcontrol_launch_dependents();", "griddepcontrol_launch_dependents();")]),
     "gather and scatter share slots": ("mixed calls", ANY, [("two_shot.cu", "STREAM ? a.gather : 2", "STREAM ? a.gather : 1")]),
     "one-shot's slots are not poisoned again": ("mixed calls", ANY, [("one_shot.cu", POISON, "")]),

@@ -37,8 +37,7 @@ def engine(request, monkeypatch):
     monkeypatch.setattr(v2, "Launch", FakeLaunch)
     FakeLaunch.fired = []
     one = V2Engine(EngineConfig(1, n, torch.device("cuda", 1), "sm_90", True, False, Settings(staging_mb=4)))
-    channels = {name: 100 + i for i, name in enumerate(one.layout.regions)}
-    one.state = SimpleNamespace(channels=channels, control=13, report=14)
+    one.state = SimpleNamespace(channels=1 << 30, control=13, report=14)
     one.memory = SimpleNamespace(addresses=[1000 * (rank + 1) for rank in range(n)])
     names = [entry(name, dtype, n, whole) for name in v2_algorithms(n) for dtype in ITEMSIZE for whole in (True, False)]
     one._kernels = {name: name for name in names}
@@ -90,7 +89,7 @@ def test_kernels_are_given_their_part(engine, numel, dtype):
         assert (one.input, one.output) == ((1 << 40) + done * itemsize, (1 << 41) + done * itemsize)
         assert (one.slots, one.capacity, one.rank, one.block) == (region.offset, region.capacity, 1, plan.block)
         assert one.own == 2000  # rank 1's
-        assert (one.total, one.channels) == (numel, engine.state.channels[plan.algorithm])
+        assert (one.total, one.channels) == (numel, (1 << 30) + 8 * region.first_channel)
         assert (one.stream, one.control, one.report) == (7, 13, 14)
         done += one.numel
     assert done == numel

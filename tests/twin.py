@@ -38,6 +38,7 @@ COMPILER = os.environ.get("CXX", "g++")
 STAGING_MB = 3  # holds every algorithm's slots, and makes a few MB take several launches
 ARENA = 24 << 20  # bytes of a rank's tensors
 GUARD = 64  # bytes between tensors, which nobody may touch
+GAP = 8  # channels between those of two regions, likewise
 PAGE = 4096
 
 Edit = tuple[str, str, str]  # file, old text, new text
@@ -278,10 +279,9 @@ class World:
             ))
             for rank in range(world_size)
         ]  # fmt: skip
-        self.layout = relayout(self.engines[0].layout, world_size)
-        channels = {name: region.channels for name, region in self.layout.regions.items()}
+        self.layout = spread(relayout(self.engines[0].layout, world_size))
         channel_bytes = v2.V2Engine.channel_bytes
-        local = LocalState.CONTROL_BYTES + sum(channel_bytes * count + GUARD for count in channels.values())
+        local = LocalState.CONTROL_BYTES + channel_bytes * self.layout.channels
         parts = {"staging": self.layout.nbytes, "local": local, "report": REPORT_BYTES, "arena": ARENA}
         self._offsets, size = [], 0
         for _ in range(world_size):
@@ -297,20 +297,19 @@ class World:
         ]
         epochs, sequence = torch.tensor([epoch, max(0, epoch - 4)]).to(torch.int32)  # the same bits
         # The channels of every algorithm, and behind them what nobody may touch, but who tells all that this rank is stopped.
-        self._channels, self._between, at = {}, [], LocalState.CONTROL_BYTES
-        for name, count in channels.items():
-            end = at + channel_bytes * count
-            self._channels[name] = slice(at, end)
-            self._between.append(slice(end, end + GUARD))
-            at = end + GUARD
-        total = (at - LocalState.CONTROL_BYTES) // channel_bytes
+        self._channels, self._between = set(), []
+        for region in self.layout.regions.values():
+            at = LocalState.CONTROL_BYTES + channel_bytes * region.first_channel
+            end = at + channel_bytes * region.channels
+            self._channels.add((at, end))
+            self._between.append(slice(end, end + channel_bytes * GAP))
         for parts in self._parts:
             parts["staging"][HEADER_BYTES:].fill_(0xFF)
             for count in LocalState.COUNTS_AT:
                 parts["local"][count : count + 4].view(torch.int32).fill_(sequence)
-            parts["local"][LocalState.CHANNEL_COUNT_AT :][:4].view(torch.int32).fill_(total)
-            for words in self._channels.values():
-                parts["local"][words].view(torch.int32)[::2].fill_(epochs)
+            parts["local"][LocalState.CHANNEL_COUNT_AT :][:4].view(torch.int32).fill_(self.layout.channels)
+            for at, end in self._channels:
+                parts["local"][at:end].view(torch.int32)[::2].fill_(epochs)
             for gap in self._between:
                 parts["local"][gap].fill_(0x5A)
         self._stderr = tempfile.TemporaryFile()
@@ -324,9 +323,9 @@ class World:
         entries = [entry for name in names for entry in cuda_module(name, world_size).entries]
         for rank, engine in enumerate(self.engines):
             address = {name: self._base + offset for name, offset in self._offsets[rank].items()}
-            channels = {name: address["local"] + words.start for name, words in self._channels.items()}
             engine.layout = self.layout
             engine.memory = SimpleNamespace(addresses=[self._base + offsets["staging"] for offsets in self._offsets])
+            channels = address["local"] + LocalState.CONTROL_BYTES
             engine.state = SimpleNamespace(channels=channels, control=address["local"], report=address["report"])
             engine._kernels = {entry: (self._queue, rank, number) for number, entry in enumerate(entries)}
         self.collectives = self.pushes = self.switches = 0
@@ -474,14 +473,29 @@ def cramped(layout: Layout, world_size: int, under: str = "two_shot") -> Layout:
     Of a stream's buffers, those that may lie over other slots lie over the last ones of the algorithm ``under``.
     """
     regions, offset = {}, HEADER_BYTES
-    for name in sorted(layout.regions, key=lambda name: (V2_ALGORITHMS[name].stream, name == under)):
-        algorithm, region = V2_ALGORITHMS[name], layout.regions[name]
+    owners = [name for name in layout.regions if V2_ALGORITHMS[name].inside not in layout.regions]
+    for owner in sorted(owners, key=lambda name: (V2_ALGORITHMS[name].stream, name == under)):
+        algorithm = V2_ALGORITHMS[owner]
         capacity = 2 * WARP * algorithm.packets
         buffer = (world_size - 1) * PACKET * capacity
         offset -= algorithm.shared * buffer
-        regions[name] = replace(region, offset=offset, capacity=capacity, channels=2)
+        for name, region in layout.regions.items():
+            if owner in (name, V2_ALGORITHMS[name].inside):
+                others = algorithm.buffers - V2_ALGORITHMS[name].buffers
+                regions[name] = replace(region, offset=offset + others * buffer, capacity=capacity, channels=2)
         offset += algorithm.buffers * buffer
     return replace(layout, regions={name: regions[name] for name in layout.regions})
+
+
+def spread(layout: Layout) -> Layout:
+    """With ``GAP`` channels behind those of every region that are nobody's."""
+    firsts, total = {}, 0
+    for region in layout.regions.values():
+        if region.first_channel not in firsts:
+            firsts[region.first_channel] = total
+            total += region.channels + GAP
+    regions = {name: replace(r, first_channel=firsts[r.first_channel]) for name, r in layout.regions.items()}
+    return replace(layout, regions=regions, channels=total)
 
 
 class Recorder:

@@ -42,11 +42,10 @@ class VirtualWorld:
         self.staging = [torch.full((words,), -1, dtype=torch.int32, device="cuda") for _ in range(world_size)]
         for staging in self.staging:
             staging[: HEADER_BYTES // 4] = 0
-        channels = sum(region.channels for region in self.layout.regions.values())
-        words = LocalState.CONTROL_BYTES // 4 + channels * V2Engine.channel_bytes // 4
+        words = (LocalState.CONTROL_BYTES + self.layout.channels * V2Engine.channel_bytes) // 4
         self.local = [torch.zeros(words, dtype=torch.int32, device="cuda") for _ in range(world_size)]
         for local in self.local:
-            local[LocalState.CHANNEL_COUNT_AT // 4] = channels
+            local[LocalState.CHANNEL_COUNT_AT // 4] = self.layout.channels
         self.report = torch.zeros(world_size, 16, dtype=torch.int32).pin_memory()
 
     def set_deadlines(self, seconds: float, grace: float | None = None) -> None:
@@ -95,12 +94,10 @@ class VirtualWorld:
 
     def _args(self, rank: int, algorithm: str, dtype: str) -> Args:
         region, local = self.layout.regions[algorithm], self.local[rank]
-        names = list(self.layout.regions)
-        before = sum(self.layout.regions[name].channels for name in names[: names.index(algorithm)])
         args = Args(
             own=self.staging[rank].data_ptr(),
             slots=region.offset,
-            channels=local.data_ptr() + LocalState.CONTROL_BYTES + V2Engine.channel_bytes * before,
+            channels=local.data_ptr() + LocalState.CONTROL_BYTES + V2Engine.channel_bytes * region.first_channel,
             control=local.data_ptr(),
             report=self.report[rank].data_ptr(),
             rank=rank,

@@ -10,7 +10,8 @@
 //
 // STREAM 0: a call is one launch, or several that do not overlap. Scatter has a buffer per parity of the channel's
 // epoch, as in one_shot.cu. Gather has one: it is written only after the scatter packet of the same epoch arrived
-// from the same peer, which proves that the peer's previous kernel is complete.
+// from the same peer, which proves that the peer's previous kernel is complete. These are the last three buffers of
+// STREAM 1, if a communicator has both forms, and the epochs are the same, too.
 //
 // STREAM 1: the launches of a call overlap: launch i pushes its scatter packets while launch i-1 gathers. It starts
 // when some thread of every block of launch i-1 has received a packet of i-1 from every peer (launch_dependents), or
@@ -19,12 +20,14 @@
 // are enough. A gather packet goes out after our own wait (launch i-1 is complete here) and after the peer's scatter
 // packet (its launch i-2 is complete): two gather buffers are enough.
 //
-// A call begins after a full wait, but a peer may still be in its last launch before. So the first launch has a
-// scatter buffer of its own, and so has the last; and the last launch's gather buffer is always the same (the host sees to
-// all that: v2.launches; the number of launches is not 1 modulo 3). The other two buffers may lie over the slots of other
-// algorithms. What was pushed into them came from a launch before the last: who has completed a call has
-// gather packets of its last launch from every peer, sent when that peer's launch before was complete. And they are
-// pushed into only after a scatter packet of this call has come from every peer, whose earlier calls are complete then.
+// A call begins after a full wait, but a peer may still be in its last launch before. So the first launch scatters through
+// the buffer of the channel's parity, as STREAM 0 does, and the last one through that of the other parity, which leaves
+// the epoch as it is: the next call, of either form, begins with another buffer than this one ended with. The last launch's
+// gather buffer is always the same (the host sees to all that: v2.launches; the number of launches is not 1 modulo 3).
+// The other two buffers may lie over the slots of other algorithms. What was pushed into them came from a launch before the
+// last: who has completed a call has gather packets of its last launch from every peer, sent when that peer's launch before
+// was complete. And they are pushed into only after a scatter packet of this call has come from every peer, whose
+// earlier calls are complete then.
 #include "entry.cuh"
 #include "guard.cuh"
 
@@ -65,7 +68,8 @@ __device__ inline void two_shot(const Args &a) {
     const u64 state = ld_relaxed_gpu_v2_u32(own_channel);
     __syncwarp();  // every lane has read the epoch; after the loops below, bringing them together would take 0.1 us
     const u32 parity = u32(state) & 1;
-    const u32 scatter = STREAM ? a.scatter : parity, gather = STREAM ? a.gather : 2;
+    const u32 scatter = STREAM ? a.scatter ^ (parity & a.scatter >> 1) : parity;  // 2 and 3 change places with the parity
+    const u32 gather = STREAM ? a.gather : 2;
     const u32 scattered = slots.buffer(scatter), gathered = slots.buffer(gather);
     if (GUARDED && aborted | state >> 32) return give_up<T, WHOLE, WORLD_SIZE>(a, first, part, wait);
 #pragma unroll

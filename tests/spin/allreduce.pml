@@ -15,14 +15,14 @@
  * a streamed call lean on each other; there some channel is active in every launch, and all that is used of it is
  * that a launch is complete only when every rank has passed the wait of the same launch (RIDE).
  *
- * Memory. Of the buffers of a streamed call, FIRST, LAST and FINAL have slots of their own; MIDDLE and OTHER may lie over
- * the slots of one-shot and two-shot, in any way. In the model they coincide with two buffers of those. A slot may as well
- * lie over one of another channel or another source, which a model of one channel cannot show. So the same is asserted
- * of kernels (ANYWHERE), which are complete only with all of their channels; then kernels of both kinds never use
- * a slot at the same time, wherever it lies:
+ * Memory. Of the buffers of a streamed call, FIRST, LAST and FINAL are those of two-shot, which takes turns with it by one
+ * epoch; MIDDLE and OTHER may lie over the slots of one-shot, in any way. In the model they coincide with two buffers of
+ * it. A slot may as well lie over one of another channel or another source, which a model of one channel cannot show. So
+ * the same is asserted of kernels (ANYWHERE), which are complete only with all of their channels; then kernels of both
+ * kinds never use a slot at the same time, wherever it lies:
  * - A packet lands in MIDDLE or OTHER only where all earlier calls are complete. It is pushed after something was heard
  *   from every peer in this call, and a peer says nothing in it before its full wait.
- * - A packet of one-shot or two-shot lands only where every launch that used MIDDLE or OTHER is complete. No such launch
+ * - A packet of one-shot lands only where every launch that used MIDDLE or OTHER is complete. No such launch
  *   is the last of its call. Who completed the last one has gathered packets of it from every peer, pushed after
  *   the peer's own griddepcontrol.wait there, when its launch before was complete and had poisoned everything.
  */
@@ -42,28 +42,28 @@
 #define LENGTH 0        /* launches of a streamed call; 0: 2, 3 or 5 */
 #endif
 
-/* Buffers: one-shot 0 and 1, two-shot's scatter 2 and 3, its gather 4. */
-#define SHARED(buffer) ((buffer) < 5)
-#define BUFFERS (5 + 3 * STREAMS)
+/* Buffers: one-shot 0 and 1, two-shot's scatter 2 and 3, its gather 4, two that no other algorithm has. */
+#define SHARED(buffer) ((buffer) < 2)
+#define BUFFERS (5 + 2 * STREAMS)
 /* A streamed call scatters through three in turn, from FIRST in the first launch to LAST in the last one ... */
 #ifndef FIRST
-#define FIRST 5
+#define FIRST (2 + two_parity)
 #endif
 #ifndef MIDDLE
-#define MIDDLE 2        /* where it lies: 0 to 4 */
+#define MIDDLE 1        /* where it lies: 0, 1, 5 or 6 */
 #endif
 #ifndef LAST
-#define LAST 6
+#define LAST (3 - two_parity)
 #endif
 /* ... and gathers through two: FINAL in the last launch and every second one before it, OTHER in the rest. */
 #ifndef FINAL
-#define FINAL 7
+#define FINAL 4
 #endif
 #ifndef OTHER
-#define OTHER 0         /* where it lies: 0 to 4, but not with MIDDLE */
+#define OTHER 0         /* where it lies: 0, 1, 5 or 6, but not with MIDDLE */
 #endif
 #ifndef ANYWHERE
-#define ANYWHERE 1      /* whether MIDDLE and OTHER may lie over other channels' and sources' slots, too */
+#define ANYWHERE 1      /* whether MIDDLE and OTHER may lie over one-shot's slots of other channels and sources, too */
 #endif
 
 /* Planted mistakes, by -DMUTANT=... */
@@ -87,6 +87,7 @@
 #define NO_DEADLINE 17          /* nobody gives up */
 #define ONE_DIRECTION 18        /* the scatter buffers are taken in the same direction, whatever the number of launches */
 #define GATHER_FROM_FRONT 19    /* the gather buffers alternate from the first launch, not from the last */
+#define STREAM_ADVANCES 20      /* the last launch of a streamed call ends an epoch */
 #ifndef MUTANT
 #define MUTANT NONE
 #endif
@@ -137,7 +138,7 @@ byte ended;
 #define ARRIVED(buffer) (HERE(0, buffer) && HERE(1, buffer) && HERE(2, buffer) && HERE(3, buffer))
 #define COMPLETE(kernels, rank) ((kernels) == 0 || waited[rank] > (kernels)) /* so many, the first ones */
 #define MAY_LAND(k, buffer, rank) \
-    (form[k] == STREAM -> !SHARED(buffer) || COMPLETE(k - launch[k], rank) : COMPLETE(used[k], rank))
+    (!SHARED(buffer) || COMPLETE((form[k] == STREAM -> k - launch[k] : used[k]), rank))
 #define EVERYBODY_WAITED(k) (waited[0] > k && waited[1] > k && waited[2 % N] > k && waited[3 % N] > k)
 
 /* The kernel after the running one may push before its wait, once its predecessor has triggered: a thread of every
@@ -229,7 +230,8 @@ inline start() {
 inline complete() {
     if
     :: form[k] == ONE_SHOT -> one_parity = !one_parity
-    :: form[k] == TWO_SHOT -> two_parity = !two_parity
+    :: form[k] == TWO_SHOT || MUTANT == STREAM_ADVANCES && form[k] == STREAM && launch[k] == launches[k] - 1 ->
+        two_parity = !two_parity
     :: else
     fi;
     k++;
@@ -311,7 +313,8 @@ inline add(what, place, total) {
     launches[kernels] = total;
     used[kernels] = last;
     if
-    :: what >= STREAM && (SHARED(SCATTER(kernels)) || SHARED(GATHER(kernels))) -> last = kernels + 1
+    :: what >= STREAM && (SHARED(MIDDLE) && TURN(kernels) == 1 || SHARED(OTHER) && TO_COME(kernels) % 2 == 1) ->
+        last = kernels + 1
     :: else
     fi;
     kernels++
@@ -319,6 +322,7 @@ inline add(what, place, total) {
 
 init {
     byte i, busy, length, call, last;
+    bit two_parity;  /* MIDDLE may be planted as FIRST */
     atomic {
         for (call : 1 .. CALLS) {
             if
