@@ -22,11 +22,11 @@ def ptx_functions(text: str) -> dict[str, str]:
     """Functions of ptx.cuh that touch memory or order accesses to it, and the mnemonic of each."""
     found = {}
     for function in text.split("__device__ inline ")[1:]:
-        asm = re.search(r'asm volatile\(\s*"\s*([a-z][\w.]+)', function)
+        asm = re.search(r'asm volatile\(\s*(?:"{[^"]*@yes "\s*)?"\s*([a-z][\w.]+)', function)
         if not asm:
             continue  # plain arithmetic
         name, mnemonic = re.match(r"[\w ]+?(\w+)\(", function)[1], asm[1]
-        if not mnemonic.startswith(("mov.", "nanosleep.")):
+        if not mnemonic.startswith(("mov.", "exit")):
             found[name] = mnemonic
     return found
 

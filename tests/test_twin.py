@@ -260,10 +260,9 @@ SEEDS = 6
 SYNC = "    __syncwarp();  // every lane has read the epoch; after the loops below, bringing them together would take 0.1 us\n"
 WAIT = "    griddepcontrol_wait();\n"
 STATE = "    const u64 state = ld_relaxed_gpu_v2_u32(own_channel);\n"
-PUSH = "st_relaxed_sys_v4(slot, p);"
 POISON = "        poison(mine, slots.stride);\n"
-LOAD = "    for (u32 k = 0; k < PACKETS; k++) own[k] = in.load(first + k * WARP);\n"
-GATHERED = "        if (!receive(a, mine, slots.stride, gather,"
+LOAD = "    for (u32 k = 0; k < PACKETS; k++) own[k] = sendable(in.load(first + k * WARP));\n"
+GATHERED = "        receive(mine, slots.stride, peers, [] {}"
 VOTE = "    const bool met = all_sync("
 STORED = "    if (lane == 0) st_relaxed_gpu_u32(control + FIELD(Control, sequence), sequence);\n"
 SIGNED = "(signature.w[1] == sequence) & (signature.w[3] == sequence)"
@@ -283,21 +282,22 @@ BUGS = {
     "a stream has two scatter buffers": ("streamed calls", ANY, [("two_shot.cu", "STREAM ? a.scatter ^", "STREAM ? (a.scatter ? a.scatter : 2) ^")]),
     "a stream has one gather buffer": ("streamed calls", ANY, [("two_shot.cu", "STREAM ? a.gather", "STREAM ? 4")]),
     "a stream begins with the same buffer in every epoch": ("mixed calls", ANY, [("two_shot.cu", "a.scatter ^ (parity & a.scatter >> 1)", "a.scatter")]),
-    "a stream flips the epoch": ("mixed calls", ANY, [("two_shot.cu", "if (!STREAM) st_relaxed", "if (!STREAM || a.last) st_relaxed")]),
+    "a stream flips the epoch": ("mixed calls", ANY, [("two_shot.cu", "if (!STREAM && lane == 0)", "if ((!STREAM || a.last) && lane == 0)")]),
     "a stream's launches start at once": ("streamed calls", ANY, [("two_shot.cu", "if (!STREAM) griddepcontrol_launch_dependents();", "griddepcontrol_launch_dependents();")]),
     "gather and scatter share slots": ("mixed calls", ANY, [("two_shot.cu", "STREAM ? a.gather : 2", "STREAM ? a.gather : 1")]),
     "one-shot's slots are not poisoned again": ("mixed calls", ANY, [("one_shot.cu", POISON, "")]),
     "scatter's slots are not poisoned again": ("mixed calls", ANY, [("two_shot.cu", "own[k]);\n" + POISON, "own[k]);\n")]),
     "gather's slots are not poisoned again": ("mixed calls", ANY, [("two_shot.cu", "peers[j]);\n" + POISON, "peers[j]);\n")]),
     "slots are poisoned before they are read": ("mixed calls", ANY, [("two_shot.cu", GATHERED, POISON + GATHERED)]),
-    "packets go into the neighbour's slot": ("mixed calls", ANY, [("staging.cuh", PUSH, PUSH.replace("slot,", "slot ^ 16,"))]),
+    "packets go into the neighbour's slot": ("mixed calls", ANY, [("staging.cuh", "a.capacity + index) * 16;", "a.capacity + (index ^ 1)) * 16;")]),
     "packets go into another source's slot": ("mixed calls", ANY, [("staging.cuh", "u64(place(a.rank, peer))", "u64(PEERS - 1 - place(a.rank, peer))")]),
-    "ranks are summed downwards": ("mixed calls", {"bits"}, [("packet.cuh", "T::unpack(v[rank].w[i], x);", "T::unpack(v[WORLD_SIZE - rank].w[i], x);")]),
+    "ranks are summed downwards": ("mixed calls", {"bits"}, [("packet.cuh", "peers[0].w[i]", "peers[WORLD_SIZE - 2].w[i]"), ("packet.cuh", "peers[turn].w[i]", "peers[WORLD_SIZE - 2 - turn].w[i]")]),
+    "the own addend comes last": ("mixed calls", {"bits"}, [("packet.cuh", "turn == 1 ? rank <= 1 : rank == turn", "rank < WORLD_SIZE && turn == WORLD_SIZE - 1")]),
     "the sum begins with zero": (
-        "special values", {"bits"}, [("packet.cuh", "T::unpack(v[0].w[i], acc);", "T::unpack(v[0].w[i], acc); for (float &f : acc) f += 0.0f;")]),
+        "special values", {"bits"}, [("packet.cuh", "T::unpack(peers[0].w[i], acc);", "T::unpack(peers[0].w[i], acc); for (float &f : acc) f += 0.0f;")]),
     "every addition is rounded": (
         "mixed calls", {"bits"}, [("packet.cuh", "acc[e] += x[e];\n", "acc[e] += x[e];\n            T::unpack(T::pack(acc), acc);\n")]),
-    "the own addend is forgotten": ("mixed calls", {"bits"}, [("one_shot.cu", "in_rank_order(peers, own[k], a.rank, v);", "in_rank_order(peers, ZEROS, a.rank, v);")]),
+    "the own addend is forgotten": ("mixed calls", {"bits"}, [("one_shot.cu", "sum<T>(peers, own[k], rank)", "sum<T>(peers, ZEROS, rank)")]),
     "the tail is one too long": (
         "mixed calls", {"bits", "guard"}, [("packet.cuh", "+ i < numel)\n", "+ i <= numel)\n")]),
     "the tail is one too short": ("mixed calls", {"bits"}, [("packet.cuh", "+ i < numel)\n", "+ i + 1 < numel)\n")]),
@@ -305,11 +305,11 @@ BUGS = {
     "a rank whose part is empty skips the channel": (
         "mixed calls", ANY, [("two_shot.cu", "if (first - lane >= part) return;", "if (first - lane >= part || a.rank * part >= in.packets) return;")]),
     "padding lanes do not push": (
-        "mixed calls", ANY, [("two_shot.cu", "push(slots.to[j] + scattered", "if (first + k * WARP < part) push(slots.to[j] + scattered")]),
-    "a payload may look like the sentinel": ("special values", ANY, [("staging.cuh", "min(p.w[i], EMPTY - 1)", "min(p.w[i], EMPTY)")]),
+        "mixed calls", ANY, [("two_shot.cu", "theirs[k][j], alive);", "theirs[k][j], alive && first + k * WARP < part);")]),
+    "a payload may look like the sentinel": ("special values", ANY, [("staging.cuh", "min_u32(p.w[i], EMPTY - 1)", "min_u32(p.w[i], EMPTY)")]),
     "one word of a packet counts as all": (
         "mixed calls", ANY, [("staging.cuh", "p.w[0] != EMPTY && p.w[1] != EMPTY && p.w[2] != EMPTY && p.w[3] != EMPTY", "p.w[0] != EMPTY")]),
-    "packets are stored weakly": ("ThreadSanitizer", {"race"}, [("staging.cuh", PUSH, "st_global_v4(slot, p);")]),
+    "packets are stored weakly": ("ThreadSanitizer", {"race"}, [("one_shot.cu", "st_relaxed_sys_v4(slots.to[j] + buffer + k * WARP * 16, own[k], alive);", "st_global_v4(slots.to[j] + buffer + k * WARP * 16, own[k]);")]),
     "packets are polled weakly": ("ThreadSanitizer", {"race"}, [("staging.cuh", "if (!came[j]) u[j] = ld_relaxed_sys_v4(", "if (!came[j]) u[j] = ld_global_v4(")]),
     "the report is signalled without a fence": ("absent rank", {"early report"}, [("staging.cuh", "    fence_acq_rel_sys();\n", "")]),
     "the report is signalled before it is written": (
@@ -321,10 +321,10 @@ BUGS = {
     "nobody was met": ("phases", {"report"}, [("guard.cuh", "    if (met && !known) st_relaxed_gpu_u32(", "    if (!met && !known) st_relaxed_gpu_u32(")]),
     "epoch words of another algorithm": ("mixed calls", {"guard", *ANY}, [("two_shot.cu", "a.channels + channel *", "a.channels - channel *")]),
     "launches may overlap before the ticket is drawn": ("mixed calls", ANY, [("guard.cuh", "    u32 entered = 0;\n", "    griddepcontrol_launch_dependents();\n    u32 entered = 0;\n")]),
-    "what the kernel before has stopped is overlooked": ("absent rank", {"pushed", "overwritten"}, [("one_shot.cu", "aborted | state >> 32", "aborted")]),
+    "what the kernel before has stopped is overlooked": ("absent rank", {"pushed", "overwritten"}, [("one_shot.cu", "aborted | u32(state >> 32)", "aborted")]),
     "channels are not told": ("absent rank", {"pushed", "overwritten"}, [("staging.cuh", "for (u32 c = 0; c < channels; c++)", "for (u32 c = 0; c < 0 * channels; c++)")]),
     "who waits long sees nothing come": ("mixed calls", {"report"}, [("staging.cuh", "return !missing;", "return since && !missing;")]),
-    "who gave up keeps pushing": ("absent rank", {"overwritten", "pushed"}, [("one_shot.cu", "aborted | state >> 32) return", "aborted & !aborted) return")]),
+    "who gave up keeps pushing": ("absent rank", {"overwritten", "pushed"}, [("one_shot.cu", "aborted | u32(state >> 32)", "aborted & !aborted")]),
     "the first signature is numbered 0": ("mixed calls", {"bits", "report"}, [
         ("guard.cuh", "entered) + 1;", "entered);"), ("guard.cuh", "u32(signed_ended) == sequence - 1 &&", "u32(signed_ended) == sequence &&"),
         ("guard.cuh", ">> 32) - (sequence - 1))", ">> 32) - sequence)"),
@@ -334,7 +334,7 @@ BUGS = {
     "half a signature counts as all": ("mixed calls", {"bits", "report"}, [("guard.cuh", SIGNED, "signature.w[1] == sequence")]),
     "the guard does not wait": ("mixed calls", ANY, [("guard.cuh", WAIT, "")]),
     "sizes are not compared": ("calls differ", {"report"}, [("guard.cuh", "(other ^ call) & ~(u64(IN_PLACE) << 32)", "(other ^ call) >> 32 & ~IN_PLACE")]),
-    "calls never end": ("mixed calls", {"report", "in flight"}, [("one_shot.cu", "        ending.say();\n", "")]),
+    "calls never end": ("mixed calls", {"report", "in flight"}, [("one_shot.cu", "    if (lane == 0) ending.say();\n", "")]),
     "every launch of a stream ends a call": ("streamed calls", {"report", "in flight"}, [("guard.cuh", "GUARDED && a.last && last_channel ?", "GUARDED && last_channel ?")]),
     "calls that begin are not counted": ("mixed calls", {"in flight", "report"}, [("guard.cuh", "if (lane == 0) entered = atom_add_relaxed_gpu_u32(a.control + FIELD(Control, entered), 1);", "")]),
     "completion is signalled before the last store": ("mixed calls", ANY, [("driver.cpp", "next.drained < next.grid", "next.triggered < next.grid")]),

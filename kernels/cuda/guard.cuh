@@ -90,6 +90,17 @@ __device__ __noinline__ void give_up(const Args &a, u32 first, u32 part, Wait wa
     stop(a, TIMEOUT, wait.culprit(a), wait.buffer, wait.waited_ns);
 }
 
+// Of a thread whose packets are late: returns when they are there, or gives up. Out of line, not to stand between the usual
+// wait and what follows it.
+template <class T, bool WHOLE, u32 PARTS>
+__device__ __noinline__ void wait_long(const Args &a, u64 slot, u32 stride, u32 buffer, u32 first, u32 part) {
+    Wait wait;
+    wait.buffer = buffer;
+    if (wait.ends_well(a, slot, stride)) return;
+    give_up<T, WHOLE, PARTS>(a, first, part, wait);
+    exit_thread();
+}
+
 // Of a call's last channel: says, when it is done, that the call has ended. The count is read while the peers are waited for.
 struct Ending {
     u64 count;  // where it is; 0 in all other channels

@@ -26,6 +26,8 @@ __device__ inline void one_shot(const Args &a) {
     materialize(in.address);
     materialize(out.address);
     materialize(own_channel);
+    u32 rank = a.rank;
+    materialize(rank);
     Ending ending(a, first + WARP * PACKETS >= in.packets);
     if (GUARDED) materialize(ending.count);
     const bool aborted = stopped(a);
@@ -34,32 +36,34 @@ __device__ inline void one_shot(const Args &a) {
     // The loads overlap only in this order: the compiler uses the parity before it loads anything else.
     Packet own[PACKETS];
 #pragma unroll
-    for (u32 k = 0; k < PACKETS; k++) own[k] = in.load(first + k * WARP);
-    Wait wait;
+    for (u32 k = 0; k < PACKETS; k++) own[k] = sendable(in.load(first + k * WARP));
     const u64 state = ld_relaxed_gpu_v2_u32(own_channel);
     __syncwarp();  // every lane has read the epoch; after the loops below, bringing them together would take 0.1 us
     const u32 parity = u32(state) & 1;
     const u32 buffer = slots.buffer(parity);
-    if (GUARDED && aborted | state >> 32) return give_up<T, WHOLE, 1>(a, first, in.packets, wait);
+    const bool alive = !(GUARDED && aborted | u32(state >> 32));
 #pragma unroll
     for (u32 k = 0; k < PACKETS; k++)
 #pragma unroll
         for (u32 j = 0; j < PEERS; j++)
-            push(slots.to[j] + buffer + k * WARP * 16, own[k]);
+            st_relaxed_sys_v4(slots.to[j] + buffer + k * WARP * 16, own[k], alive);
     ending.look();
+    if (!alive) return give_up<T, WHOLE, 1>(a, first, in.packets, Wait());
+    if (lane == 0) st_relaxed_gpu_u32(own_channel + FIELD(Channel, epoch), parity ^ 1);
 #pragma unroll
     for (u32 k = 0; k < PACKETS; k++) {
         const u64 mine = slots.mine + buffer + k * WARP * 16;
-        Packet peers[PEERS], v[WORLD_SIZE];
-        if (!receive(a, mine, slots.stride, parity, wait, peers)) return give_up<T, WHOLE, 1>(a, first, in.packets, wait);
-        in_rank_order(peers, own[k], a.rank, v);
-        out.store(first + k * WARP, sum<T>(v));
+        Packet peers[PEERS], result;
+        const auto reduce = [&] {
+            result = sum<T>(peers, own[k], rank);
+            opaque(result);
+        };
+        const auto late = [&] { wait_long<T, WHOLE, 1>(a, mine, slots.stride, parity, first, in.packets); };
+        receive(mine, slots.stride, peers, reduce, late);
+        out.store(first + k * WARP, result);
         poison(mine, slots.stride);
     }
-    if (lane == 0) {
-        st_relaxed_gpu_u32(own_channel + FIELD(Channel, epoch), parity ^ 1);
-        ending.say();
-    }
+    if (lane == 0) ending.say();
 }
 
 ENTRY_ALL_DTYPES(one_shot)

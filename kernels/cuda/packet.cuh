@@ -69,33 +69,24 @@ struct Tensor {
     }
 };
 
-// The packets of all ranks in rank order, out of the own one and those of the peers; by selects, as a run-time
-// index would move them to local memory.
-__device__ inline void in_rank_order(const Packet (&peers)[WORLD_SIZE - 1], Packet own, u32 rank, Packet (&v)[WORLD_SIZE]) {
-    if constexpr (WORLD_SIZE == 2) {
-        v[0] = own, v[1] = peers[0];  // fp32 addition commutes
-    } else {
-#pragma unroll
-        for (u32 s = 0; s < WORLD_SIZE; s++) {
-            Packet below = s < WORLD_SIZE - 1 ? peers[s] : own, above = s > 0 ? peers[s - 1] : own;
-#pragma unroll
-            for (u32 i = 0; i < 4; i++) v[s].w[i] = s == rank ? own.w[i] : s < rank ? below.w[i] : above.w[i];
-        }
-    }
-}
-
-// fp32 sum in absolute rank order, rounded once to T: the same bits in every algorithm. The sum starts
-// from rank 0's value, not from zero, so that -0 + -0 stays -0.
+// fp32 sum in absolute rank order, rounded once to T: the same bits in every algorithm. The own addend has its turn by
+// predicates: to put it among the others by selects would take twice as long. The sum starts from the first two ranks'
+// values, whose order does not matter, not from zero, so that -0 + -0 stays -0.
 template <class T>
-__device__ inline Packet sum(const Packet (&v)[WORLD_SIZE]) {
+__device__ inline Packet sum(const Packet (&peers)[WORLD_SIZE - 1], Packet own, u32 rank) {
     Packet r;
 #pragma unroll
     for (u32 i = 0; i < 4; i++) {
-        float acc[T::PER_WORD], x[T::PER_WORD];
-        T::unpack(v[0].w[i], acc);
+        float acc[T::PER_WORD], mine[T::PER_WORD], x[T::PER_WORD];
+        T::unpack(peers[0].w[i], acc);
+        T::unpack(own.w[i], mine);
 #pragma unroll
-        for (u32 rank = 1; rank < WORLD_SIZE; rank++) {
-            T::unpack(v[rank].w[i], x);
+        for (u32 turn = 1; turn < WORLD_SIZE; turn++) {
+            const bool now = turn == 1 ? rank <= 1 : rank == turn;
+#pragma unroll
+            for (u32 e = 0; e < T::PER_WORD; e++) add_if(now, acc[e], mine[e]);
+            if (turn == WORLD_SIZE - 1) break;
+            T::unpack(peers[turn].w[i], x);
 #pragma unroll
             for (u32 e = 0; e < T::PER_WORD; e++) acc[e] += x[e];
         }

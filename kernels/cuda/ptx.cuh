@@ -36,9 +36,11 @@ __device__ inline Packet ld_relaxed_sys_v4(u64 address) {
     return p;
 }
 
-__device__ inline void st_relaxed_sys_v4(u64 address, Packet p) {
-    asm volatile("st.relaxed.sys.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(p.w[0]),
-                 "r"(p.w[1]), "r"(p.w[2]), "r"(p.w[3])
+// Only if `yes`: a predicate, as a branch would take longer than the store.
+__device__ inline void st_relaxed_sys_v4(u64 address, Packet p, bool yes = true) {
+    asm volatile("{ .reg .pred yes; setp.ne.u32 yes, %5, 0; @yes "
+                 "st.relaxed.sys.global.v4.u32 [%0], {%1, %2, %3, %4}; }" ::"l"(address), "r"(p.w[0]), "r"(p.w[1]),
+                 "r"(p.w[2]), "r"(p.w[3]), "r"(u32(yes))
                  : "memory");
 }
 
@@ -130,14 +132,28 @@ __device__ inline u32 zero() {
 #endif
 }
 
-// The value, not 1, is in a register when this returns: a branch on it keeps the assembler from putting it off.
+// The value, not 1 (not all ones), is in a register when this returns: a branch on it keeps the assembler from putting it off.
 __device__ inline void materialize(u64 &value) {
     value += zero();
     asm volatile("{ .reg .pred none; setp.eq.u64 none, %0, 1; @none exit; }" : "+l"(value)::"memory");
 }
+__device__ inline void materialize(u32 &value) {
+    value += zero();
+    asm volatile("{ .reg .pred none; setp.eq.u32 none, %0, 0xFFFFFFFF; @none exit; }" : "+r"(value)::"memory");
+}
 
-// Whatever is known about the value is forgotten, so that no branch on it is joined with one before.
+// Whatever is known about the value is forgotten, so that no branch on it is joined with one before, and nothing that leads
+// to it is put off.
 __device__ inline void opaque(u32 &value) { asm volatile("" : "+r"(value)); }
+__device__ inline void opaque(Packet &p) {
+#pragma unroll
+    for (u32 i = 0; i < 4; i++) opaque(p.w[i]);
+}
+
+[[noreturn]] __device__ inline void exit_thread() {
+    asm volatile("exit;");
+    __builtin_unreachable();
+}
 
 // Of the lanes in `mask`, all of which take part.
 __device__ inline bool all_sync(u32 mask, bool p) { return __all_sync(mask, p); }
@@ -157,6 +173,18 @@ __device__ inline void griddepcontrol_wait() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
+}
+
+// One instruction, where the compiler would make a comparison and a select of it.
+__device__ inline u32 min_u32(u32 a, u32 b) {
+    u32 r;
+    asm("min.u32 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+    return r;
+}
+
+// sum += x, if `yes`.
+__device__ inline void add_if(bool yes, float &sum, float x) {
+    asm("{ .reg .pred yes; setp.ne.u32 yes, %2, 0; @yes add.f32 %0, %0, %1; }" : "+f"(sum) : "f"(x), "r"(u32(yes)));
 }
 
 __device__ inline float cvt_f32_f16(u32 low16) {

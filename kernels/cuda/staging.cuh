@@ -92,9 +92,10 @@ __device__ inline u32 target(const Args &a, u32 k) {
 struct Slots {
     u64 mine;
     u32 stride;     // bytes from one place to the next
+    u32 pitch;      // bytes from one buffer to the next
     u64 to[PEERS];  // at target(k)
 
-    __device__ Slots(const Args &a, u32 index) : mine(a.own + a.slots + index * 16ull), stride(a.capacity * 16 + zero()) {
+    __device__ Slots(const Args &a, u32 index) : mine(a.own + a.slots + index * 16ull), stride(a.capacity * 16 + zero()), pitch(a.capacity * (16 * PEERS) + zero()) {
 #pragma unroll
         for (u32 k = 0; k < PEERS; k++) {
             const u32 peer = target(a, k);
@@ -104,18 +105,18 @@ struct Slots {
         materialize(mine);
     }
 
-    __device__ u32 buffer(u32 number) const { return number * stride * PEERS; }
+    __device__ u32 buffer(u32 number) const { return number * pitch; }
 };
 
 __device__ inline bool arrived(Packet p) {
     return p.w[0] != EMPTY && p.w[1] != EMPTY && p.w[2] != EMPTY && p.w[3] != EMPTY;
 }
 
-// 0xFFFFFFFF is one fp32 NaN or two 16-bit NaNs; ...FE is NaN as well, in every dtype.
-__device__ inline void push(u64 slot, Packet p) {
+// What a slot may be filled with: 0xFFFFFFFF is one fp32 NaN or two 16-bit NaNs; ...FE is NaN as well, in every dtype.
+__device__ inline Packet sendable(Packet p) {
 #pragma unroll
-    for (u32 i = 0; i < 4; i++) p.w[i] = min(p.w[i], EMPTY - 1);
-    st_relaxed_sys_v4(slot, p);
+    for (u32 i = 0; i < 4; i++) p.w[i] = min_u32(p.w[i], EMPTY - 1);
+    return p;
 }
 
 // Tell the host and all channels, once: whoever makes an output NaN calls this.
@@ -189,13 +190,15 @@ struct Wait {
 };
 
 // Wait for the packet of every peer, u[place], in the slots from `first` on. All loads first, then all checks, so
-// that the round trips overlap. Returns whether they came; if not, `wait` says why, and the thread pushes nothing more.
-// `buffer` is for the report.
+// that the round trips overlap. `use()` takes what is there, and once more after `wait_long()`, if that is called for: it
+// returns when all packets are there, or gives up and ends the thread.
 //
 // The inner loop has one way out, by the branch that goes back: behind it the lanes of a warp are together again. With two
 // ways, lanes that leave in different turns would sum and store one after the other, which took a small message 0.1 us.
-// And a long wait leaves nothing in registers that the usual way would have to be merged with.
-__device__ inline bool receive(const Args &a, u64 first, u32 stride, u32 buffer, Wait &wait, Packet (&u)[PEERS]) {
+// Behind the loop the sum comes before the question whether it was too early: by then the answer is there. And a long wait
+// leaves nothing in registers that the usual way would have to be merged with.
+template <class Use, class WaitLong>
+__device__ inline void receive(u64 first, u32 stride, Packet (&u)[PEERS], Use use, WaitLong wait_long) {
     for (;;) {
 #pragma unroll
         for (u32 j = 0; j < PEERS; j++) u[j] = ld_relaxed_sys_v4(first + j * stride);
@@ -211,10 +214,9 @@ __device__ inline bool receive(const Args &a, u64 first, u32 stride, u32 buffer,
                 if (!came[j]) u[j] = ld_relaxed_sys_v4(first + j * stride);
         }
         opaque(polls);
-        if (!GUARDED || polls <= POLLS) return true;
-        wait = Wait();
-        wait.buffer = buffer;
-        if (!wait.ends_well(a, first, stride)) return false;
+        use();
+        if (!GUARDED || polls <= POLLS) return;
+        wait_long();
     }
 }
 

@@ -51,6 +51,8 @@ __device__ inline void two_shot(const Args &a) {
     const Slots slots(a, first);
     u64 own_channel = a.channels + channel * sizeof(Channel);
     materialize(own_channel);
+    u32 rank = a.rank;
+    materialize(rank);
     Ending ending(a, first + WARP * PACKETS >= part);
     const bool aborted = stopped(a);
     // Before this, an earlier kernel of the stream may still be writing the input, the epoch or the slots. A launch
@@ -60,54 +62,57 @@ __device__ inline void two_shot(const Args &a) {
     Packet own[PACKETS], theirs[PACKETS][PEERS];
 #pragma unroll
     for (u32 k = 0; k < PACKETS; k++) {
-        own[k] = in.load(at(a.rank, k));
+        own[k] = in.load(at(rank, k));
 #pragma unroll
-        for (u32 j = 0; j < PEERS; j++) theirs[k][j] = in.load(at(target(a, j), k));
+        for (u32 j = 0; j < PEERS; j++) theirs[k][j] = sendable(in.load(at(target(a, j), k)));
     }
-    Wait wait;
     const u64 state = ld_relaxed_gpu_v2_u32(own_channel);
     __syncwarp();  // every lane has read the epoch; after the loops below, bringing them together would take 0.1 us
     const u32 parity = u32(state) & 1;
     const u32 scatter = STREAM ? a.scatter ^ (parity & a.scatter >> 1) : parity;  // 2 and 3 change places with the parity
     const u32 gather = STREAM ? a.gather : 2;
     const u32 scattered = slots.buffer(scatter), gathered = slots.buffer(gather);
-    if (GUARDED && aborted | state >> 32) return give_up<T, WHOLE, WORLD_SIZE>(a, first, part, wait);
+    const bool alive = !(GUARDED && aborted | u32(state >> 32));
 #pragma unroll
     for (u32 k = 0; k < PACKETS; k++)
 #pragma unroll
         for (u32 j = 0; j < PEERS; j++)
-            push(slots.to[j] + scattered + k * WARP * 16, theirs[k][j]);
+            st_relaxed_sys_v4(slots.to[j] + scattered + k * WARP * 16, theirs[k][j], alive);
     ending.look();
+    if (!alive) return give_up<T, WHOLE, WORLD_SIZE>(a, first, part, Wait());
+    if (!STREAM && lane == 0) st_relaxed_gpu_u32(own_channel + FIELD(Channel, epoch), parity ^ 1);
     if (follows) griddepcontrol_wait();
 
     Packet peers[PEERS];
 #pragma unroll
     for (u32 k = 0; k < PACKETS; k++) {
         const u64 mine = slots.mine + scattered + k * WARP * 16;
-        Packet v[WORLD_SIZE];
-        if (!receive(a, mine, slots.stride, scatter, wait, peers)) return give_up<T, WHOLE, WORLD_SIZE>(a, first, part, wait);
+        Packet result;
+        const auto reduce = [&] {
+            result = sendable(sum<T>(peers, own[k], rank));
+            opaque(result);
+        };
+        const auto late = [&] { wait_long<T, WHOLE, WORLD_SIZE>(a, mine, slots.stride, scatter, first, part); };
+        receive(mine, slots.stride, peers, reduce, late);
         if (STREAM && k == 0) griddepcontrol_launch_dependents();
-        in_rank_order(peers, own[k], a.rank, v);
-        own[k] = sum<T>(v);
+        own[k] = result;
 #pragma unroll
         for (u32 j = 0; j < PEERS; j++)
-            push(slots.to[j] + gathered + k * WARP * 16, own[k]);
-        out.store(at(a.rank, k), own[k]);
+            st_relaxed_sys_v4(slots.to[j] + gathered + k * WARP * 16, own[k]);
+        out.store(at(rank, k), own[k]);
         poison(mine, slots.stride);
     }
 #pragma unroll
     for (u32 k = 0; k < PACKETS; k++) {
         const u64 mine = slots.mine + gathered + k * WARP * 16;
-        if (!receive(a, mine, slots.stride, gather, wait, peers)) return give_up<T, WHOLE, WORLD_SIZE>(a, first, part, wait);
+        const auto late = [&] { wait_long<T, WHOLE, WORLD_SIZE>(a, mine, slots.stride, gather, first, part); };
+        receive(mine, slots.stride, peers, [] {}, late);
 #pragma unroll
         for (u32 j = 0; j < PEERS; j++)
-            out.store(at(source_at(j, a.rank), k), peers[j]);
+            out.store(at(source_at(j, rank), k), peers[j]);
         poison(mine, slots.stride);
     }
-    if (lane == 0) {
-        if (!STREAM) st_relaxed_gpu_u32(own_channel + FIELD(Channel, epoch), parity ^ 1);
-        ending.say();
-    }
+    if (lane == 0) ending.say();
 }
 
 ENTRY_ALL_DTYPES(two_shot)

@@ -409,7 +409,10 @@ void run_lane() {
     acquire(current->context, &launch_order);
     acquire(current->context, &kernel.start);
     __tsan_switch_to_fiber(current->context, 1);
-    kernel.entry(kernel.args.data());
+    try {
+        kernel.entry(kernel.args.data());
+    } catch (const twin::Exit &) {
+    }
     Driver driver;
     release(current->context, &kernel.order);
     progress = now;

@@ -36,6 +36,8 @@ struct Index {
     u32 x, y, z;
 };
 
+struct Exit {};  // thrown by a thread that ends
+
 struct Lane {
     Index thread, block, block_dim, grid_dim;
 };
@@ -131,7 +133,8 @@ inline Packet ld_relaxed_sys_v4(u64 address) {
     return p;
 }
 
-inline void st_relaxed_sys_v4(u64 address, Packet p) {
+inline void st_relaxed_sys_v4(u64 address, Packet p, bool yes = true) {
+    if (!yes) return;
     const u32 turn = twin::random(8);
     for (u32 i = 0; i < 4; i++) {
         const u32 k = (turn < 4 ? turn + i : turn - i) % 4;
@@ -185,7 +188,10 @@ inline void griddepcontrol_wait() { twin::wait(); }
 
 inline u32 zero() { return 0; }
 inline void materialize(u64 &) {}
+inline void materialize(u32 &) {}
 inline void opaque(u32 &) {}
+inline void opaque(Packet &) {}
+[[noreturn]] inline void exit_thread() { throw twin::Exit(); }
 // Of the lanes that have not returned.
 inline bool all_sync(u32, bool p) { return twin::all(p); }
 inline u32 broadcast(u32, u32 v) { return twin::broadcast(v); }
@@ -194,7 +200,10 @@ inline void __syncthreads() { twin::syncthreads(); }
 inline u32 __float_as_uint(float f) { return twin::bits(f); }
 inline float __uint_as_float(u32 w) { return twin::value(w); }
 inline int __ffs(u32 w) { return __builtin_ffs(int(w)); }
-inline u32 min(u32 a, u32 b) { return a < b ? a : b; }
+inline u32 min_u32(u32 a, u32 b) { return a < b ? a : b; }
+inline void add_if(bool yes, float &sum, float x) {
+    if (yes) sum += x;
+}
 
 inline float cvt_f32_f16(u32 low16) {
     const u32 sign = low16 << 16 & 0x80000000u, exponent = low16 >> 10 & 31, mantissa = low16 & 1023;
