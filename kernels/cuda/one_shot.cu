@@ -18,7 +18,7 @@ __device__ inline void one_shot(const Args &a) {
     griddepcontrol_launch_dependents();
     const u32 thread = (blockIdx.x - GUARDED) * blockDim.x + threadIdx.x, lane = thread % WARP, channel = thread / WARP;
     const u32 first = channel * WARP * PACKETS + lane;
-    Tensor<T, WHOLE> in(a.in, a.numel), out(a.out, a.numel);
+    Tensor<T, WHOLE> in(a.in, a.numel, first), out(a.out, a.numel, first);
     if (first - lane >= in.packets) return;  // an idle channel, on every rank
 
     const Slots slots(a, first);
@@ -36,7 +36,7 @@ __device__ inline void one_shot(const Args &a) {
     // The loads overlap only in this order: the compiler uses the parity before it loads anything else.
     Packet own[PACKETS];
 #pragma unroll
-    for (u32 k = 0; k < PACKETS; k++) own[k] = sendable(in.load(first + k * WARP));
+    for (u32 k = 0; k < PACKETS; k++) own[k] = sendable(in.load(k * WARP));
     const u64 state = ld_relaxed_gpu_v2_u32(own_channel);
     __syncwarp();  // every lane has read the epoch; after the loops below, bringing them together would take 0.1 us
     const u32 parity = u32(state) & 1;
@@ -60,7 +60,7 @@ __device__ inline void one_shot(const Args &a) {
         };
         const auto late = [&] { wait_long<T, WHOLE, 1>(a, mine, slots.stride, parity, first, in.packets); };
         receive(mine, slots.stride, peers, reduce, late);
-        out.store(first + k * WARP, result);
+        out.store(k * WARP, result);
         poison(mine, slots.stride);
     }
     if (lane == 0) ending.say();

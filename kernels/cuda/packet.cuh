@@ -34,37 +34,40 @@ constexpr u32 ELEMENTS = 4 * T::PER_WORD;  // elements of dtype T in a packet
 
 // The user's tensor: any number of elements at any element-aligned address. WHOLE: the address is a multiple of 16
 // and the elements fill whole packets; such tensors need a fraction of the code, which is what small messages wait for.
+// Packets are numbered from `first` on.
 template <class T, bool WHOLE>
 struct Tensor {
-    u64 address;
+    u64 address;  // of packet 0 from there
     u32 numel;
     u32 packets;
+    u32 first;
 
-    __device__ Tensor(u64 address, u64 numel)
-        : address(address), numel(numel), packets((u32(numel) + ELEMENTS<T> - 1) / ELEMENTS<T>) {}
+    __device__ Tensor(u64 address, u64 numel, u32 first = 0)
+        : address(address + u64(first) * 16), numel(numel), packets((u32(numel) + ELEMENTS<T> - 1) / ELEMENTS<T>),
+          first(first) {}
 
     // Packet number `packet`, zeros past the end: padding is sent like data, so that every thread of
     // an active warp always exchanges a packet with every peer (the protocol's safety needs it).
     __device__ Packet load(u32 packet) const {
-        if (packet >= packets) return ZEROS;
+        if (first + packet >= packets) return ZEROS;
         u64 at = address + u64(packet) * 16;
         if (WHOLE) return ld_global_v4(at);
         Packet p = ZEROS;
         const typename T::Bits *x = reinterpret_cast<const typename T::Bits *>(at);
 #pragma unroll
         for (u32 i = 0; i < ELEMENTS<T>; i++)
-            if (packet * ELEMENTS<T> + i < numel) p.w[i / T::PER_WORD] |= u32(x[i]) << (16 * (i % T::PER_WORD));
+            if ((first + packet) * ELEMENTS<T> + i < numel) p.w[i / T::PER_WORD] |= u32(x[i]) << (16 * (i % T::PER_WORD));
         return p;
     }
 
     __device__ void store(u32 packet, Packet p) const {
-        if (packet >= packets) return;
+        if (first + packet >= packets) return;
         u64 at = address + u64(packet) * 16;
         if (WHOLE) return st_global_v4(at, p);
         typename T::Bits *x = reinterpret_cast<typename T::Bits *>(at);
 #pragma unroll
         for (u32 i = 0; i < ELEMENTS<T>; i++)
-            if (packet * ELEMENTS<T> + i < numel)
+            if ((first + packet) * ELEMENTS<T> + i < numel)
                 x[i] = (typename T::Bits)(p.w[i / T::PER_WORD] >> (16 * (i % T::PER_WORD)));
     }
 };
@@ -82,7 +85,7 @@ __device__ inline Packet sum(const Packet (&peers)[WORLD_SIZE - 1], Packet own, 
         T::unpack(own.w[i], mine);
 #pragma unroll
         for (u32 turn = 1; turn < WORLD_SIZE; turn++) {
-            const bool now = turn == 1 ? rank <= 1 : rank == turn;
+            const bool now = WORLD_SIZE == 2 || (turn == 1 ? rank <= 1 : rank == turn);
 #pragma unroll
             for (u32 e = 0; e < T::PER_WORD; e++) add_if(now, acc[e], mine[e]);
             if (turn == WORLD_SIZE - 1) break;

@@ -182,6 +182,12 @@ __device__ inline u32 min_u32(u32 a, u32 b) {
     return r;
 }
 
+__device__ inline u32 max_u32(u32 a, u32 b) {
+    u32 r;
+    asm("max.u32 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+    return r;
+}
+
 // sum += x, if `yes`.
 __device__ inline void add_if(bool yes, float &sum, float x) {
     asm("{ .reg .pred yes; setp.ne.u32 yes, %2, 0; @yes add.f32 %0, %0, %1; }" : "+f"(sum) : "f"(x), "r"(u32(yes)));

@@ -108,9 +108,9 @@ struct Slots {
     __device__ u32 buffer(u32 number) const { return number * pitch; }
 };
 
-__device__ inline bool arrived(Packet p) {
-    return p.w[0] != EMPTY && p.w[1] != EMPTY && p.w[2] != EMPTY && p.w[3] != EMPTY;
-}
+// EMPTY is the largest word there is: packets have arrived when all of their words are less.
+__device__ inline u32 largest(Packet p) { return max_u32(max_u32(p.w[0], p.w[1]), max_u32(p.w[2], p.w[3])); }
+__device__ inline bool arrived(Packet p) { return largest(p) != EMPTY; }
 
 // What a slot may be filled with: 0xFFFFFFFF is one fp32 NaN or two 16-bit NaNs; ...FE is NaN as well, in every dtype.
 __device__ inline Packet sendable(Packet p) {
@@ -200,19 +200,15 @@ struct Wait {
 template <class Use, class WaitLong>
 __device__ inline void receive(u64 first, u32 stride, Packet (&u)[PEERS], Use use, WaitLong wait_long) {
     for (;;) {
-#pragma unroll
-        for (u32 j = 0; j < PEERS; j++) u[j] = ld_relaxed_sys_v4(first + j * stride);
-        u32 polls = 0;
+        u32 polls = 0, most;
 #pragma unroll 1
-        for (;;) {
-            bool came[PEERS], all = true;
+        do {
 #pragma unroll
-            for (u32 j = 0; j < PEERS; j++) all &= came[j] = arrived(u[j]);
-            if (all | (GUARDED && ++polls > POLLS)) break;
+            for (u32 j = 0; j < PEERS; j++) u[j] = ld_relaxed_sys_v4(first + j * stride);
+            most = largest(u[0]);
 #pragma unroll
-            for (u32 j = 0; j < PEERS; j++)
-                if (!came[j]) u[j] = ld_relaxed_sys_v4(first + j * stride);
-        }
+            for (u32 j = 1; j < PEERS; j++) most = max_u32(most, largest(u[j]));
+        } while ((most == EMPTY) & (!GUARDED || ++polls <= POLLS));
         opaque(polls);
         use();
         if (!GUARDED || polls <= POLLS) return;

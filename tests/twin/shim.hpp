@@ -201,6 +201,7 @@ inline u32 __float_as_uint(float f) { return twin::bits(f); }
 inline float __uint_as_float(u32 w) { return twin::value(w); }
 inline int __ffs(u32 w) { return __builtin_ffs(int(w)); }
 inline u32 min_u32(u32 a, u32 b) { return a < b ? a : b; }
+inline u32 max_u32(u32 a, u32 b) { return a < b ? b : a; }
 inline void add_if(bool yes, float &sum, float x) {
     if (yes) sum += x;
 }
