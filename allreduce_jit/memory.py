@@ -17,6 +17,7 @@ from .plan import HEADER_BYTES
 
 GRANULARITY = 2 << 20  # allocations of whole 2 MiB pages share no page with anything else
 REPORT_BYTES = 64
+_RELAXED = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
 
 
 class StagingMemory:
@@ -71,7 +72,8 @@ class StagingMemory:
 class SideChannel:
     """Small copies between host and device that pass beside kernels which spin: to stop them, and to learn why.
 
-    Usable from any thread; everything is allocated ahead, as allocating would wait for those kernels.
+    Usable from any thread, beside a graph capture of any thread; everything is allocated ahead, as allocating would wait for
+    those kernels.
     """
 
     NBYTES = 4096
@@ -97,12 +99,17 @@ class SideChannel:
             return ctypes.string_at(self._host, nbytes)
 
     def _run(self, copies) -> None:
-        call("cuCtxPushCurrent", self._context)
+        # Otherwise waiting for a stream is refused while anybody captures one, and spoils that capture.
+        mode = call("cuThreadExchangeStreamCaptureMode", _RELAXED)
         try:
-            copies()
-            call("cuStreamSynchronize", self._stream)
+            call("cuCtxPushCurrent", self._context)
+            try:
+                copies()
+                call("cuStreamSynchronize", self._stream)
+            finally:
+                call("cuCtxPopCurrent")
         finally:
-            call("cuCtxPopCurrent")
+            call("cuThreadExchangeStreamCaptureMode", mode)
 
     def close(self) -> None:
         with self._lock:

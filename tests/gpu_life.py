@@ -6,6 +6,7 @@ import ctypes
 import gc
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 
 import pytest
@@ -192,8 +193,11 @@ def captures(place):
         x = reference.values(3, place.rank, 70_000, torch.bfloat16, place.device)
         want = reference.expected(3, comm.world_size, 70_000, torch.bfloat16, place.device)
         graph = torch.cuda.CUDAGraph()
-        with comm.capture(), torch.cuda.graph(graph):
+        with comm.capture(), torch.cuda.graph(graph), ThreadPoolExecutor(1) as another:
             out = comm.all_reduce(x)
+            # Both read device memory, as does who finds out during a capture that a peer has died.
+            comm.check()
+            another.submit(comm.check).result()
         failing = pytest.raises(ZeroDivisionError) if place.rank == 1 else nullcontext()
         spoilt = torch.cuda.CUDAGraph()
         with failing, comm.capture(), torch.cuda.graph(spoilt):

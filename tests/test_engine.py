@@ -470,6 +470,36 @@ def test_a_module_is_loaded_once_for_each_context(monkeypatch):
     assert driver.load_module(b"one") is not first and calls == [b"one", b"two", b"one"]
 
 
+def test_the_side_channel_may_be_used_while_a_graph_is_captured(monkeypatch):
+    """A thread in the default mode is refused what the side channel needs, and spoils the capture."""
+    pytest.importorskip("cuda.bindings.driver")
+    from cuda.bindings import driver
+
+    from allreduce_jit import memory
+
+    modes, host = driver.CUstreamCaptureMode, ctypes.create_string_buffer(memory.SideChannel.NBYTES)
+    here = SimpleNamespace(mode=modes.CU_STREAM_CAPTURE_MODE_GLOBAL, contexts=0, copied=0)
+
+    def call(name, *args):
+        if name == "cuThreadExchangeStreamCaptureMode":
+            here.mode, before = args[0], here.mode
+            return before
+        if name in ("cuMemcpyDtoHAsync", "cuMemcpyHtoDAsync", "cuStreamSynchronize"):
+            if here.mode is not modes.CU_STREAM_CAPTURE_MODE_RELAXED or here.contexts != 1:
+                raise AllReduceError("operation not permitted when stream is capturing")
+            here.copied += name != "cuStreamSynchronize"
+        here.contexts += {"cuCtxPushCurrent": 1, "cuCtxPopCurrent": -1}.get(name, 0)
+        return {"cuMemHostAlloc": ctypes.addressof(host)}.get(name, 7)
+
+    monkeypatch.setattr(memory, "call", call)
+    side = memory.SideChannel()
+    side.write([1, 2], 5)
+    assert side.read(1, 4) == (5).to_bytes(4, "little") and here.copied == 3
+    with pytest.raises(AllReduceError, match="copies"):
+        side._run(lambda: (_ for _ in ()).throw(AllReduceError("copies")))
+    assert (here.mode, here.contexts) == (modes.CU_STREAM_CAPTURE_MODE_GLOBAL, 0)  # as before, whatever happened
+
+
 @pytest.mark.parametrize("channel_bytes", [4, 8])
 def test_local_state_has_its_channels_behind_the_control_block(monkeypatch, channel_bytes):
     pytest.importorskip("cuda.bindings.driver")
