@@ -445,7 +445,7 @@ def tasks_named():
     return sum(thread.name == "allreduce_jit watcher" for thread in threading.enumerate())
 
 
-def wait_for(condition, seconds=10):
+def wait_for(condition, seconds=60):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited in vain"

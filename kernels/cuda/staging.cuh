@@ -95,7 +95,8 @@ struct Slots {
     u32 pitch;      // bytes from one buffer to the next
     u64 to[PEERS];  // at target(k)
 
-    __device__ Slots(const Args &a, u32 index) : mine(a.own + a.slots + index * 16ull), stride(a.capacity * 16 + zero()), pitch(a.capacity * (16 * PEERS) + zero()) {
+    __device__ Slots(const Args &a, u32 index)
+        : mine(a.own + a.slots + index * 16ull), stride(a.capacity * 16 + zero()), pitch(a.capacity * (16 * PEERS) + zero()) {
 #pragma unroll
         for (u32 k = 0; k < PEERS; k++) {
             const u32 peer = target(a, k);
