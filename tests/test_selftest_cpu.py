@@ -14,7 +14,7 @@ def selftest():
     root = Path(__file__).parent.parent
     command = [sys.executable, "-m", "allreduce_jit", "selftest", "--json", "--cpu", "4", "--max-bytes", "64K"]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))}
-    return subprocess.run([*command, "--deadline", "200"], env=env, capture_output=True, text=True, timeout=250)
+    return subprocess.run([*command, "--deadline", "400"], env=env, capture_output=True, text=True, timeout=450)
 
 
 def test_it_passes(selftest):
