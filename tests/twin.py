@@ -297,19 +297,19 @@ class World:
         ]
         epochs, sequence = torch.tensor([epoch, max(0, epoch - 4)]).to(torch.int32)  # the same bits
         # The channels of every algorithm, and behind them what nobody may touch, but who tells all that this rank is stopped.
-        self._channels, self._between = set(), []
-        for region in self.layout.regions.values():
-            at = LocalState.CONTROL_BYTES + channel_bytes * region.first_channel
-            end = at + channel_bytes * region.channels
-            self._channels.add((at, end))
+        channels, self._between = [], []
+        for first, count in {(region.first_channel, region.channels) for region in self.layout.regions.values()}:
+            at = LocalState.CONTROL_BYTES + channel_bytes * first
+            end = at + channel_bytes * count
+            channels.append(slice(at, end))
             self._between.append(slice(end, end + channel_bytes * GAP))
         for parts in self._parts:
             parts["staging"][HEADER_BYTES:].fill_(0xFF)
             for count in LocalState.COUNTS_AT:
                 parts["local"][count : count + 4].view(torch.int32).fill_(sequence)
             parts["local"][LocalState.CHANNEL_COUNT_AT :][:4].view(torch.int32).fill_(self.layout.channels)
-            for at, end in self._channels:
-                parts["local"][at:end].view(torch.int32)[::2].fill_(epochs)
+            for words in channels:
+                parts["local"][words].view(torch.int32)[::2].fill_(epochs)
             for gap in self._between:
                 parts["local"][gap].fill_(0x5A)
         self._stderr = tempfile.TemporaryFile()
@@ -467,7 +467,7 @@ class World:
         self.close()
 
 
-def cramped(layout: Layout, world_size: int, under: str = "two_shot") -> Layout:
+def cramped(layout: Layout, world_size: int, under: str = "two_shot_wide") -> Layout:
     """Room for two warps per launch, so that a few KB take many launches, and no byte between two algorithms.
 
     Of a stream's buffers, those that may lie over other slots lie over the last ones of the algorithm ``under``.
