@@ -17,7 +17,7 @@ from . import groups
 from .agree import require_cpu_group, require_group
 from .errors import ClosedError, InputError, NotDeterministicError
 from .fallback import TorchEngine
-from .inputs import as_device, check_output, likeness, nothing, packed, plain, refuse
+from .inputs import as_device, check_output, likeness, maker, nothing, packed, plain, refuse
 from .kernel import DTYPES, ITEMSIZE
 from .ladder import climb
 from .plan import Plan
@@ -33,6 +33,7 @@ DTYPE_NAMES = {getattr(torch, name): name for name in DTYPES}
 LARGEST_BAND = 1 << 30
 MAX_ROUTES = 4096
 _STRIDED = torch.strided
+_current_device = getattr(torch._C, "_cuda_getDevice", None)  # without the check whether CUDA was set up
 
 
 @dataclass(slots=True)
@@ -41,15 +42,17 @@ class Route:
 
     Attributes:
         fits: whether a tensor is like one that has passed every check, so that it need not; a no says nothing.
+        empty: makes such a tensor on the current device.
         nbytes: size of such a tensor.
     """
 
     runner: Prepared | TorchEngine | None
     fits: Callable[[object], bool]
+    empty: Callable[[], torch.Tensor] | None
     nbytes: int
 
 
-NOWHERE = Route(None, nothing, 0)
+NOWHERE = Route(None, nothing, None, 0)
 
 
 def init(
@@ -101,7 +104,8 @@ class Communicator:
                  highest: Path = Path.V2, lowest: Path = Path.LEGACY, create_groups: bool = True,
                  max_ctas: int | None = None):
         self.device = device
-        self._index = -1 if device.type == "cpu" else device.index  # as Tensor.get_device has it
+        self._index = index = -1 if device.type == "cpu" else device.index  # as Tensor.get_device has it
+        self._current = _current_device if device.type == "cuda" and torch.cuda.is_available() else lambda: index
         self.deterministic = deterministic
         self.rank = dist.get_rank(group)
         self.world_size = dist.get_world_size(group)
@@ -149,13 +153,16 @@ class Communicator:
             ClosedError, InputError, InputTypeError, NotDeterministicError: nothing was launched.
             CommunicatorFailed: an earlier call did not complete, or a peer has died; nothing was launched.
         """
+        if self._current() != self._index:
+            with torch.cuda.device(self.device):
+                return self.all_reduce(x, out)
         route = self._last
         if not route.fits(x):
             route = self._last = self._known(x)
             if not route.fits(x):
                 return self._all_reduce(x, out)
         if out is None:
-            out = torch.empty_like(x)
+            out = route.empty()
         elif out is not x and (not route.fits(out) or abs(out.data_ptr() - x.data_ptr()) < route.nbytes):
             return self._all_reduce(x, out)
         route.runner.all_reduce(x, out)
@@ -370,7 +377,7 @@ class Communicator:
         if not route.fits(x):
             numel, dtype = x.numel(), x.dtype
             runner = self._runners.get((numel, dtype)) or self._runner(numel, dtype)
-            route = Route(runner, likeness(x), numel * dtype.itemsize)
+            route = Route(runner, likeness(x), maker(x), numel * dtype.itemsize)
             if route.fits(x):
                 _remember(self._routes, (x.shape, dtype), route)
         return route

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache, partial
 
 from cuda.bindings import driver
 
@@ -26,6 +27,17 @@ def call(name: str, *args):
 def describe(error) -> str:
     _, text = driver.cuGetErrorString(error)
     return f"{error.name} ({text.decode() if text else 'no description'})"
+
+
+@contextlib.contextmanager
+def beside_captures() -> Iterator[None]:
+    """This thread's calls inside are none of a graph that anybody captures: calls that wait, or take or give back memory, are
+    refused otherwise, and spoil that capture."""
+    mode = call("cuThreadExchangeStreamCaptureMode", driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED)
+    try:
+        yield
+    finally:
+        call("cuThreadExchangeStreamCaptureMode", mode)
 
 
 class Module:
@@ -68,20 +80,39 @@ class _Config(ctypes.Structure):
     ]
 
 
-_launch_kernel = None  # the driver's own entry: a call through the bindings builds Python objects each time
+class _Node(ctypes.Structure):
+    """``CUDA_KERNEL_NODE_PARAMS_v2``."""
+
+    _fields_ = [
+        ("kernel", ctypes.c_void_p),
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared_bytes", ctypes.c_uint),
+        ("arguments", ctypes.c_void_p),
+        ("extra", ctypes.c_void_p),
+        ("library_kernel", ctypes.c_void_p),
+        ("context", ctypes.c_void_p),
+    ]
 
 
-def _entry():
-    global _launch_kernel
-    if _launch_kernel is None:
-        _launch_kernel = ctypes.CDLL("libcuda.so.1").cuLaunchKernelEx
-    return _launch_kernel
+@cache
+def _entry(name: str) -> Callable[..., int]:
+    """The driver's own entry: a call through the bindings builds Python objects each time."""
+    return getattr(ctypes.CDLL("libcuda.so.1"), name)
+
+
+def _check(what: str, error: int) -> None:
+    if error:
+        raise AllReduceError(f"{what}: {describe(driver.CUresult(error))}")
 
 
 class Launch:
     """One kernel with its grid and argument block, ready to be launched again and again.
 
     ``arguments`` are ctypes values; the launch reads what they hold at that moment. Not for two threads at once.
+
+    Attributes:
+        node: the same for a graph, as the driver takes it.
     """
 
     def __init__(self, kernel, arguments: Sequence[ctypes._SimpleCData | ctypes.Structure], grid: int, block: int,
@@ -95,15 +126,54 @@ class Launch:
         pointers = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(a) for a in arguments))
         self.arguments, self.grid = arguments, grid
         self._config = _Config((grid, ranks, 1), (block, 1, 1), shared_bytes, None, table, len(attributes))
-        self._keep = (kernel, table)
+        self._keep = (kernel, table, pointers)
         self._stream: int | None = None
         # Pointers that ctypes need not convert at each call. The kernel's handle is one to the driver only.
         handle = ctypes.c_char.from_address(int(kernel))
-        self._call = partial(_entry(), ctypes.byref(self._config), ctypes.byref(handle), ctypes.byref(pointers), None)
+        node = _Node(int(kernel), self._config.grid, self._config.block, shared_bytes, ctypes.addressof(pointers))
+        self.node = ctypes.byref(node)
+        self._call = partial(_entry("cuLaunchKernelEx"), ctypes.byref(self._config), ctypes.byref(handle), ctypes.byref(pointers), None)
 
     def __call__(self, stream: int) -> None:
         if stream != self._stream:
             self._config.stream = self._stream = stream
         error = self._call()
         if error:
-            raise AllReduceError(f"kernel launch: {describe(driver.CUresult(error))}")
+            _check("kernel launch", error)
+
+
+class Graph:
+    """A graph of one kernel, to be aimed at one launch after another. Not for two threads at once.
+
+    ``launch`` is what it begins with, ``stream`` holds the one to launch it on. Neither cooperative launches nor dependent
+    ones: those attributes are left behind.
+    """
+
+    def __init__(self, launch: Launch, stream: ctypes.c_void_p):
+        with beside_captures():
+            self._graph, node = call("cuGraphCreate", 0), ctypes.c_void_p()
+            try:
+                add = _entry("cuGraphAddKernelNode_v2")
+                _check("graph node", add(ctypes.byref(node), ctypes.c_void_p(int(self._graph)), None, ctypes.c_size_t(0), launch.node))
+                self._executable = call("cuGraphInstantiate", self._graph, 0)
+            except AllReduceError:
+                call("cuGraphDestroy", self._graph)
+                raise
+        executable = ctypes.c_void_p(int(self._executable))
+        self._aim = partial(_entry("cuGraphExecKernelNodeSetParams_v2"), executable, node)
+        self._call = partial(_entry("cuGraphLaunch"), executable, stream)
+
+    def aim(self, launch: Launch) -> None:
+        """Be ``launch`` from now on, with the values that its arguments hold now. What is in flight stays what it is."""
+        _check("graph update", self._aim(launch.node))
+
+    def __call__(self) -> None:
+        error = self._call()
+        if error:
+            _check("graph launch", error)
+
+    def close(self) -> None:
+        """What is in flight comes to its end."""
+        with beside_captures():
+            call("cuGraphExecDestroy", self._executable)
+            call("cuGraphDestroy", self._graph)

@@ -23,6 +23,7 @@ from .failure import SIGNATURES, SIGNATURES_AT, Kind, abort_code, explain, heard
 from .kernel import DTYPES, KernelSpec, catalogue
 from .memory import LocalState, SideChannel, StagingMemory
 from .plan import PACKET, Layout, Plan
+from .replay import LARGEST, Call, Replays
 from .settings import Settings
 from .tuning import Bands
 
@@ -31,9 +32,9 @@ DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 VERIFY_BYTES = 64 << 10
 VERIFY_SECONDS = 10.0
 MAX_SHAPES = 4096  # Control.met of staging.cuh
-# Neither a device nor a stream object: those take longer to make than the rest of a call's preparation.
-_current_device = getattr(torch._C, "_cuda_getDevice", None)
+# Not a stream object: that takes longer to make than the rest of a call's preparation.
 _current_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+_capturing = getattr(torch._C, "_cuda_isCurrentStreamCapturing", None)
 _NO_TIMING = 2  # CU_EVENT_DISABLE_TIMING
 
 
@@ -57,7 +58,7 @@ class EngineConfig:
     tuned: Mapping[str, Bands] | None = None
 
 
-@dataclass
+@dataclass(eq=False)
 class Step:
     """The launches of one shape of call: each with its arguments for input and output, and where it begins, in bytes.
 
@@ -69,9 +70,13 @@ class Step:
     whole: list[tuple[Launch, ctypes._SimpleCData, ctypes._SimpleCData, int]] = field(default_factory=list)
     ragged: list[tuple[Launch, ctypes._SimpleCData, ctypes._SimpleCData, int]] = field(default_factory=list)
 
+    def launches(self, source: int, target: int) -> list[tuple[Launch, ctypes._SimpleCData, ctypes._SimpleCData, int]]:
+        """Those for tensors at these addresses."""
+        return self.ragged if (source | target) % PACKET else self.whole
+
     def fire(self, source: int, target: int, stream: int) -> None:
         """Launch from and to these addresses."""
-        for launch, x, out, offset in self.ragged if (source | target) % PACKET else self.whole:
+        for launch, x, out, offset in self.launches(source, target):
             x.value = source + offset
             out.value = target + offset
             launch(stream)
@@ -79,29 +84,49 @@ class Step:
 
 @dataclass(slots=True)
 class Prepared:
-    """An engine's calls of one size and dtype: nothing is left to look up or to plan."""
+    """An engine's calls of one size and dtype: nothing is left to look up or to plan.
+
+    Attributes:
+        replayed: whether they are small enough to be launched as graphs.
+    """
 
     engine: KernelEngine
     step: Step
+    replayed: bool
 
     def all_reduce(self, x: torch.Tensor, out: torch.Tensor) -> None:
         """As ``KernelEngine.all_reduce``, for tensors of this size and dtype."""
         engine = self.engine
         if engine._stopped or engine.state.words[0]:
             engine._refuse()
-        device = engine._raw_device
-        if _current_device() != device:
-            with torch.cuda.device(device):
-                return self.all_reduce(x, out)
-        stream = _current_stream(device)
+        stream = _current_stream(engine._raw_device)
+        call = self.step, x.data_ptr(), out.data_ptr()
         lock = engine._lock
         try:  # a with statement takes twice as long
             lock.acquire()
             if stream != engine._stream:
                 engine._order(stream)
-            self.step.fire(x.data_ptr(), out.data_ptr(), stream)
+            graph = engine._replays.ready.get(call)
+            # The default stream is neither; asking costs as much as all of these lines.
+            if graph is None or (stream and engine._wants_kernels()):
+                self._launch(call, stream)
+            else:
+                graph()
         finally:
             lock.release()
+
+    def _launch(self, call: Call, stream: int) -> None:
+        step, source, target = call
+        replays = self.engine._replays
+        graph = None
+        if self.replayed and replays and not (stream and self.engine._wants_kernels()):
+            ((launch, x, out, _),) = step.launches(source, target)
+            x.value, out.value = source, target
+            graph = replays.aim(call, launch)
+        if graph is None:
+            step.fire(source, target, stream)
+        else:
+            graph()
 
 
 class KernelEngine:
@@ -124,6 +149,8 @@ class KernelEngine:
         self._stopped = False  # nothing is launched any more
         self._raised = False
         self._stream: int | None = None
+        self._priority = 0
+        self._replays = Replays()
         self._steps: dict[tuple[int, torch.dtype], Step] = {}
         # Two threads may call, and the launches of one call belong together. An RLock cannot be released for another
         # thread, should a signal's exception come before it was acquired.
@@ -180,25 +207,31 @@ class KernelEngine:
             inputs = bits.to(torch.int32).view(dtype)
             want = reference.ordered_sum(inputs)
             whole = VERIFY_BYTES // dtype.itemsize
-            # Whole packets and not: the two forms of every kernel. Twice: both parities.
+            # Whole packets and not: the two forms of every kernel. Then as callers have it. Twice: both parities.
             shapes = [(plan, numel) for numel in (whole, whole - 1) for plan in self._verification_plans(numel, dtype)]
+            if not self._replays:
+                self._replays.make(self._step(*shapes[0], dtype, config=0).whole[0][0])
+            if self.takes(whole, DTYPE_NAMES[dtype]):
+                shapes.append((None, whole))
             for turn, (plan, numel) in enumerate(shapes * 2):
                 # Turned by a little, so that what an earlier round left behind is not taken for this one's.
                 x = inputs[rank].roll(turn)[:numel].to(device)
                 out = torch.empty_like(x)
-                self.run(plan, x, out)
+                self.all_reduce(x, out) if plan is None else self.run(plan, x, out)
                 torch.cuda.synchronize(device)
                 self.check()
                 difference = reference.compare(out.cpu(), want.roll(turn)[:numel])
                 if difference.wrong:
-                    raise SetupError(f"rank {rank}: {plan.algorithm} of {numel} {dtype} elements: {difference}")
+                    what = plan.algorithm if plan else "a call"
+                    raise SetupError(f"rank {rank}: {what} of {numel} {dtype} elements: {difference}")
         settings = self.config.settings
         self.state.set_deadlines(settings.timeout_s, settings.first_timeout_s)
 
     # -- service
 
     def all_reduce(self, x: torch.Tensor, out: torch.Tensor) -> None:
-        """Sum ``x`` over the ranks into ``out`` (may be ``x``): contiguous, same shape, supported dtype, numel > 0.
+        """Sum ``x`` over the ranks into ``out`` (may be ``x``): contiguous, same shape, supported dtype, numel > 0. The
+        current device is this engine's.
 
         Raises:
             CommunicatorFailed: an earlier call did not complete; nothing was launched.
@@ -214,7 +247,8 @@ class KernelEngine:
                     self._steps.clear()
                 plan = self.plan(numel, DTYPE_NAMES[dtype])
                 step = self._steps[numel, dtype] = self._step(plan, numel, dtype, config=len(self._steps) + 1)
-        return Prepared(self, step)
+        replayed = len(step.whole) == 1 and numel * dtype.itemsize <= LARGEST
+        return Prepared(self, step, replayed)
 
     def check(self) -> None:
         """Raise what kept a call from completing, here or on a peer that stopped this rank for it: a subclass of
@@ -288,6 +322,8 @@ class KernelEngine:
         make; a graph that is replayed beside other calls is found out by the guard.
         """
         before, self._stream = self._stream, stream
+        self._replays.stream.value = stream
+        self._priority = call("cuStreamGetPriority", stream)
         if before is None:
             return
         states = [call("cuStreamGetCaptureInfo", s)[:2] for s in (before, stream)]
@@ -300,9 +336,13 @@ class KernelEngine:
         finally:
             call("cuEventDestroy", event)
 
+    def _wants_kernels(self) -> bool:
+        """Whether the current stream is captured, or has a priority, which the kernels of a graph do not take over."""
+        return self._priority != 0 or _capturing()
+
     def close(self) -> None:
         """Free everything. No kernel of this engine may be in flight, no graph with one replayed again."""
-        parts = [part for part in (self.side, self.memory, self.state) if part is not None]
+        parts = [part for part in (self._replays, self.side, self.memory, self.state) if part is not None]
         self.side = self.memory = self.state = None
         with contextlib.ExitStack() as stack:
             for part in reversed(parts):
@@ -321,10 +361,9 @@ class KernelEngine:
         return self.plan(numel, dtype).path == self.path
 
     def run(self, plan: Plan, x: torch.Tensor, out: torch.Tensor) -> None:
-        """Launch ``plan`` on the current stream, whatever the tables would have picked."""
-        with torch.cuda.device(self._raw_device):
-            step = self._step(plan, x.numel(), x.dtype, config=0)
-            step.fire(x.data_ptr(), out.data_ptr(), _current_stream(self._raw_device))
+        """Launch ``plan`` on the current stream, whatever the tables would have picked. The current device is this engine's."""
+        step = self._step(plan, x.numel(), x.dtype, config=0)
+        step.fire(x.data_ptr(), out.data_ptr(), _current_stream(self._raw_device))
 
     def _register(self, spec: KernelSpec, entry: str, artifact: Artifact, kernel) -> None:
         raise NotImplementedError

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -90,6 +91,28 @@ def likeness(x: torch.Tensor) -> Callable[[object], bool]:
         return type(x) is torch.Tensor and x.layout is strided and not x.is_nested and check(x)
 
     return fits
+
+
+@functools.cache
+def _quick_empty(kind: str) -> Callable[..., torch.Tensor] | None:
+    """What torch's compiled code calls to make a tensor on the current device of that kind, in half the time of ``torch.empty``.
+
+    It is no public name either; None where what it makes is not what is relied upon.
+    """
+    try:
+        quick = getattr(torch._C._dynamo.guards, f"_empty_strided_{kind}")
+        fits = likeness(torch.empty(2, 3, dtype=torch.bfloat16, device=kind))
+        return quick if fits(quick((2, 3), (3, 1), torch.bfloat16)) else None
+    except Exception:
+        return None
+
+
+def maker(x: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """Makes uninitialised tensors with the shape, strides and dtype of ``x``, which is contiguous and on the current device."""
+    quick = _quick_empty(x.device.type)
+    if quick is None:
+        return functools.partial(torch.empty, x.shape, dtype=x.dtype, device=x.device)
+    return functools.partial(quick, tuple(x.shape), x.stride(), x.dtype)
 
 
 def check_output(x: torch.Tensor, out: torch.Tensor, dense: bool, rank: int) -> bool:

@@ -12,12 +12,11 @@ from collections.abc import Sequence
 
 from cuda.bindings import driver
 
-from .driver import call
+from .driver import beside_captures, call
 from .plan import HEADER_BYTES
 
 GRANULARITY = 2 << 20  # allocations of whole 2 MiB pages share no page with anything else
 REPORT_BYTES = 64
-_RELAXED = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
 
 
 class StagingMemory:
@@ -99,17 +98,13 @@ class SideChannel:
             return ctypes.string_at(self._host, nbytes)
 
     def _run(self, copies) -> None:
-        # Otherwise waiting for a stream is refused while anybody captures one, and spoils that capture.
-        mode = call("cuThreadExchangeStreamCaptureMode", _RELAXED)
-        try:
+        with beside_captures():
             call("cuCtxPushCurrent", self._context)
             try:
                 copies()
                 call("cuStreamSynchronize", self._stream)
             finally:
                 call("cuCtxPopCurrent")
-        finally:
-            call("cuThreadExchangeStreamCaptureMode", mode)
 
     def close(self) -> None:
         with self._lock:

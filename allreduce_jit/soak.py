@@ -31,6 +31,7 @@ from .place import Place
 MODULUS = 17
 LARGEST_SUM = 256  # integers up to it are exact in bf16
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+EAGER = 3  # turns on a GPU, where small calls that come again are launched in another way (replay.py)
 REPLAYS = 50
 _TIMED = 200  # calls of each eager burst
 _SLEEP_CYCLES = 30_000_000  # for the host to enqueue all timed calls meanwhile; else its pauses would count as latency
@@ -295,16 +296,19 @@ class _Soak:
         self.resources.append(_resources(self.place))
 
     def round(self, number: int) -> None:
-        """A fresh burst: once eagerly, timed; then captured and replayed."""
+        """A fresh burst: eagerly, the first turn timed; then captured and replayed."""
         dice = random.Random(f"{self.options.seed}/{number}")
         burst = Burst(self.place, self.communicator, draw(dice, self.most_calls, self.most_bytes, self.largest),
                       self.options.seed + number)  # fmt: skip
-        with self.series(burst, "eager", 1):
+        turns = EAGER if self.on_gpu else 1
+        with self.series(burst, "eager", turns):
             marks: list[tuple[Any, Any]] = []
             self.place.synchronize()
             if self.on_gpu:
                 torch.cuda._sleep(_SLEEP_CYCLES)
             burst.turn(self.timed(marks))
+            for _ in range(turns - 1):
+                burst.turn(self.plain)
         if number == 1:
             self.latencies.clear()  # the first round loaded torch's kernels
         # The first call of a burst lines the ranks up, which stood apart by what their hosts did before.

@@ -20,6 +20,7 @@ from allreduce_jit.communicator import Communicator
 from allreduce_jit.engine import DTYPE_NAMES, TORCH_DTYPES
 from allreduce_jit.kernel import V2_ALGORITHMS, v2_algorithms
 from allreduce_jit.plan import v2_shape
+from allreduce_jit.replay import GRAPHS, LARGEST
 from allreduce_jit.tuning import BLOCKS
 from allreduce_jit.verdict import Path
 
@@ -119,6 +120,71 @@ def graphs(place, path):
                     assert not difference.wrong, f"rank {comm.rank} turn {turn} {numel} {dtype}: {difference}"
         torch.cuda.synchronize()
         captured.clear()
+
+
+def repeated(place, path):
+    """Small eager calls, which are launched as graphs: between streams, captures and replays of the same calls, with new
+    tensors, and with more addresses than there are graphs."""
+    shapes = [(1, torch.float32), (4096, torch.bfloat16), (99_991, torch.float16), (524_288, torch.bfloat16), (600_001, torch.bfloat16)]
+    with allreduce_jit.init(device=place.device, deterministic=True) as comm:
+        expect_path(comm, path)
+        ready, graph = comm._engine._replays.ready, torch.cuda.CUDAGraph()
+        verified = set(ready)
+        side, urgent = torch.cuda.Stream(place.device), torch.cuda.Stream(place.device, priority=-1)
+        # The ones before the end of storage are misaligned.
+        pairs = [[torch.empty(numel + 1, dtype=dtype, device=place.device)[i % 2 :][:numel] for _ in range(2)]
+                 for i, (numel, dtype) in enumerate(shapes * 2)]  # fmt: skip
+
+        def all_reduce():
+            for x, out in pairs:
+                comm.all_reduce(x, out=out)
+            for x, out in pairs:
+                comm.all_reduce(out, out=out)
+
+        for turn in range(12):
+            for i, (x, out) in enumerate(pairs):
+                x.copy_(reference.values(turn + i, comm.rank, x.numel(), x.dtype, place.device))
+                reference.poison(out)
+            if turn == 5:
+                with comm.capture(), torch.cuda.graph(graph):
+                    all_reduce()
+            if turn in (7, 10):
+                graph.replay()
+            else:
+                stream = (torch.cuda.current_stream(), side, urgent)[turn % 3]
+                stream.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(stream):
+                    all_reduce()
+                torch.cuda.current_stream().wait_stream(stream)
+            for i, (x, out) in enumerate(pairs):
+                want = reference.expected(turn + i, comm.world_size, x.numel(), x.dtype, place.device)
+                difference = reference.compare(out, reference.ordered_sum([want] * comm.world_size))
+                assert not difference.wrong, f"rank {comm.rank} turn {turn} {x.numel()} {x.dtype}: {difference}"
+        assert len(set(ready) - verified) == 2 * sum(x.nbytes <= LARGEST for x, _ in pairs) == 16
+        x = reference.values(1, comm.rank, 5000, torch.bfloat16, place.device)
+        want = reference.expected(1, comm.world_size, 5000, torch.bfloat16, place.device)
+        for _ in range(5):  # the same memory again and again
+            assert not reference.compare(comm.all_reduce(x), want).wrong
+        assert len(set(ready) - verified) > 16
+
+        def occupied():
+            torch.cuda.synchronize()
+            free, total = torch.cuda.mem_get_info(place.device)
+            return total - free
+
+        x = torch.zeros(8 * 3 * GRAPHS, dtype=torch.bfloat16, device=place.device)
+        out, known, before = torch.empty_like(x), set(ready), None
+        for seed in range(4):
+            x.copy_(reference.values(seed, comm.rank, x.numel(), x.dtype, place.device))
+            want = reference.expected(seed, comm.world_size, x.numel(), x.dtype, place.device)
+            reference.poison(out)
+            for source, target in zip(x.split(8), out.split(8), strict=True):
+                for _ in range(seed + 1):
+                    comm.all_reduce(source, out=target)
+            assert not reference.compare(out, want).wrong
+            before = before or occupied()  # torch has loaded all that this needs
+        assert len(ready) == GRAPHS and not known & set(ready) and occupied() == before, (occupied(), before)
+        comm.check()
 
 
 def groups(place):

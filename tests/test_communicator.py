@@ -435,6 +435,26 @@ def test_guards_that_are_not_what_they_were_are_not_used(monkeypatch, check):
     assert not inputs.likeness(torch.ones(2))(torch.ones(2))
 
 
+@pytest.mark.parametrize("shape", [(), (1,), (0, 3), (4, 6), (1, 2, 3, 1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.cfloat])
+@pytest.mark.parametrize("quick", [True, False])
+def test_new_tensors_are_like_the_input(monkeypatch, shape, dtype, quick):
+    inputs._quick_empty.cache_clear()
+    if quick:
+        assert inputs._quick_empty("cpu") is torch._C._dynamo.guards._empty_strided_cpu
+    else:
+        monkeypatch.setattr(torch._C._dynamo.guards, "_empty_strided_cpu", lambda shape, strides, dtype: torch.empty(shape))
+        assert inputs._quick_empty("cpu") is None
+    x = torch.ones(shape, dtype=dtype)
+    for mode in (torch.no_grad(), torch.inference_mode()):
+        with mode:
+            made = inputs.maker(x)()
+            assert (made.shape, made.dtype, made.device, made.stride()) == (x.shape, dtype, x.device, x.stride())
+            assert not made.requires_grad and made.is_inference() == torch.is_inference_mode_enabled()
+    inputs._quick_empty.cache_clear()
+    monkeypatch.undo()
+
+
 def test_after_close(driven):
     engine = driven._engine
     driven.all_reduce(torch.ones(2))

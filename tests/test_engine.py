@@ -95,15 +95,16 @@ def test_legacy_ranks_share_the_work(monkeypatch):
 @pytest.fixture
 def current(monkeypatch):
     """The stream that is current on this rank's device."""
-    current = SimpleNamespace(stream=77)
-    monkeypatch.setattr(engines, "_current_device", lambda: 1)
+    current = SimpleNamespace(stream=77, capturing=False)
     monkeypatch.setattr(engines, "_current_stream", lambda device: current.stream)
+    monkeypatch.setattr(engines, "_capturing", lambda: current.capturing)
     return current
 
 
 def bound(cls, module, monkeypatch, deterministic=False):
     """The engine of rank 1 of 3, its kernels and memory made up, ready to launch."""
     monkeypatch.setattr(module, "Launch", FakeLaunch)
+    monkeypatch.setattr(engines, "call", lambda name, *args: {"cuStreamGetPriority": 0}[name])
     one = cls(replace(config(1, 3), deterministic=deterministic))
     one.state = SimpleNamespace(channels=1 << 30, control=13, report=14, words=[0] * 16)
     one.memory = SimpleNamespace(addresses=BASES)
@@ -263,6 +264,8 @@ def one(monkeypatch, current):
     def call(name, *args):
         if name == "cuStreamGetCaptureInfo":
             return one.capturing.get(args[0], (0, 0)) + ("more",)
+        if name == "cuStreamGetPriority":
+            return 0
         one.driver.append((name, *args))
         return "event" if name == "cuEventCreate" else None
 
@@ -435,7 +438,7 @@ def test_a_launch_hands_over_what_its_arguments_hold_at_that_moment(monkeypatch)
 
     # As the driver's own: an address, of which ctypes knows no more.
     address = ctypes.cast(launch_kernel, ctypes.c_void_p).value
-    monkeypatch.setattr(driver, "_launch_kernel", ctypes.CFUNCTYPE(ctypes.c_int)(address))
+    monkeypatch.setattr(driver, "_entry", {"cuLaunchKernelEx": ctypes.CFUNCTYPE(ctypes.c_int)(address)}.get)
     x, count = ctypes.c_uint64(1 << 47), ctypes.c_int32(-3)
     launch = driver.Launch(1 << 46, [x, count], 5, 64, 128, pdl=True, ranks=2)
     shape = [5, 2, 1], [64, 1, 1], 128
@@ -475,6 +478,7 @@ def test_the_side_channel_may_be_used_while_a_graph_is_captured(monkeypatch):
     pytest.importorskip("cuda.bindings.driver")
     from cuda.bindings import driver
 
+    from allreduce_jit import driver as calls
     from allreduce_jit import memory
 
     modes, host = driver.CUstreamCaptureMode, ctypes.create_string_buffer(memory.SideChannel.NBYTES)
@@ -491,7 +495,8 @@ def test_the_side_channel_may_be_used_while_a_graph_is_captured(monkeypatch):
         here.contexts += {"cuCtxPushCurrent": 1, "cuCtxPopCurrent": -1}.get(name, 0)
         return {"cuMemHostAlloc": ctypes.addressof(host)}.get(name, 7)
 
-    monkeypatch.setattr(memory, "call", call)
+    for module in (memory, calls):
+        monkeypatch.setattr(module, "call", call)
     side = memory.SideChannel()
     side.write([1, 2], 5)
     assert side.read(1, 4) == (5).to_bytes(4, "little") and here.copied == 3

@@ -44,6 +44,13 @@ def test_legacy_by_the_switch(n, monkeypatch):
 
 
 @pytest.mark.parametrize("n", WORLDS)
+def test_calls_that_come_again(n, monkeypatch):
+    run(n, ("repeated", (Path.V2,)))
+    monkeypatch.setenv("SGLANG_OPT_USE_CUSTOM_ALL_REDUCE_V2", "off")
+    run(n, ("repeated", (Path.LEGACY,)))
+
+
+@pytest.mark.parametrize("n", WORLDS)
 def test_torch_by_the_switch(n, monkeypatch):
     monkeypatch.setenv("ALLREDUCE_JIT_PATH", "torch")
     run(n, ("sizes", (Path.TORCH, 1 << 24)), ("dropin", ("CustomAllreduce", True)))
