@@ -61,7 +61,7 @@ V2_ALGORITHMS = {
     "one_shot": Algorithm("one_shot.cu", 1, buffers=2, parts=False),
     "two_shot": Algorithm("two_shot.cu", 2, buffers=3, parts=True, gathers=(2,), inside="two_shot_stream"),
     "two_shot_stream": Algorithm("two_shot.cu", 3, buffers=5, parts=True, gathers=(4, 1), stream=True, shared=2),
-    "one_shot_wide": Algorithm("one_shot.cu", 4, buffers=2, parts=False, packets=4),
+    "one_shot_wide": Algorithm("one_shot.cu", 4, buffers=2, parts=False, packets=12),
     "two_shot_wide": Algorithm("two_shot.cu", 5, buffers=3, parts=True, gathers=(2,), packets=4),
     "two_shot_wide2": Algorithm("two_shot.cu", 6, buffers=3, parts=True, gathers=(2,), packets=2),
 }

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from .kernel import ITEMSIZE, V2_ALGORITHMS, v2_algorithms
-from .tuning import LEGACY_TABLES, NEVER, V2_TABLES, Band, Bands
+from .tuning import BLOCKS, LEGACY_TABLES, NEVER, V2_TABLES, Band, Bands
 
 PACKET = 16
 WARP = 32
@@ -82,8 +82,14 @@ def v2_bands(world_size: int, max_ctas: int | None = None, tuned: Bands | None =
     """
     if max_ctas is None:
         return tuned or V2_TABLES[world_size]
-    small, large = v2_algorithms(world_size, narrow=True)
-    return Band((max_ctas - 1) * MAX_BLOCK * PACKET, small, MAX_BLOCK), Band(NEVER, large, MAX_BLOCK)
+    bands: list[Band] = []
+    for name in v2_algorithms(world_size, narrow=True):
+        what = V2_ALGORITHMS[name]
+        for block in BLOCKS:  # the smallest that make do with these blocks: so all of them have something to do
+            most = (max_ctas - 1) * block * what.packets * PACKET * (world_size if what.parts else 1)
+            if not bands or most > bands[-1].up_to:
+                bands.append(Band(most, name, block))
+    return *bands[:-1], replace(bands[-1], up_to=NEVER)
 
 
 def v2_layout(world_size: int, staging_bytes: int, bands: Iterable[Band], max_ctas: int | None = None) -> Layout:

@@ -166,6 +166,9 @@ def repeated(place, path):
         for _ in range(5):  # the same memory again and again
             assert not reference.compare(comm.all_reduce(x), want).wrong
         assert len(set(ready) - verified) > 16
+        with torch.cuda.device((place.device.index + 1) % torch.cuda.device_count()):  # whatever the current device is
+            new = comm.all_reduce(x)
+        assert new.device == x.device and not reference.compare(new, want).wrong
 
         def occupied():
             torch.cuda.synchronize()

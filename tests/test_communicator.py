@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import os
@@ -453,6 +454,28 @@ def test_new_tensors_are_like_the_input(monkeypatch, shape, dtype, quick):
             assert not made.requires_grad and made.is_inference() == torch.is_inference_mode_enabled()
     inputs._quick_empty.cache_clear()
     monkeypatch.undo()
+
+
+def test_calls_while_another_device_is_current(driven, monkeypatch):
+    current, seen = [3], []
+
+    @contextlib.contextmanager
+    def switch(device):
+        assert device == driven.device
+        before, current[0] = current[0], driven._index
+        yield
+        current[0] = before
+
+    monkeypatch.setattr(torch.cuda, "device", switch)
+    monkeypatch.setattr(driven, "_current", lambda: current[0])
+    all_reduce = driven._engine.all_reduce
+    monkeypatch.setattr(driven._engine, "all_reduce", lambda *tensors: seen.append(current[0]) or all_reduce(*tensors))
+    x, out = torch.ones(3), torch.zeros(3)
+    for _ in range(3):
+        assert driven.all_reduce(x) is not x and driven.all_reduce(x, out=out) is out and torch.equal(out, x)
+        assert current == [3]
+    raised(InputError, lambda: driven.all_reduce(torch.ones(2, device="meta")), "rank 0", "meta")
+    assert seen and set(seen) == {driven._index}
 
 
 def test_after_close(driven):

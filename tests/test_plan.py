@@ -39,7 +39,7 @@ BUFFERS = {
     "one_shot": 2, "two_shot": 3, "two_shot_stream": 5, "one_shot_wide": 2, "two_shot_wide": 3, "two_shot_wide2": 3,
     "legacy_one_shot": 2, "legacy_two_shot": 4,
 }  # fmt: skip
-PACKETS = {"one_shot_wide": 4, "two_shot_wide": 4, "two_shot_wide2": 2}  # of a thread, where it is not one
+PACKETS = {"one_shot_wide": 12, "two_shot_wide": 4, "two_shot_wide2": 2}  # of a thread, where it is not one
 STREAMS = {"two_shot_stream"}
 SHARED = {"two_shot_stream": 2}  # buffers, the first ones, that may lie over the slots of other algorithms
 INSIDE = {"two_shot": "two_shot_stream"}  # whose last buffers and whose epochs are its own, too

@@ -55,7 +55,7 @@ def launched(engine, numel, dtype=torch.bfloat16, source=1 << 40, target=1 << 41
     ("one_shot", 512, 512, [(0, 512, 2)]),
     ("one_shot", 513, 513, [(0, 513, 3)]),
     ("one_shot", 512, 1025, [(0, 512, 2), (512, 512, 2), (1024, 1, 2)]),
-    ("one_shot_wide", 4096, 2049, [(0, 2049, 3)]),
+    ("one_shot_wide", 12288, 6145, [(0, 6145, 3)]),
     ("two_shot", 2048, 2056, [(0, 2048, 2), (2048, 8, 2)]),
     ("two_shot_wide2", 4096, 4096, [(0, 4096, 2)]),
     ("two_shot_stream", 2048, 4104, [(0, 2048, 2), (2048, 2048, 1), (4096, 8, 1)]),  # one guard for all of them
