@@ -217,7 +217,11 @@ class KernelEngine:
                 # Turned by a little, so that what an earlier round left behind is not taken for this one's.
                 x = inputs[rank].roll(turn)[:numel].to(device)
                 out = torch.empty_like(x)
-                self.all_reduce(x, out) if plan is None else self.run(plan, x, out)
+                if plan is None:
+                    for _ in range(3):  # as a kernel, by a graph that is aimed, and by one that is ready
+                        self.all_reduce(x, out)
+                else:
+                    self.run(plan, x, out)
                 torch.cuda.synchronize(device)
                 self.check()
                 difference = reference.compare(out.cpu(), want.roll(turn)[:numel])

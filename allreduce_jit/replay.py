@@ -1,4 +1,4 @@
-"""Small eager calls are launched as CUDA graphs of one kernel.
+"""Small eager calls that come again are launched as CUDA graphs of one kernel.
 
 The host takes 2 µs less to launch such a graph again than to launch the kernel, and 1 µs more to aim it at another call
 first; the GPU takes some 2 µs longer to run it (docs/performance.md). A gain where calls come again with the same addresses,
@@ -35,6 +35,7 @@ class Replays:
         self._graphs: list[Graph] = []
         self._calls: list[Call | None] = [None] * GRAPHS
         self._next = 0
+        self._seen: set[Call] = set()
 
     def make(self, launch: Launch) -> None:
         """Make all graphs, of any launch; none is run. Later the driver would wait for all that is in flight on this GPU."""
@@ -49,7 +50,14 @@ class Replays:
 
     def aim(self, call: Call, launch: Launch) -> Graph | None:
         """The graph of ``call``, which is ``launch`` with the arguments that it holds: taken from the call that has had one
-        for longest. None if the driver refuses."""
+        for longest. None if the call has not come before, or if the driver refuses."""
+        if call not in self._seen:
+            # So short a memory that many calls in turn do not take the graphs from each other.
+            if len(self._seen) >= GRAPHS:
+                self._seen.clear()
+            self._seen.add(call)
+            return None
+        self._seen.remove(call)
         turn = self._next
         self._next = (turn + 1) % GRAPHS
         graph = self._graphs[turn]

@@ -182,7 +182,7 @@ def repeated(place, path):
             want = reference.expected(seed, comm.world_size, x.numel(), x.dtype, place.device)
             reference.poison(out)
             for source, target in zip(x.split(8), out.split(8), strict=True):
-                for _ in range(seed + 1):
+                for _ in range(seed + 1):  # once: each a kernel
                     comm.all_reduce(source, out=target)
             assert not reference.compare(out, want).wrong
             before = before or occupied()  # torch has loaded all that this needs

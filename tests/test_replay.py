@@ -97,17 +97,18 @@ def kinds(found):
     return [kind for kind, *_ in found]
 
 
-FIRST, AGAIN, KERNEL = ["aim", "graph"], ["graph"], ["kernel"]
+KERNEL, AIMED, AGAIN = ["kernel"], ["aim", "graph"], ["graph"]
+FIRST = [KERNEL, AIMED, AGAIN]
 
 
-def test_small_calls_are_graphs(here):
-    found = [ran(here) for _ in range(3)]
-    assert [kinds(f) for f in found] == [FIRST, AGAIN, AGAIN]
-    assert {f[-1] for f in found} == {("graph", "one_shot_bf16_ws4", 512, X, OUT, 0)}
+def test_small_calls_that_come_again_are_graphs(here):
+    found = [ran(here) for _ in range(4)]
+    assert [kinds(f) for f in found] == [*FIRST, AGAIN]
+    assert {f[-1][1:] for f in found} == {("one_shot_bf16_ws4", 512, X, OUT, 0)}
     # Anything else is another one, and all of them are known afterwards.
     others = [{"target": ELSEWHERE}, {"source": ELSEWHERE}, {"numel": 520}, {"dtype": torch.float16}, {"source": X + 2}, {"target": X}]
     for other in others:
-        assert [kinds(ran(here, **other)) for _ in range(2)] == [FIRST, AGAIN]
+        assert [kinds(ran(here, **other)) for _ in range(3)] == FIRST
     assert kinds(ran(here)) == AGAIN
     ((_, kernel, *addresses),) = ran(here, source=X + 2)
     assert (kernel, *addresses) == ("one_shot_bf16_ws4_ragged", 512, X + 2, OUT, 0)
@@ -115,22 +116,23 @@ def test_small_calls_are_graphs(here):
     assert values == [512, X, X, 0]
 
 
-@pytest.mark.parametrize(("nbytes", "kind"), [(LARGEST, FIRST), (LARGEST + 16, KERNEL)])
-def test_large_calls_are_kernels(here, nbytes, kind):
-    assert kinds(ran(here, nbytes // 2)) == kind
+@pytest.mark.parametrize(("nbytes", "found"), [(LARGEST, FIRST), (LARGEST + 16, [KERNEL] * 3)])
+def test_large_calls_are_kernels(here, nbytes, found):
+    assert [kinds(ran(here, nbytes // 2)) for _ in range(3)] == found
 
 
 def test_calls_of_several_launches_are_kernels(here, monkeypatch):
     monkeypatch.setattr(engines, "LARGEST", 1 << 30)
-    found = ran(here, 32 << 20)
-    assert len(found) > 1 and set(kinds(found)) == {"kernel"}
+    for _ in range(3):
+        found = ran(here, 32 << 20)
+        assert len(found) > 1 and set(kinds(found)) == {"kernel"}
 
 
 def test_a_capture_takes_kernels(here):
     here.stream, here.capturing = 7, True
-    assert [kinds(ran(here)) for _ in range(2)] == [KERNEL] * 2
+    assert [kinds(ran(here)) for _ in range(3)] == [KERNEL] * 3
     here.capturing = False
-    assert [kinds(ran(here)) for _ in range(2)] == [FIRST, AGAIN]
+    assert [kinds(ran(here)) for _ in range(3)] == FIRST
     here.capturing = True
     assert ran(here) == [("kernel", "one_shot_bf16_ws4", 512, X, OUT, 7)]
     # The default stream cannot be captured: nobody asks.
@@ -140,38 +142,49 @@ def test_a_capture_takes_kernels(here):
 
 def test_graphs_are_launched_on_the_current_stream(here):
     streams = [ran(here)[-1][-1] for here.stream in (0, 7, 7, 9, 0, 7)]
-    assert streams == [0, 7, 7, 9, 0, 7] and kinds(FakeLaunch.log) == ["aim"] + ["graph"] * 6
+    assert streams == [0, 7, 7, 9, 0, 7] and kinds(FakeLaunch.log) == ["kernel", "aim"] + ["graph"] * 5
 
 
 def test_streams_of_a_priority_keep_it(here):
     """The kernels of a graph have that of their node."""
     here.priority = {9: -5}
-    for here.stream, kind in ((9, KERNEL), (7, FIRST), (9, KERNEL), (7, AGAIN), (0, AGAIN), (9, KERNEL)):
+    for here.stream, kind in ((9, KERNEL), (9, KERNEL), (7, KERNEL), (7, AIMED), (9, KERNEL), (7, AGAIN), (0, AGAIN), (9, KERNEL)):
         assert kinds(ran(here)) == kind
 
 
 def test_a_stopped_communicator_replays_nothing(here):
-    ran(here)
+    assert [kinds(ran(here)) for _ in range(3)] == FIRST
     here.engine._refuse = lambda: 1 / 0
     for stop in (lambda: here.engine.state.words.__setitem__(0, 5), lambda: setattr(here.engine, "_stopped", True)):
         stop()
         with pytest.raises(ZeroDivisionError):
             ran(here)
         here.engine.state.words[0] = 0
-    assert kinds(FakeLaunch.log) == FIRST
+    assert len(FakeLaunch.log) == sum(map(len, FIRST))
 
 
 def test_ever_new_calls_take_turns_with_the_same_graphs(here):
     """What a graph was aimed at before is not found there any more."""
-    for turn in range(3):
+    for turn in range(2):
         for i in range(GRAPHS + 1):
-            ((_,), (_, _, _, source, _, _)) = ran(here, source=X + 16 * i)
-            assert source == X + 16 * i and len(here.engine._replays.ready) == (GRAPHS if turn else min(i + 1, GRAPHS))
+            found = [ran(here, source=X + 16 * i) for _ in range(3)]
+            assert [kinds(f) for f in found] == FIRST and {f[-1][3] for f in found} == {X + 16 * i}
+            assert len(here.engine._replays.ready) == (GRAPHS if turn else min(i + 1, GRAPHS))
     assert [kinds(ran(here, source=X + 16 * i)) for i in range(1, GRAPHS + 1)] == [AGAIN] * GRAPHS
     assert FakeGraph.alive == GRAPHS
+    for i in range(3 * GRAPHS):  # addresses that do not come again take nobody's
+        assert kinds(ran(here, target=ELSEWHERE + 16 * i)) == KERNEL and len(here.engine._replays._seen) <= GRAPHS
+    assert [kinds(ran(here, source=X + 16 * i)) for i in range(1, GRAPHS + 1)] == [AGAIN] * GRAPHS
     here.engine.memory = here.engine.state = None
     here.engine.close()
     assert FakeGraph.alive == 0
+
+
+def test_many_calls_in_turn_do_not_take_the_graphs_from_each_other(here):
+    first = [[kinds(ran(here, source=X + 16 * i)) for i in range(GRAPHS)] for _ in range(3)]
+    assert first == [[kind] * GRAPHS for kind in FIRST]
+    for _ in range(5):
+        assert [kinds(ran(here, source=X + 16 * i)) for i in range(3 * GRAPHS)] == [AGAIN] * GRAPHS + [KERNEL] * 2 * GRAPHS
 
 
 def test_where_graphs_cannot_be_made_calls_are_kernels(here, monkeypatch, caplog):
@@ -187,16 +200,16 @@ def test_where_graphs_cannot_be_made_calls_are_kernels(here, monkeypatch, caplog
     monkeypatch.setattr(replay, "Graph", make)
     here.engine._replays.make(None)
     assert len(made) == 3 and not FakeGraph.alive
-    assert [kinds(ran(here)) for _ in range(2)] == [KERNEL] * 2
+    assert [kinds(ran(here)) for _ in range(3)] == [KERNEL] * 3
     (record,) = caplog.records
     assert record.getMessage().endswith("takes the host longer: cuGraphInstantiate: out of memory")
 
 
 def test_a_graph_that_cannot_be_aimed_loses_no_call(here, monkeypatch, caplog):
-    ran(here)
+    assert [kinds(ran(here)) for _ in range(3)] == FIRST
     monkeypatch.setattr(FakeGraph, "refuses", True)
     assert kinds(ran(here)) == AGAIN
-    assert [ran(here, 520) for _ in range(2)] == [[("kernel", "one_shot_bf16_ws4", 520, X, OUT, 0)]] * 2
+    assert [ran(here, 520) for _ in range(3)] == [[("kernel", "one_shot_bf16_ws4", 520, X, OUT, 0)]] * 3
     assert kinds(ran(here)) == KERNEL and not FakeGraph.alive and len(caplog.records) == 1
 
 
