@@ -101,9 +101,8 @@ def _entry(name: str) -> Callable[..., int]:
     return getattr(ctypes.CDLL("libcuda.so.1"), name)
 
 
-def _check(what: str, error: int) -> None:
-    if error:
-        raise AllReduceError(f"{what}: {describe(driver.CUresult(error))}")
+def _failure(what: str, error: int) -> AllReduceError:
+    return AllReduceError(f"{what}: {describe(driver.CUresult(error))}")
 
 
 class Launch:
@@ -132,14 +131,15 @@ class Launch:
         handle = ctypes.c_char.from_address(int(kernel))
         node = _Node(int(kernel), self._config.grid, self._config.block, shared_bytes, ctypes.addressof(pointers))
         self.node = ctypes.byref(node)
-        self._call = partial(_entry("cuLaunchKernelEx"), ctypes.byref(self._config), ctypes.byref(handle), ctypes.byref(pointers), None)
+        references = (ctypes.byref(held) for held in (self._config, handle, pointers))
+        self._call = partial(_entry("cuLaunchKernelEx"), *references, None)
 
     def __call__(self, stream: int) -> None:
         if stream != self._stream:
             self._config.stream = self._stream = stream
         error = self._call()
         if error:
-            _check("kernel launch", error)
+            raise _failure("kernel launch", error)
 
 
 class Graph:
@@ -153,8 +153,10 @@ class Graph:
         with beside_captures():
             self._graph, node = call("cuGraphCreate", 0), ctypes.c_void_p()
             try:
-                add = _entry("cuGraphAddKernelNode_v2")
-                _check("graph node", add(ctypes.byref(node), ctypes.c_void_p(int(self._graph)), None, ctypes.c_size_t(0), launch.node))
+                add, graph = _entry("cuGraphAddKernelNode_v2"), ctypes.c_void_p(int(self._graph))
+                error = add(ctypes.byref(node), graph, None, ctypes.c_size_t(0), launch.node)
+                if error:
+                    raise _failure("graph node", error)
                 self._executable = call("cuGraphInstantiate", self._graph, 0)
             except AllReduceError:
                 call("cuGraphDestroy", self._graph)
@@ -165,12 +167,14 @@ class Graph:
 
     def aim(self, launch: Launch) -> None:
         """Be ``launch`` from now on, with the values that its arguments hold now. What is in flight stays what it is."""
-        _check("graph update", self._aim(launch.node))
+        error = self._aim(launch.node)
+        if error:
+            raise _failure("graph update", error)
 
     def __call__(self) -> None:
         error = self._call()
         if error:
-            _check("graph launch", error)
+            raise _failure("graph launch", error)
 
     def close(self) -> None:
         """What is in flight comes to its end."""

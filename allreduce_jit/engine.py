@@ -9,7 +9,7 @@ import base64
 import contextlib
 import ctypes
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -23,7 +23,7 @@ from .failure import SIGNATURES, SIGNATURES_AT, Kind, abort_code, explain, heard
 from .kernel import DTYPES, KernelSpec, catalogue
 from .memory import LocalState, SideChannel, StagingMemory
 from .plan import PACKET, Layout, Plan
-from .replay import LARGEST, Call, Replays
+from .replay import LARGEST, Replays
 from .settings import Settings
 from .tuning import Bands
 
@@ -70,15 +70,16 @@ class Step:
     whole: list[tuple[Launch, ctypes._SimpleCData, ctypes._SimpleCData, int]] = field(default_factory=list)
     ragged: list[tuple[Launch, ctypes._SimpleCData, ctypes._SimpleCData, int]] = field(default_factory=list)
 
-    def launches(self, source: int, target: int) -> list[tuple[Launch, ctypes._SimpleCData, ctypes._SimpleCData, int]]:
-        """Those for tensors at these addresses."""
-        return self.ragged if (source | target) % PACKET else self.whole
+    def launches(self, source: int, target: int) -> Iterator[Launch]:
+        """Those from and to these addresses, which their arguments hold."""
+        for launch, x, out, offset in self.ragged if (source | target) % PACKET else self.whole:
+            x.value = source + offset
+            out.value = target + offset
+            yield launch
 
     def fire(self, source: int, target: int, stream: int) -> None:
         """Launch from and to these addresses."""
-        for launch, x, out, offset in self.launches(source, target):
-            x.value = source + offset
-            out.value = target + offset
+        for launch in self.launches(source, target):
             launch(stream)
 
 
@@ -106,27 +107,16 @@ class Prepared:
             lock.acquire()
             if stream != engine._stream:
                 engine._order(stream)
-            graph = engine._replays.ready.get(call)
-            # The default stream is neither; asking costs as much as all of these lines.
-            if graph is None or (stream and engine._wants_kernels()):
-                self._launch(call, stream)
+            graph = None
+            # The default stream wants none; asking costs as much as all of these lines.
+            if self.replayed and not (stream and engine._wants_kernels()):
+                graph = engine._replays.ready.get(call) or engine._replays.aim(call)
+            if graph is None:
+                self.step.fire(call[1], call[2], stream)
             else:
                 graph()
         finally:
             lock.release()
-
-    def _launch(self, call: Call, stream: int) -> None:
-        step, source, target = call
-        replays = self.engine._replays
-        graph = None
-        if self.replayed and replays and not (stream and self.engine._wants_kernels()):
-            ((launch, x, out, _),) = step.launches(source, target)
-            x.value, out.value = source, target
-            graph = replays.aim(call, launch)
-        if graph is None:
-            step.fire(source, target, stream)
-        else:
-            graph()
 
 
 class KernelEngine:

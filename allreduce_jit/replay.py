@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+from typing import Any
 
 from .driver import Graph, Launch
 from .errors import AllReduceError
@@ -18,7 +19,7 @@ log = logging.getLogger("allreduce_jit")
 LARGEST = 1 << 20  # bytes of a call
 GRAPHS = 64  # of a communicator: 112 KiB of device memory each
 
-Call = tuple[object, int, int]  # what is called, and the addresses of input and output
+Call = tuple[Any, int, int]  # an engine's Step, and the addresses of input and output
 
 
 class Replays:
@@ -48,9 +49,11 @@ class Replays:
     def __bool__(self) -> bool:
         return bool(self._graphs)
 
-    def aim(self, call: Call, launch: Launch) -> Graph | None:
-        """The graph of ``call``, which is ``launch`` with the arguments that it holds: taken from the call that has had one
-        for longest. None if the call has not come before, or if the driver refuses."""
+    def aim(self, call: Call) -> Graph | None:
+        """A graph for ``call``, which is one launch: taken from the call that has had one for longest. None if the call has
+        not come before, or if the driver refuses."""
+        if not self._graphs:
+            return None
         if call not in self._seen:
             # So short a memory that many calls in turn do not take the graphs from each other.
             if len(self._seen) >= GRAPHS:
@@ -63,6 +66,8 @@ class Replays:
         graph = self._graphs[turn]
         self.ready.pop(self._calls[turn], None)
         self._calls[turn] = None
+        step, source, target = call
+        (launch,) = step.launches(source, target)
         try:
             graph.aim(launch)
         except AllReduceError as e:
