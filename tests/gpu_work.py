@@ -131,7 +131,7 @@ def repeated(place, path):
         ready, graph = comm._engine._replays.ready, torch.cuda.CUDAGraph()
         verified = set(ready)
         side, urgent = torch.cuda.Stream(place.device), torch.cuda.Stream(place.device, priority=-1)
-        # The ones before the end of storage are misaligned.
+        # Every second pair lies off a packet's border.
         pairs = [[torch.empty(numel + 1, dtype=dtype, device=place.device)[i % 2 :][:numel] for _ in range(2)]
                  for i, (numel, dtype) in enumerate(shapes * 2)]  # fmt: skip
 
@@ -182,7 +182,7 @@ def repeated(place, path):
             want = reference.expected(seed, comm.world_size, x.numel(), x.dtype, place.device)
             reference.poison(out)
             for source, target in zip(x.split(8), out.split(8), strict=True):
-                for _ in range(seed + 1):  # once: each a kernel
+                for _ in range(seed + 1):  # as kernels, then by graphs that are aimed, then by ready ones, too
                     comm.all_reduce(source, out=target)
             assert not reference.compare(out, want).wrong
             before = before or occupied()  # torch has loaded all that this needs
