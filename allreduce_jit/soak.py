@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,9 +32,8 @@ from .place import Place
 MODULUS = 17
 LARGEST_SUM = 256  # integers up to it are exact in bf16
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-EAGER = 3  # turns on a GPU, where small calls that come again are launched in another way (replay.py)
-REPLAYS = 50
-_TIMED = 200  # calls of each eager burst
+FEW = 40  # eager calls in turn: those that come again are launched in another way if there are not too many (replay.py)
+MANY, REPLAYS = 1000, 50
 _SLEEP_CYCLES = 30_000_000  # for the host to enqueue all timed calls meanwhile; else its pauses would count as latency
 _SHOWN = 20
 
@@ -258,7 +258,8 @@ class _Soak:
         self.on_gpu = place.device.type == "cuda"
         self.graphs = timing.capturable(place, communicator)
         self.largest = options.max_bytes or (1 << 20 if self.on_gpu else 16 << 10)
-        self.most_calls, self.most_bytes = (1000, 32 << 20) if self.on_gpu else (40, 1 << 20)
+        self.most_bytes = 32 << 20 if self.on_gpu else 1 << 20
+        self.untimed, self.timed = (12, 4) if self.on_gpu else (0, 1)  # eager turns
         self.private = random.Random(f"{options.seed}/{place.rank}")  # of stalls, which need not agree
         self.done: Counter[str] = Counter()
         self.kinds: Counter[str] = Counter()
@@ -296,34 +297,37 @@ class _Soak:
         self.resources.append(_resources(self.place))
 
     def round(self, number: int) -> None:
-        """A fresh burst: eagerly, the first turn timed; then captured and replayed."""
+        """Fresh calls: a few eagerly, again and again, the last turns timed; then many, captured and replayed."""
         dice = random.Random(f"{self.options.seed}/{number}")
-        burst = Burst(self.place, self.communicator, draw(dice, self.most_calls, self.most_bytes, self.largest),
-                      self.options.seed + number)  # fmt: skip
-        turns = EAGER if self.on_gpu else 1
-        with self.series(burst, "eager", turns):
-            marks: list[tuple[Any, Any]] = []
+        few = self.burst(dice, FEW, 2 * number)
+        marks: list[tuple[Any, Any]] = []
+        with self.series(few, "eager", self.untimed + self.timed):
+            for _ in range(self.untimed):
+                few.turn(self.plain)
             self.place.synchronize()
             if self.on_gpu:
                 torch.cuda._sleep(_SLEEP_CYCLES)
-            burst.turn(self.timed(marks))
-            for _ in range(turns - 1):
-                burst.turn(self.plain)
+            for _ in range(self.timed):
+                few.turn(partial(self.mark, marks))
         if number == 1:
             self.latencies.clear()  # the first round loaded torch's kernels
-        # The first call of a burst lines the ranks up, which stood apart by what their hosts did before.
+        # The first call lines the ranks up, which stood apart by what their hosts did before.
         self.latencies += [self.elapsed_us(*mark) for mark in marks[1:]]
         if self.graphs:
-            graph = torch.cuda.CUDAGraph()
+            many, graph = self.burst(dice, MANY, 2 * number + 1), torch.cuda.CUDAGraph()
             with self.communicator.capture(), torch.cuda.graph(graph):
-                burst.turn(self.plain)
-            with self.series(burst, "graph", REPLAYS):
+                many.turn(self.plain)
+            with self.series(many, "graph", REPLAYS):
                 for _ in range(REPLAYS):
                     self.host_stall()
                     if self.nccl:
                         self.nccl.enqueue(10)
                     graph.replay()
             graph.reset()
+
+    def burst(self, dice: random.Random, most_calls: int, number: int) -> Burst:
+        calls = draw(dice, most_calls, self.most_bytes, self.largest)
+        return Burst(self.place, self.communicator, calls, self.options.seed + number)
 
     @contextmanager
     def series(self, burst: Burst, kind: str, turns: int) -> Iterator[None]:
@@ -353,18 +357,11 @@ class _Soak:
             how = {"kind": kind, "in_place": call.in_place, "wrong": count}
             self.failures.append({"rank": self.place.rank, **where, **how})
 
-    def timed(self, marks: list[tuple[Any, Any]]) -> Callable[[int, Callable[[], Any]], None]:
-        """``around`` for ``Burst.turn`` that times the first calls into ``marks``."""
-
-        def around(index: int, call: Callable[[], Any]) -> None:
-            if index >= _TIMED:
-                self.plain(index, call)
-                return
-            start = self.now()
-            call()
-            marks.append((start, self.now()))
-
-        return around
+    def mark(self, marks: list[tuple[Any, Any]], index: int, call: Callable[[], Any]) -> None:
+        """``around`` for ``Burst.turn`` that adds when each call begins and ends to ``marks``."""
+        start = self.now()
+        call()
+        marks.append((start, self.now()))
 
     def plain(self, index: int, call: Callable[[], Any]) -> None:
         if self.options.stalls and self.private.random() < 0.005:

@@ -13,6 +13,7 @@ from test_cli import Fake
 from allreduce_jit import __main__ as cli
 from allreduce_jit import soak
 from allreduce_jit.errors import PeerTimeout
+from allreduce_jit.replay import SHORTS
 
 
 class Flawed(Fake):
@@ -98,7 +99,7 @@ def test_planted_bugs_are_located(capsys, init):
 
 def bursts(n):
     """The calls of the first ``n`` rounds with the defaults of the CPU."""
-    return [call for turn in range(n) for call in soak.draw(random.Random(f"0/{turn}"), 40, 1 << 20, 16 << 10)]
+    return [call for turn in range(n) for call in soak.draw(random.Random(f"0/{turn}"), soak.FEW, 1 << 20, 16 << 10)]
 
 
 def test_a_lost_peer_ends_the_run_and_is_told(capsys):
@@ -117,6 +118,10 @@ def test_load_needs_gpus(capsys):
     for option in ("--gemm", "--nccl"):
         code, document = soaked(capsys, option)
         assert code == 1 and "need GPUs" in document["error"]
+
+
+def test_eager_calls_come_again_before_they_are_forgotten():
+    assert soak.FEW <= SHORTS
 
 
 # -- the data, without processes
