@@ -33,6 +33,7 @@ DTYPE_NAMES = {getattr(torch, name): name for name in DTYPES}
 LARGEST_BAND = 1 << 30
 MAX_ROUTES = 4096
 _STRIDED = torch.strided
+_Tensor = torch.Tensor
 _current_device = getattr(torch._C, "_cuda_getDevice", None)  # without the check whether CUDA was set up
 
 
@@ -41,13 +42,13 @@ class Route:
     """Who runs calls of one shape and dtype.
 
     Attributes:
-        fits: whether a tensor is like one that has passed every check, so that it need not; a no says nothing.
+        alike: whether a plain tensor is like one that has passed every check, so that it need not; a no says nothing.
         empty: makes such a tensor on the current device.
         nbytes: size of such a tensor.
     """
 
     runner: Prepared | TorchEngine | None
-    fits: Callable[[object], bool]
+    alike: Callable[[torch.Tensor], bool]
     empty: Callable[[], torch.Tensor] | None
     nbytes: int
 
@@ -157,13 +158,14 @@ class Communicator:
             with torch.cuda.device(self.device):
                 return self.all_reduce(x, out)
         route = self._last
-        if not route.fits(x):
+        # ``plain`` here as well: calling it takes as long as all of this line.
+        if type(x) is not _Tensor or x.layout is not _STRIDED or x.is_nested or not route.alike(x):
             route = self._last = self._known(x)
-            if not route.fits(x):
+            if route is NOWHERE:
                 return self._all_reduce(x, out)
         if out is None:
             out = route.empty()
-        elif out is not x and (not route.fits(out) or abs(out.data_ptr() - x.data_ptr()) < route.nbytes):
+        elif out is not x and (not plain(out) or not route.alike(out) or abs(out.data_ptr() - x.data_ptr()) < route.nbytes):
             return self._all_reduce(x, out)
         route.runner.all_reduce(x, out)
         return out
@@ -368,17 +370,18 @@ class Communicator:
         return TorchEngine(group, self.device, self.world_size, backend)
 
     def _known(self, x: object) -> Route:
-        """The route of the last tensor that was accepted with this shape and dtype."""
-        return self._routes.get((x.shape, x.dtype), NOWHERE) if plain(x) else NOWHERE
+        """The route of tensors like ``x``, if one was accepted before."""
+        route = self._routes.get((x.shape, x.dtype), NOWHERE) if plain(x) else NOWHERE
+        return route if route.alike(x) else NOWHERE
 
     def _route(self, x: torch.Tensor) -> Route:
         """Who runs a call with ``x``, accepted and contiguous."""
         route = self._known(x)
-        if not route.fits(x):
+        if route is NOWHERE:
             numel, dtype = x.numel(), x.dtype
             runner = self._runners.get((numel, dtype)) or self._runner(numel, dtype)
             route = Route(runner, likeness(x), maker(x), numel * dtype.itemsize)
-            if route.fits(x):
+            if route.alike(x):
                 _remember(self._routes, (x.shape, dtype), route)
         return route
 

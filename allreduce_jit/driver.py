@@ -95,14 +95,32 @@ class _Node(ctypes.Structure):
     ]
 
 
+class _Edge(ctypes.Structure):
+    """``CUgraphEdgeData``."""
+
+    _fields_ = [("from_port", ctypes.c_ubyte), ("to_port", ctypes.c_ubyte), ("type", ctypes.c_ubyte), ("pad", ctypes.c_ubyte * 5)]
+
+
+# What dependent launch is in a graph: CU_GRAPH_KERNEL_NODE_PORT_PROGRAMMATIC, CU_GRAPH_DEPENDENCY_TYPE_PROGRAMMATIC.
+_DEPENDENT = _Edge(from_port=1, type=1)
+
+
 @cache
 def _entry(name: str) -> Callable[..., int]:
     """The driver's own entry: a call through the bindings builds Python objects each time."""
-    return getattr(ctypes.CDLL("libcuda.so.1"), name)
+    try:
+        return getattr(ctypes.CDLL("libcuda.so.1"), name)
+    except AttributeError:
+        raise AllReduceError(f"{name}: this driver is too old to have it") from None
 
 
-def _failure(what: str, error: int) -> AllReduceError:
+def failure(what: str, error: int) -> AllReduceError:
     return AllReduceError(f"{what}: {describe(driver.CUresult(error))}")
+
+
+def _check(what: str, error: int) -> None:
+    if error:
+        raise failure(what, error)
 
 
 class Launch:
@@ -111,7 +129,8 @@ class Launch:
     ``arguments`` are ctypes values; the launch reads what they hold at that moment. Not for two threads at once.
 
     Attributes:
-        node: the same for a graph, as the driver takes it.
+        node: the same for a graph, as the driver takes it, but for what says when it may start.
+        pdl: whether it is a dependent launch.
     """
 
     def __init__(self, kernel, arguments: Sequence[ctypes._SimpleCData | ctypes.Structure], grid: int, block: int,
@@ -123,7 +142,7 @@ class Launch:
             attributes.append(driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_COOPERATIVE)
         table = (_Attribute * len(attributes))(*(_Attribute(int(a), 0, (ctypes.c_int * 16)(1)) for a in attributes))
         pointers = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(a) for a in arguments))
-        self.arguments, self.grid = arguments, grid
+        self.arguments, self.grid, self.pdl = arguments, grid, pdl
         self._config = _Config((grid, ranks, 1), (block, 1, 1), shared_bytes, None, table, len(attributes))
         self._keep = (kernel, table, pointers)
         self._stream: int | None = None
@@ -139,45 +158,61 @@ class Launch:
             self._config.stream = self._stream = stream
         error = self._call()
         if error:
-            raise _failure("kernel launch", error)
+            raise failure("kernel launch", error)
 
 
 class Graph:
-    """A graph of one kernel, to be aimed at one launch after another. Not for two threads at once.
+    """A graph of kernels, one after the other, to be aimed at as many launches, or fewer, again and again. Not for two threads
+    at once.
 
-    ``launch`` is what it begins with, ``stream`` holds the one to launch it on. Neither cooperative launches nor dependent
-    ones: those attributes are left behind.
+    ``launches`` are what it begins with, ``stream`` holds the one to launch it on. Those that are dependent are so in the graph,
+    but for the first. No cooperative launches: that attribute is left behind.
+
+    Attributes:
+        launch: the driver's own call, which returns its error.
     """
 
-    def __init__(self, launch: Launch, stream: ctypes.c_void_p):
+    def __init__(self, launches: Sequence[Launch], stream: ctypes.c_void_p):
         with beside_captures():
-            self._graph, node = call("cuGraphCreate", 0), ctypes.c_void_p()
+            self._graph = call("cuGraphCreate", 0)
             try:
-                add, graph = _entry("cuGraphAddKernelNode_v2"), ctypes.c_void_p(int(self._graph))
-                error = add(ctypes.byref(node), graph, None, ctypes.c_size_t(0), launch.node)
-                if error:
-                    raise _failure("graph node", error)
+                nodes = _add_nodes(ctypes.c_void_p(int(self._graph)), launches)
                 self._executable = call("cuGraphInstantiate", self._graph, 0)
             except AllReduceError:
                 call("cuGraphDestroy", self._graph)
                 raise
         executable = ctypes.c_void_p(int(self._executable))
-        self._aim = partial(_entry("cuGraphExecKernelNodeSetParams_v2"), executable, node)
-        self._call = partial(_entry("cuGraphLaunch"), executable, stream)
+        self._enabled = len(nodes)
+        self._enable = [partial(_entry("cuGraphNodeSetEnabled"), executable, node) for node in nodes]
+        self._aim = [partial(_entry("cuGraphExecKernelNodeSetParams_v2"), executable, node) for node in nodes]
+        self.launch: Callable[[], int] = partial(_entry("cuGraphLaunch"), executable, stream)
 
-    def aim(self, launch: Launch) -> None:
-        """Be ``launch`` from now on, with the values that its arguments hold now. What is in flight stays what it is."""
-        error = self._aim(launch.node)
-        if error:
-            raise _failure("graph update", error)
-
-    def __call__(self) -> None:
-        error = self._call()
-        if error:
-            raise _failure("graph launch", error)
+    def aim(self, launches: Sequence[Launch]) -> None:
+        """Be ``launches`` from now on, with the values that their arguments hold now. What is in flight stays what it is."""
+        before, self._enabled = self._enabled, len(launches)
+        for enable in self._enable[before : self._enabled]:
+            _check("graph update", enable(ctypes.c_uint(1)))
+        for enable in self._enable[self._enabled : before]:
+            _check("graph update", enable(ctypes.c_uint(0)))
+        for aim, launch in zip(self._aim[: self._enabled], launches, strict=True):
+            _check("graph update", aim(launch.node))
 
     def close(self) -> None:
         """What is in flight comes to its end."""
         with beside_captures():
             call("cuGraphExecDestroy", self._executable)
             call("cuGraphDestroy", self._graph)
+
+
+def _add_nodes(graph: ctypes.c_void_p, launches: Sequence[Launch]) -> list[ctypes.c_void_p]:
+    add, link = _entry("cuGraphAddKernelNode_v2"), _entry("cuGraphAddDependencies_v2")
+    nodes: list[ctypes.c_void_p] = []
+    for launch in launches:
+        node = ctypes.c_void_p()
+        _check("graph node", add(ctypes.byref(node), graph, None, ctypes.c_size_t(0), launch.node))
+        if nodes:
+            edge = ctypes.byref(_DEPENDENT) if launch.pdl else None
+            ends = ctypes.byref(nodes[-1]), ctypes.byref(node)
+            _check("graph edge", link(graph, *ends, edge, ctypes.c_size_t(1)))
+        nodes.append(node)
+    return nodes

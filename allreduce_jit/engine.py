@@ -10,26 +10,28 @@ import contextlib
 import ctypes
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 
 from . import reference
 from .cache import Artifact, KernelCache, decode, encode
 from .compiler import build
-from .driver import Launch, call, load_module
+from .driver import Launch, call, failure, load_module
 from .errors import CommunicatorFailed, Poisoned, SetupError
 from .failure import SIGNATURES, SIGNATURES_AT, Kind, abort_code, explain, heard, last_signed
 from .kernel import DTYPES, KernelSpec, catalogue
 from .memory import LocalState, SideChannel, StagingMemory
 from .plan import PACKET, Layout, Plan
-from .replay import LARGEST, Replays
+from .replay import Replays, replayed
 from .settings import Settings
 from .tuning import Bands
 
 TORCH_DTYPES = {name: getattr(torch, name) for name in DTYPES}
 DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 VERIFY_BYTES = 64 << 10
+VERIFY_LAUNCHES = 8  # of a call of several; a stream never has 3 i + 1
 VERIFY_SECONDS = 10.0
 MAX_SHAPES = 4096  # Control.met of staging.cuh
 # Not a stream object: that takes longer to make than the rest of a call's preparation.
@@ -88,7 +90,7 @@ class Prepared:
     """An engine's calls of one size and dtype: nothing is left to look up or to plan.
 
     Attributes:
-        replayed: whether they are small enough to be launched as graphs.
+        replayed: whether they are launched as graphs when they come again.
     """
 
     engine: KernelEngine
@@ -113,8 +115,8 @@ class Prepared:
                 graph = engine._replays.ready.get(call) or engine._replays.aim(call)
             if graph is None:
                 self.step.fire(call[1], call[2], stream)
-            else:
-                graph()
+            elif error := graph.launch():
+                raise failure("graph launch", error)
         finally:
             lock.release()
 
@@ -190,7 +192,7 @@ class KernelEngine:
         self.state.set_deadlines(VERIFY_SECONDS, VERIFY_SECONDS)
         world_size, rank, device = self.config.world_size, self.config.rank, self.config.device
         generator = torch.Generator().manual_seed(2026)
-        for dtype in TORCH_DTYPES.values():
+        for number, dtype in enumerate(TORCH_DTYPES.values()):
             # Random bits: finite values of all magnitudes, infinities, subnormals and NaNs, all ones among them.
             bits = torch.randint(-(1 << 31), 1 << 31, (world_size, VERIFY_BYTES // 4), generator=generator)
             bits[:, 7] = -1
@@ -198,25 +200,26 @@ class KernelEngine:
             want = reference.ordered_sum(inputs)
             whole = VERIFY_BYTES // dtype.itemsize
             # Whole packets and not: the two forms of every kernel. Then as callers have it. Twice: both parities.
-            shapes = [(plan, numel) for numel in (whole, whole - 1) for plan in self._verification_plans(numel, dtype)]
-            if not self._replays:
-                self._replays.make(self._step(*shapes[0], dtype, config=0).whole[0][0])
+            runs = [(plan.algorithm, partial(self.run, plan), numel, 1)
+                    for numel in (whole, whole - 1) for plan in self._verification_plans(numel, dtype)]  # fmt: skip
+            plan = self._several_launches(whole, dtype)
+            several = Prepared(self, self._step(plan, whole, dtype, config=0), replayed=True)
+            if number == 0:
+                self._replays.make(several.step.whole[0][0])
+            again = 3  # as kernels, by graphs that are aimed, and by those that are ready
+            runs.append((f"{VERIFY_LAUNCHES} launches of {plan.algorithm}", several.all_reduce, whole, again))
             if self.takes(whole, DTYPE_NAMES[dtype]):
-                shapes.append((None, whole))
-            for turn, (plan, numel) in enumerate(shapes * 2):
+                runs.append(("a call", self.all_reduce, whole, again))
+            for turn, (what, run, numel, times) in enumerate(runs * 2):
                 # Turned by a little, so that what an earlier round left behind is not taken for this one's.
                 x = inputs[rank].roll(turn)[:numel].to(device)
                 out = torch.empty_like(x)
-                if plan is None:
-                    for _ in range(3):  # as a kernel, by a graph that is aimed, and by one that is ready
-                        self.all_reduce(x, out)
-                else:
-                    self.run(plan, x, out)
+                for _ in range(times):
+                    run(x, out)
                 torch.cuda.synchronize(device)
                 self.check()
                 difference = reference.compare(out.cpu(), want.roll(turn)[:numel])
                 if difference.wrong:
-                    what = plan.algorithm if plan else "a call"
                     raise SetupError(f"rank {rank}: {what} of {numel} {dtype} elements: {difference}")
         settings = self.config.settings
         self.state.set_deadlines(settings.timeout_s, settings.first_timeout_s)
@@ -241,8 +244,7 @@ class KernelEngine:
                     self._steps.clear()
                 plan = self.plan(numel, DTYPE_NAMES[dtype])
                 step = self._steps[numel, dtype] = self._step(plan, numel, dtype, config=len(self._steps) + 1)
-        replayed = len(step.whole) == 1 and numel * dtype.itemsize <= LARGEST
-        return Prepared(self, step, replayed)
+        return Prepared(self, step, replayed(len(step.whole), numel * dtype.itemsize))
 
     def check(self) -> None:
         """Raise what kept a call from completing, here or on a peer that stopped this rank for it: a subclass of
@@ -367,6 +369,10 @@ class KernelEngine:
 
     def _verification_plans(self, numel: int, dtype: torch.dtype) -> list[Plan]:
         raise NotImplementedError
+
+    def _several_launches(self, numel: int, dtype: torch.dtype) -> Plan:
+        """One of those for verification, in ``VERIFY_LAUNCHES`` launches."""
+        return replace(self._verification_plans(numel, dtype)[-1], chunk=numel // VERIFY_LAUNCHES)
 
     def _step(self, plan: Plan, numel: int, dtype: torch.dtype, config: int) -> Step:
         """Prepare a call; ``config``: which flag of ``Control.met`` is that of its shape."""

@@ -30,7 +30,7 @@ def _tensor_guards() -> type | None:
 _Guards = _tensor_guards()
 
 
-def nothing(x: object) -> bool:
+def nothing(x: torch.Tensor) -> bool:
     """A likeness that nothing has."""
     return False
 
@@ -75,22 +75,16 @@ def plain(x: object) -> bool:
     return type(x) is torch.Tensor and x.layout is torch.strided and not x.is_nested
 
 
-def likeness(x: torch.Tensor) -> Callable[[object], bool]:
-    """Tells whether something is a tensor like ``x``: with the same dtype, device, sizes, strides, and bits for conjugation and
-    negation, without grad. One call of torch's, where looking at each of them costs as much as a launch.
+def likeness(x: torch.Tensor) -> Callable[[torch.Tensor], bool]:
+    """Tells whether a plain tensor (and only such: the process ends where strides cannot be had) is like ``x``: with the same
+    dtype, device, sizes, strides, and bits for conjugation and negation, without grad. One call of torch's, where looking at each
+    of them costs as much as a launch.
 
-    A no may be wrong (for a subclass, or in another inference mode), a yes is not.
+    A no may be wrong (in another inference mode), a yes is not.
     """
     if _Guards is None or x.requires_grad or not plain(x):
         return nothing
-    check = _Guards(x, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
-    strided = torch.strided
-
-    def fits(x: object) -> bool:
-        # As ``plain``, whose call would cost more: the guards end the process where strides cannot be had.
-        return type(x) is torch.Tensor and x.layout is strided and not x.is_nested and check(x)
-
-    return fits
+    return _Guards(x, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
 
 
 @functools.cache
@@ -101,8 +95,8 @@ def _quick_empty(kind: str) -> Callable[..., torch.Tensor] | None:
     """
     try:
         quick = getattr(torch._C._dynamo.guards, f"_empty_strided_{kind}")
-        fits = likeness(torch.empty(2, 3, dtype=torch.bfloat16, device=kind))
-        return quick if fits(quick((2, 3), (3, 1), torch.bfloat16)) else None
+        alike, made = likeness(torch.empty(2, 3, dtype=torch.bfloat16, device=kind)), quick((2, 3), (3, 1), torch.bfloat16)
+        return quick if plain(made) and alike(made) else None
     except Exception:
         return None
 

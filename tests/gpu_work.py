@@ -14,13 +14,14 @@ import torch.distributed as dist
 
 import allreduce_jit
 from allreduce_jit import bench as benchmark
-from allreduce_jit import bench_page, bench_peers, reference, timing, tune, tuned
+from allreduce_jit import bench_page, bench_peers, reference, replay, soak, timing, tune, tuned
 from allreduce_jit import floor as light
 from allreduce_jit.communicator import Communicator
+from allreduce_jit.driver import Graph
 from allreduce_jit.engine import DTYPE_NAMES, TORCH_DTYPES
 from allreduce_jit.kernel import V2_ALGORITHMS, v2_algorithms
 from allreduce_jit.plan import v2_shape
-from allreduce_jit.replay import GRAPHS, LARGEST
+from allreduce_jit.replay import SHORTS
 from allreduce_jit.tuning import BLOCKS
 from allreduce_jit.verdict import Path
 
@@ -122,10 +123,11 @@ def graphs(place, path):
         captured.clear()
 
 
-def repeated(place, path):
-    """Small eager calls, which are launched as graphs: between streams, captures and replays of the same calls, with new
-    tensors, and with more addresses than there are graphs."""
-    shapes = [(1, torch.float32), (4096, torch.bfloat16), (99_991, torch.float16), (524_288, torch.bfloat16), (600_001, torch.bfloat16)]
+def repeated(place, path, many_launches=False):
+    """Eager calls that are launched as graphs: between streams, captures and replays of the same calls, with new tensors, and
+    with more addresses than there are graphs. ``many_launches``: whether the largest takes so many that it is one, too."""
+    shapes = [(1, torch.float32), (4096, torch.bfloat16), (99_991, torch.float16), (524_288, torch.bfloat16),
+              (600_001, torch.bfloat16), (16_000_000, torch.bfloat16)]  # fmt: skip
     with allreduce_jit.init(device=place.device, deterministic=True) as comm:
         expect_path(comm, path)
         ready, graph = comm._engine._replays.ready, torch.cuda.CUDAGraph()
@@ -160,23 +162,28 @@ def repeated(place, path):
                 want = reference.expected(turn + i, comm.world_size, x.numel(), x.dtype, place.device)
                 difference = reference.compare(out, reference.ordered_sum([want] * comm.world_size))
                 assert not difference.wrong, f"rank {comm.rank} turn {turn} {x.numel()} {x.dtype}: {difference}"
-        assert len(set(ready) - verified) == 2 * sum(x.nbytes <= LARGEST for x, _ in pairs) == 16
+        again = set(ready) - verified
+        assert len(again) == 2 * sum(comm._engine.prepared(x.numel(), x.dtype).replayed for x, _ in pairs) >= 16
+        assert any(len(step.whole) > 1 for step, _, _ in again) is many_launches
         x = reference.values(1, comm.rank, 5000, torch.bfloat16, place.device)
         want = reference.expected(1, comm.world_size, 5000, torch.bfloat16, place.device)
         for _ in range(5):  # the same memory again and again
             assert not reference.compare(comm.all_reduce(x), want).wrong
-        assert len(set(ready) - verified) > 16
+        assert len(set(ready) - verified) > len(again)
         with torch.cuda.device((place.device.index + 1) % torch.cuda.device_count()):  # whatever the current device is
             new = comm.all_reduce(x)
         assert new.device == x.device and not reference.compare(new, want).wrong
+
+        def small():
+            return {call for call in ready if len(call[0].whole) == 1}
 
         def occupied():
             torch.cuda.synchronize()
             free, total = torch.cuda.mem_get_info(place.device)
             return total - free
 
-        x = torch.zeros(8 * 3 * GRAPHS, dtype=torch.bfloat16, device=place.device)
-        out, known, before = torch.empty_like(x), set(ready), None
+        x = torch.zeros(8 * 3 * SHORTS, dtype=torch.bfloat16, device=place.device)
+        out, known, before = torch.empty_like(x), small(), None
         for seed in range(4):
             x.copy_(reference.values(seed, comm.rank, x.numel(), x.dtype, place.device))
             want = reference.expected(seed, comm.world_size, x.numel(), x.dtype, place.device)
@@ -186,7 +193,7 @@ def repeated(place, path):
                     comm.all_reduce(source, out=target)
             assert not reference.compare(out, want).wrong
             before = before or occupied()  # torch has loaded all that this needs
-        assert len(ready) == GRAPHS and not known & set(ready) and occupied() == before, (occupied(), before)
+        assert len(small()) == SHORTS and not known & small() and occupied() == before, (occupied(), before)
         comm.check()
 
 
@@ -447,6 +454,25 @@ def bench(place):
         assert row["p50_us"] > 0.8 * row["sol_us"], row  # nobody is faster than light, but for the noise
         assert row["peers"]["nccl"]["p50_us"] > row["sol_us"], row
     assert "ours / SoL" in bench_page.page([document]) and "xSoL" in benchmark.render(document)
+
+
+def soaked(place):
+    """A round of a soak; its eager calls come again, so almost all of them are launched as graphs."""
+    launched = []
+
+    class Noted(Graph):
+        def __init__(self, *args):
+            super().__init__(*args)
+            launch = self.launch
+            self.launch = lambda: (launched.append(self), launch())[1]
+
+    replay.Graph = Noted
+    try:
+        ledger = soak.work(place, soak.Options(1, None, None, seed=0, gemm=True, nccl=False, stalls=True), None)
+    finally:
+        replay.Graph = Graph
+    assert ledger["ok"] and ledger["calls"]["graph"] > 0, ledger
+    assert len(launched) > 0.9 * ledger["calls"]["eager"], (len(launched), ledger["calls"])
 
 
 def plan_is_fastest(place, margin=0.15):

@@ -48,6 +48,10 @@ def test_calls_that_come_again(n, monkeypatch):
     run(n, ("repeated", (Path.V2,)))
     monkeypatch.setenv("SGLANG_OPT_USE_CUSTOM_ALL_REDUCE_V2", "off")
     run(n, ("repeated", (Path.LEGACY,)))
+    monkeypatch.setenv("ALLREDUCE_JIT_STAGING_MB", "4")
+    run(n, ("repeated", (Path.LEGACY, True)))
+    monkeypatch.delenv("SGLANG_OPT_USE_CUSTOM_ALL_REDUCE_V2")
+    run(n, ("repeated", (Path.V2, True)))
 
 
 @pytest.mark.parametrize("n", WORLDS)
@@ -62,8 +66,8 @@ def test_ladder(n):
 
 
 @pytest.mark.parametrize("n", WORLDS)
-def test_bench(n):
-    run(n, "floor", "missing_flag", "bench")
+def test_bench_and_soak(n):
+    run(n, "floor", "missing_flag", "bench", "soaked")
 
 
 @pytest.mark.parametrize("n", WORLDS)

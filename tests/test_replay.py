@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import struct
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -13,14 +14,15 @@ pytest.importorskip("cuda.bindings.driver")
 
 from allreduce_jit import driver, replay, v2
 from allreduce_jit import engine as engines
-from allreduce_jit.engine import EngineConfig
+from allreduce_jit.engine import VERIFY_BYTES, VERIFY_LAUNCHES, EngineConfig
 from allreduce_jit.errors import AllReduceError
 from allreduce_jit.kernel import ITEMSIZE, entry, v2_algorithms
-from allreduce_jit.replay import GRAPHS, LARGEST
+from allreduce_jit.replay import FEWEST, LARGEST, LONGS, MOST, SHORTS, replayed
 from allreduce_jit.settings import Settings
 from allreduce_jit.v2 import Args, V2Engine
 
 X, OUT, ELSEWHERE = 1 << 40, 1 << 41, 1 << 42
+ALL = SHORTS + LONGS
 
 
 class FakeLaunch:
@@ -41,21 +43,23 @@ class FakeLaunch:
 class FakeGraph:
     """As the driver has it: what the arguments held when it was aimed."""
 
-    alive = 0
+    alive = error = 0
     refuses = False
 
-    def __init__(self, launch, stream):
-        self.stream, self.what = stream, None
+    def __init__(self, launches, stream):
+        self.kernels, self.stream, self.what = len(launches), stream, None
         FakeGraph.alive += 1
 
-    def aim(self, launch):
+    def aim(self, launches):
         if self.refuses:
             raise AllReduceError("graph update: not supported")
-        self.what = launch.what()
+        assert 1 <= len(launches) <= self.kernels and (len(launches) == 1) == (self.kernels == 1)
+        self.what = [launch.what() for launch in launches]
         FakeLaunch.log.append(("aim",))
 
-    def __call__(self):
-        FakeLaunch.log.append(("graph", *self.what, self.stream.value or 0))
+    def launch(self):
+        FakeLaunch.log += [("graph", *what, self.stream.value or 0) for what in self.what]
+        return self.error
 
     def close(self):
         FakeGraph.alive -= 1
@@ -82,6 +86,7 @@ def here(monkeypatch):
     answers = {"cuStreamGetCaptureInfo": lambda stream: (0, 0), "cuStreamGetPriority": lambda stream: here.priority.get(stream, 0)}
     monkeypatch.setattr(engines, "call", lambda name, *args: answers.get(name, lambda *args: None)(*args))
     one._replays.make(None)
+    assert FakeGraph.alive == ALL
     return here
 
 
@@ -121,11 +126,61 @@ def test_large_calls_are_kernels(here, nbytes, found):
     assert [kinds(ran(here, nbytes // 2)) for _ in range(3)] == found
 
 
-def test_calls_of_several_launches_are_kernels(here, monkeypatch):
-    monkeypatch.setattr(engines, "LARGEST", 1 << 30)
+def of_launches(here, *counts):
+    """The numbers of bf16 elements that take so many launches."""
+    found = {}
+    for megabytes in range(16, 2000, 4):
+        numel = megabytes << 19
+        step = here.engine._step(here.engine.plan(numel, "bfloat16"), numel, torch.bfloat16, 0)
+        found.setdefault(len(step.whole), numel)
+    return [found[count] for count in counts]
+
+
+def test_calls_of_many_launches_are_graphs_of_all_of_them(here):
+    counts = FEWEST + 1, FEWEST + 2, MOST - 1, MOST  # streams never take 3 i + 1
+    for count, numel in zip(counts, of_launches(here, *counts)):
+        first, second, third = (ran(here, numel) for _ in range(3))
+        assert kinds(first) == ["kernel"] * count and kinds(second) == ["aim", *kinds(third)] and kinds(third) == ["graph"] * count
+        assert [what[1:] for what in first] == [what[1:] for what in third] == [what[1:] for what in second[1:]]
+        assert sum(what[2] for what in first) == numel
+        # With other addresses it is another call, and this one is what it was.
+        other = [ran(here, numel, target=ELSEWHERE) for _ in range(3)][-1]
+        assert kinds(other) == kinds(third) and {what[4] - ELSEWHERE for what in other} == {what[4] - OUT for what in third}
+        assert ran(here, numel) == third
+        assert [kinds(ran(here, numel, source=X + 2)) for _ in range(3)] == [kinds(f) for f in (first, second, third)]
+
+
+def test_large_calls_take_turns_with_the_same_graphs(here):
+    (numel,) = of_launches(here, MOST)
+    as_kernels = [what[1:] for what in ran(here, numel)]
+    small = [ran(here) for _ in range(3)][-1]
+    for turn in range(2):
+        for i in range(LONGS + 2):
+            found = [ran(here, numel, source=X + 16 * i, target=ELSEWHERE) for _ in range(3)]
+            assert [calls[0][0] for calls in found] == ["kernel", "aim", "graph"]
+            for calls in found:
+                launched = [what[1:] for what in calls if what != ("aim",)]
+                assert launched == [(k, n, x + 16 * i, out - OUT + ELSEWHERE, s) for k, n, x, out, s in as_kernels]
+            assert len(here.engine._replays.ready) == 1 + (LONGS if turn else min(i + 1, LONGS))
+    assert FakeGraph.alive == ALL and ran(here) == small  # which have graphs of their own
+
+
+def test_which_calls_are_replayed(here):
+    assert replayed(1, LARGEST) and not replayed(1, LARGEST + 1) and not replayed(2, 100)
+    assert not replayed(FEWEST - 1, 1 << 27) and replayed(FEWEST, 1 << 27)
+    assert replayed(MOST, 1 << 30) and not replayed(MOST + 1, 1 << 30)
+    for count, numel in zip((2, FEWEST - 1, MOST + 2), of_launches(here, 2, FEWEST - 1, MOST + 2)):
+        assert [kinds(ran(here, numel)) for _ in range(3)] == [["kernel"] * count] * 3
+
+
+def test_a_large_call_that_cannot_be_launched_is_told(here, monkeypatch):
+    (numel,) = of_launches(here, MOST)
     for _ in range(3):
-        found = ran(here, 32 << 20)
-        assert len(found) > 1 and set(kinds(found)) == {"kernel"}
+        ran(here, numel)
+    monkeypatch.setattr(driver, "describe", lambda error: f"error {int(error)}")
+    monkeypatch.setattr(FakeGraph, "error", 700)
+    with pytest.raises(AllReduceError, match="graph launch: error 700"):
+        ran(here, numel)
 
 
 def test_a_capture_takes_kernels(here):
@@ -166,43 +221,78 @@ def test_a_stopped_communicator_replays_nothing(here):
 def test_ever_new_calls_take_turns_with_the_same_graphs(here):
     """What a graph was aimed at before is not found there any more."""
     for turn in range(2):
-        for i in range(GRAPHS + 1):
+        for i in range(SHORTS + 1):
             found = [ran(here, source=X + 16 * i) for _ in range(3)]
             assert [kinds(f) for f in found] == FIRST and {f[-1][3] for f in found} == {X + 16 * i}
-            assert len(here.engine._replays.ready) == (GRAPHS if turn else min(i + 1, GRAPHS))
-    assert [kinds(ran(here, source=X + 16 * i)) for i in range(1, GRAPHS + 1)] == [AGAIN] * GRAPHS
-    assert FakeGraph.alive == GRAPHS
-    for i in range(3 * GRAPHS):  # addresses that do not come again take nobody's
-        assert kinds(ran(here, target=ELSEWHERE + 16 * i)) == KERNEL and len(here.engine._replays._seen) <= GRAPHS
-    assert [kinds(ran(here, source=X + 16 * i)) for i in range(1, GRAPHS + 1)] == [AGAIN] * GRAPHS
+            assert len(here.engine._replays.ready) == (SHORTS if turn else min(i + 1, SHORTS))
+    assert [kinds(ran(here, source=X + 16 * i)) for i in range(1, SHORTS + 1)] == [AGAIN] * SHORTS
+    assert FakeGraph.alive == ALL
+    for i in range(3 * SHORTS):  # addresses that do not come again take nobody's
+        assert kinds(ran(here, target=ELSEWHERE + 16 * i)) == KERNEL and len(here.engine._replays._seen) <= SHORTS
+    assert [kinds(ran(here, source=X + 16 * i)) for i in range(1, SHORTS + 1)] == [AGAIN] * SHORTS
     here.engine.memory = here.engine.state = None
     here.engine.close()
     assert FakeGraph.alive == 0
 
 
 def test_many_calls_in_turn_do_not_take_the_graphs_from_each_other(here):
-    first = [[kinds(ran(here, source=X + 16 * i)) for i in range(GRAPHS)] for _ in range(3)]
-    assert first == [[kind] * GRAPHS for kind in FIRST]
+    first = [[kinds(ran(here, source=X + 16 * i)) for i in range(SHORTS)] for _ in range(3)]
+    assert first == [[kind] * SHORTS for kind in FIRST]
     for _ in range(5):
-        assert [kinds(ran(here, source=X + 16 * i)) for i in range(3 * GRAPHS)] == [AGAIN] * GRAPHS + [KERNEL] * 2 * GRAPHS
+        assert [kinds(ran(here, source=X + 16 * i)) for i in range(3 * SHORTS)] == [AGAIN] * SHORTS + [KERNEL] * 2 * SHORTS
 
 
-def test_where_graphs_cannot_be_made_calls_are_kernels(here, monkeypatch, caplog):
+@pytest.mark.parametrize("most", [3, SHORTS + 3])
+def test_where_graphs_cannot_be_made_calls_are_kernels(here, monkeypatch, caplog, most):
     made = []
 
-    def make(launch, stream):
-        if len(made) == 3:
+    def make(launches, stream):
+        if len(made) == most:
             raise AllReduceError("cuGraphInstantiate: out of memory")
-        made.append(FakeGraph(launch, stream))
+        made.append(FakeGraph(launches, stream))
         return made[-1]
 
     here.engine._replays.close()
     monkeypatch.setattr(replay, "Graph", make)
     here.engine._replays.make(None)
-    assert len(made) == 3 and not FakeGraph.alive
+    assert len(made) == most and not FakeGraph.alive
     assert [kinds(ran(here)) for _ in range(3)] == [KERNEL] * 3
     (record,) = caplog.records
-    assert record.getMessage().endswith("takes the host longer: cuGraphInstantiate: out of memory")
+    assert record.getMessage().endswith("takes longer: cuGraphInstantiate: out of memory")
+
+
+@pytest.mark.parametrize("can", [True, False], ids=["graphs", "no graphs"])
+def test_what_verification_launches(here, monkeypatch, caplog, can):
+    """Both forms of every kernel; then a call of several launches and a small one, as callers have them: all of it twice."""
+    one, made = here.engine, []
+
+    def make(launches, stream):
+        made.append(len(launches))
+        if not can:
+            raise AllReduceError("cuGraphInstantiate: out of memory")
+        return FakeGraph(launches, stream)
+
+    one._replays.close()
+    one._replays = replay.Replays()
+    one.config = replace(one.config, device=torch.device("cpu"))
+    one.state.set_deadlines = lambda usual, first: None
+    monkeypatch.setattr(replay, "Graph", make)
+    monkeypatch.setattr(one, "check", lambda: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(engines.reference, "compare", lambda got, want: SimpleNamespace(wrong=0))  # nothing was summed
+    one.verify()
+    assert made == ([1] * SHORTS + [MOST] * LONGS if can else [1]) and len(caplog.records) == (not can)
+    for dtype, name in ((torch.float32, "fp32"), (torch.float16, "fp16"), (torch.bfloat16, "bf16")):
+        whole = VERIFY_BYTES // dtype.itemsize
+        mine = [(kind, *what) for kind, *what in FakeLaunch.log if what and f"_{name}_" in what[0]]
+        forms = {f"{a}_{name}_ws4{form}" for a in ("one_shot", "two_shot", "two_shot_stream") for form in ("", "_ragged")}
+        assert {what[1] for what in mine if what[0] == "kernel"} == forms
+        several = [what for what in mine if what[2] == whole // VERIFY_LAUNCHES]
+        assert len(several) == 2 * 3 * VERIFY_LAUNCHES and {what[1] for what in several} == {f"two_shot_stream_{name}_ws4"}
+        small = [what for what in mine if what[1] == f"one_shot_{name}_ws4" and what[2] == whole]
+        assert len(small) == 2 * (1 + 3)  # the kernel by itself, and the call three times
+        for what in several, small:
+            assert any(kind == "graph" for kind, *_ in what) is can
 
 
 def test_a_graph_that_cannot_be_aimed_loses_no_call(here, monkeypatch, caplog):
@@ -213,9 +303,19 @@ def test_a_graph_that_cannot_be_aimed_loses_no_call(here, monkeypatch, caplog):
     assert kinds(ran(here)) == KERNEL and not FakeGraph.alive and len(caplog.records) == 1
 
 
+def test_a_graph_that_cannot_be_launched_is_told(here, monkeypatch):
+    assert [kinds(ran(here)) for _ in range(3)] == FIRST
+    monkeypatch.setattr(driver, "describe", lambda error: f"error {int(error)}")
+    monkeypatch.setattr(FakeGraph, "error", 700)
+    with pytest.raises(AllReduceError, match="graph launch: error 700"):
+        ran(here)
+    monkeypatch.setattr(FakeGraph, "error", 0)
+    assert kinds(ran(here)) == AGAIN
+
+
 def test_a_graph_is_what_the_arguments_held_when_it_was_aimed(monkeypatch):
     modes = driver.driver.CUstreamCaptureMode
-    log, here = [], SimpleNamespace(mode=modes.CU_STREAM_CAPTURE_MODE_GLOBAL, fails=None)
+    log, here = [], SimpleNamespace(mode=modes.CU_STREAM_CAPTURE_MODE_GLOBAL, fails=None, node=98)
 
     def call(name, *args):
         if name == "cuThreadExchangeStreamCaptureMode":
@@ -236,13 +336,23 @@ def test_a_graph_is_what_the_arguments_held_when_it_was_aimed(monkeypatch):
 
     def add(node, graph, after, count, parameters):
         assert not after and not count and here.mode is modes.CU_STREAM_CAPTURE_MODE_RELAXED
-        ctypes.c_void_p.from_address(node).value = 99
+        ctypes.c_void_p.from_address(node).value = here.node = here.node + 1
         log.append(("add", graph, *of_node(parameters)))
         return int(here.fails == "add")
+
+    def link(graph, before, after, edge, count):
+        assert count == 1 and here.mode is modes.CU_STREAM_CAPTURE_MODE_RELAXED
+        ends = (ctypes.c_void_p.from_address(end).value for end in (before, after))
+        log.append(("link", graph, *ends, edge and ctypes.string_at(edge, 8)))
+        return int(here.fails == "link")
 
     def aim(graph, node, parameters):
         log.append(("aim", graph, node, *of_node(parameters)))
         return int(here.fails == "aim")
+
+    def enable(graph, node, whether):
+        log.append(("enable", graph, node, whether))
+        return int(here.fails == "enable")
 
     def launch(graph, stream):
         log.append(("launch", graph, stream))
@@ -252,7 +362,9 @@ def test_a_graph_is_what_the_arguments_held_when_it_was_aimed(monkeypatch):
     pointer, size = ctypes.c_void_p, ctypes.c_size_t
     for name, function, types in (
         ("cuGraphAddKernelNode_v2", add, (pointer, pointer, pointer, size, pointer)),
+        ("cuGraphAddDependencies_v2", link, (pointer, pointer, pointer, pointer, size)),
         ("cuGraphExecKernelNodeSetParams_v2", aim, (pointer, pointer, pointer)),
+        ("cuGraphNodeSetEnabled", enable, (pointer, pointer, ctypes.c_uint)),
         ("cuGraphLaunch", launch, (pointer, pointer)),
     ):  # as the driver's own: addresses, of which ctypes knows no more
         kept.append(ctypes.CFUNCTYPE(ctypes.c_int, *types)(function))
@@ -263,28 +375,56 @@ def test_a_graph_is_what_the_arguments_held_when_it_was_aimed(monkeypatch):
     args, others, stream = Args(input=1 << 47, output=5, numel=9), Args(input=6, output=1 << 46, numel=8), pointer()
     first = driver.Launch(driver.driver.CUfunction(1 << 46), [args], 17, 64, pdl=True)
     second = driver.Launch(driver.driver.CUfunction(3 << 45), [others], 3, 32, shared_bytes=1024)
-    graph = driver.Graph(first, stream)
-    assert log == [("cuGraphCreate", 0), ("add", 77, 1 << 46, [17, 1, 1, 64, 1, 1], 0, (1 << 47, 5, 9)), ("cuGraphInstantiate", 77, 0)]
+    graph = driver.Graph([first], stream)
+    as_first = 1 << 46, [17, 1, 1, 64, 1, 1], 0, (1 << 47, 5, 9)
+    assert log == [("cuGraphCreate", 0), ("add", 77, *as_first), ("cuGraphInstantiate", 77, 0)]
     assert here.mode is modes.CU_STREAM_CAPTURE_MODE_GLOBAL
     log.clear()
-    graph.aim(second)
-    graph()
+    graph.aim([second])
+    assert graph.launch() == 0
     stream.value, args.input = 7 << 40, 1 << 44
-    graph.aim(first)
-    graph()
+    graph.aim([first])
+    assert graph.launch() == 0
     assert log == [
         ("aim", 1 << 45, 99, 3 << 45, [3, 1, 1, 32, 1, 1], 1024, (6, 1 << 46, 8)),
         ("launch", 1 << 45, None),
         ("aim", 1 << 45, 99, 1 << 46, [17, 1, 1, 64, 1, 1], 0, (1 << 44, 5, 9)),
         ("launch", 1 << 45, 7 << 40),
     ]
-    for here.fails, do, words in (("aim", lambda: graph.aim(first), "graph update: error 1"), ("launch", graph, "graph launch: error 1")):
-        with pytest.raises(AllReduceError, match=words):
-            do()
+    here.fails = "aim"
+    with pytest.raises(AllReduceError, match="graph update: error 1"):
+        graph.aim([first])
+    here.fails = "launch"
+    assert graph.launch() == 1
     log.clear()
     graph.close()
     assert log == [("cuGraphExecDestroy", 1 << 45), ("cuGraphDestroy", 77)]
-    for here.fails in ("cuGraphInstantiate", "add"):  # nothing is left behind
+    here.fails = None
+    # Three in a row: who is a dependent launch may start early (cuda.h: port 1 of a kernel, type 1), others may not.
+    here.node = 98
+    log.clear()
+    row = driver.Graph([second, first, second], stream)
+    assert [entry[2:] for entry in log if entry[0] == "link"] == [(99, 100, b"\1\0\1" + bytes(5)), (100, 101, None)]
+    # Those that are not needed are left out, until they are.
+    aimed = ("aim", 99, 1 << 46), ("aim", 100, 3 << 45), ("aim", 101, 1 << 46)
+    for launches, changed in ((3, ()), (1, ((100, 0), (101, 0))), (2, ((100, 1),)), (3, ((101, 1),))):
+        log.clear()
+        row.aim([first, second, first][:launches])
+        found = [(entry[0], *entry[2:4]) for entry in log]
+        assert found == [*(("enable", *change) for change in changed), *aimed[:launches]]
+    with pytest.raises(ValueError):  # no launch of a call is ever lost
+        row.aim([first] * 4)
+    here.fails = "enable"
+    with pytest.raises(AllReduceError, match="graph update: error 1"):
+        row.aim([first])
+    for here.fails in ("cuGraphInstantiate", "add", "link"):  # nothing is left behind
         with pytest.raises(AllReduceError):
-            driver.Graph(first, stream)
+            driver.Graph([first, second], stream)
         assert log[-1] == ("cuGraphDestroy", 77) and here.mode is modes.CU_STREAM_CAPTURE_MODE_GLOBAL
+
+
+def test_a_driver_without_an_entry_is_told(monkeypatch):
+    driver._entry.cache_clear()
+    monkeypatch.setattr(driver.ctypes, "CDLL", lambda name: object())
+    with pytest.raises(AllReduceError, match="cuGraphAddDependencies_v2: this driver is too old"):
+        driver._entry("cuGraphAddDependencies_v2")

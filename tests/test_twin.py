@@ -11,8 +11,9 @@ import torch
 
 import twin
 from allreduce_jit import reference, v2
+from allreduce_jit.engine import VERIFY_BYTES, VERIFY_LAUNCHES
 from allreduce_jit.failure import Kind, abort_code
-from allreduce_jit.kernel import DTYPES, V2_ALGORITHMS
+from allreduce_jit.kernel import DTYPES, ITEMSIZE, V2_ALGORITHMS
 from allreduce_jit.plan import HEADER_BYTES
 from twin import Call, Failed, Program, World, cramped
 
@@ -107,6 +108,21 @@ def test_a_long_life(objects, world_size, options):
             for jitter in (0.01, 0.2):
                 world.run(program, seed, room=dice.choice([64, 200, 600]), jitter=jitter, sleep=dice.choice([0, 0.001, 0.005]))
         assert world.collectives == 120
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("world_size", WORLDS)
+@pytest.mark.parametrize("options", [{}, {"max_ctas": 3}], ids=str)
+def test_what_construction_runs(objects, world_size, options):
+    """The plans that every new communicator is verified with."""
+    with World(twin.build(objects, world_size), world_size, **options) as world:
+        for dtype in DTYPES if LONG else ["bfloat16"]:
+            kind, numel = getattr(torch, dtype), VERIFY_BYTES // ITEMSIZE[dtype]
+            several = world.engines[0]._several_launches(numel, kind)
+            assert len(v2.launches(several, numel, dtype, world_size)) == VERIFY_LAUNCHES
+            plans = [*world.engines[0]._verification_plans(numel, kind), several, several]
+            world.plan = lambda call, plans=plans: plans[call.algorithm]
+            world.run(Program(world_size, [Call(i, dtype, numel) for i in range(len(plans))], 4), 5, room=256, jitter=0.01, sleep=0)
 
 
 @pytest.mark.parametrize("epoch", [2**31 - 1, 2**31, 2**32 - 1])
