@@ -71,6 +71,7 @@ class Scenario:
         stopped: a rank whose host sets its abort word when it first looks for data. It finds none before it has seen
             that word, and all of it from then on.
         busy: a rank with a call in flight that never ends.
+        halved: a rank, and which half of its signatures comes last: when its peers have looked for it.
         differs: a rank and in what its calls differ, e.g. [1, {"numel": 5}].
         deadline: looks after which a wait gives up; 0: it does not.
         grace: the same before a shape of call was met; None: no other than the deadline.
@@ -89,6 +90,7 @@ class Scenario:
     aborted: int | None = None
     stopped: int | None = None
     busy: int | None = None
+    halved: list[int] | None = None
     differs: list | None = None
     deadline: int = 20_000
     grace: int | None = None
@@ -405,7 +407,8 @@ def disturb(interpreter, tl, communicator: Communicator, rank: int, check_every:
     """Pauses, torn stores, slowness and death at the points where ranks meet: block stores and volatile looks."""
     scenario, builder = communicator.scenario, interpreter.InterpreterBuilder
     rng = random.Random(f"{scenario.seed} {rank}")
-    looks, pushes = itertools.count(), itertools.count()
+    looks, pushes, held = itertools.count(), itertools.count(), []
+    halved, last = scenario.halved or (None, None)
     whole_load, whole_store = builder.create_masked_load, builder.create_masked_store
 
     def pause():
@@ -416,7 +419,7 @@ def disturb(interpreter, tl, communicator: Communicator, rank: int, check_every:
     def load(self, pointers, mask, other, *policy):
         if policy[-1] and pointers.data.size > 1:
             for_data = pointers.get_element_ty() != tl.int64  # rather than for signatures
-            communicator.looks[rank][int(for_data)] += not for_data or bool((~mask.data).all())  # once a round
+            communicator.looks[rank][int(for_data)] += not for_data or not mask.data.any()  # own block: once a round
             if for_data and rank == scenario.dies:
                 os._exit(0)
             if for_data and rank == scenario.stopped:
@@ -441,7 +444,20 @@ def disturb(interpreter, tl, communicator: Communicator, rank: int, check_every:
             found = look()
         return found
 
+    def sign(*half):
+        """Stores the half that comes last when every peer has looked for both."""
+        held.append(half)
+        if len(held) == 2:
+            early, late = held if last else reversed(held)
+            held.clear()
+            whole_store(*early)
+            seen = [looks[0] for looks in communicator.looks]
+            communicator.until(rank, lambda peer: communicator.looks[peer][0] >= seen[peer] + 4)  # two words a look
+            whole_store(*late)
+
     def store(self, pointers, value, mask, *policy):
+        if rank == halved and pointers.data.size > 1 and pointers.get_element_ty() == tl.int64:
+            return sign(self, pointers, value, mask, *policy)
         if rank == scenario.late and pointers.data.size > 1 and pointers.get_element_ty() != tl.int64 and not next(pushes):
             communicator.until(rank, lambda peer: communicator.control[peer][MET])
             seen = [looks[1] for looks in communicator.looks]

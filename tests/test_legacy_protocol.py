@@ -173,6 +173,8 @@ def scenario(name: str) -> Scenario:
         "late at first": Scenario(2, same, late=1, deadline=100, grace=100_000),
         "gone after the first": Scenario(2, same, leaves=1, deadline=100, grace=0),
         "differing": Scenario(2, [Call("one_shot", "float16", 40)], differs=[1, {"dtype": "bfloat16"}]),
+        "first half last": Scenario(3, same, halved=[1, 0]),
+        "second half last": Scenario(3, same, halved=[1, 1]),
         "busy": Scenario(2, same, busy=1),
         "stopped midway": Scenario(2, [Call("one_shot", "float32", 150)], stopped=0, deadline=300),
     }[name]
@@ -230,7 +232,8 @@ BUGS = {
     "one parity of signatures": ("one rank slow", "(sequence & 1) * _RANKS", "(sequence & 0) * _RANKS"),
     "the clock runs on when ranks have met": ("late at first", "(began == 0) | (met != met_before)", "began == 0"),
     "the dtype is not signed": ("differing", "number | tag |", "number |"),
-    "signatures are believed before they came": ("repeated", "low >> 32 != first >> 32", "low < 0"),
+    "the first half of a signature is believed before it came": ("first half last", "low >> 32 != first >> 32", "low < 0"),
+    "the second half of a signature is believed before it came": ("second half last", "(high >> 32 != first >> 32)", "(high < 0)"),
     "calls are not counted": ("repeated", "tl.int32)) + 1  # from 1", "tl.int32)) + 0  # from 1"),
     "calls in flight are not looked at": ("busy", "in_flight > 0, _CONCURRENT", "in_flight > 9, _CONCURRENT"),
     "nobody leaves": ("repeated", "-1, sem=", "0, sem="),
