@@ -374,7 +374,7 @@ def repair_bf16(interpreter) -> None:
 
 
 def repair_masks(interpreter, boolean) -> None:
-    """Comparing scalars gives int32 in the interpreter, which newer versions refuse as a mask."""
+    """Comparing scalars gives int32 in the interpreter, which newer versions refuse as a mask. Last, so that all see bool."""
     builder = interpreter.InterpreterBuilder
     whole_load, whole_store = builder.create_masked_load, builder.create_masked_store
 
@@ -483,10 +483,13 @@ def play(scenario: Scenario, interpreter, tl) -> Outcome:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     communicator = Communicator(scenario)
-    ranks = [
-        fork(lambda: (disturb(interpreter, tl, communicator, rank, module._CHECK_EVERY.value), communicator.play(rank, module, tl)))
-        for rank in range(scenario.world) if rank != scenario.absent
-    ]
+
+    def live(rank: int) -> None:
+        disturb(interpreter, tl, communicator, rank, module._CHECK_EVERY.value)
+        repair_masks(interpreter, tl.int1)
+        communicator.play(rank, module, tl)
+
+    ranks = [fork(lambda: live(rank)) for rank in range(scenario.world) if rank != scenario.absent]
     failed = sum(os.waitpid(rank, 0)[1] != 0 for rank in ranks)
     assert not failed, f"{failed} ranks raised"
     return communicator.outcome()
@@ -512,7 +515,6 @@ def main() -> None:
 
     np.seterr(all="ignore")
     repair_bf16(interpreter)
-    repair_masks(interpreter, tl.int1)
     patch_once(interpreter)
     print("ready", flush=True)
 
