@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import importlib.resources
 import logging
 import os
 import re
+import sys
 import tempfile
 from functools import cache as memoise
+from pathlib import Path
 
 from . import __version__
 from .cache import Artifact, KernelCache
@@ -55,15 +58,36 @@ def _key(spec: KernelSpec, arch: str) -> str:
 def _version(language: str) -> str:
     try:
         if language == "cuda":
-            from cuda.bindings import nvrtc
-
-            _, major, minor = nvrtc.nvrtcVersion()
-            return f"nvrtc {major}.{minor}"
+            return f"nvrtc {_nvrtc_version()}"
         from importlib.metadata import version
 
         return f"triton {version('triton')}"
     except Exception as e:  # noqa: BLE001
         raise CompileError(f"no {'NVRTC' if language == 'cuda' else 'Triton'} on this machine: {e}") from e
+
+
+def _nvrtc_version() -> str:
+    from cuda.bindings import nvrtc
+
+    try:
+        _, major, minor = nvrtc.nvrtcVersion()
+    except Exception:  # noqa: BLE001 - which one depends on cuda-python's version
+        # It looks in the interpreter's own site folders alone; what is loaded already it takes from anywhere.
+        if not _load_nvrtc_of_a_wheel():
+            raise
+        _, major, minor = nvrtc.nvrtcVersion()
+    return f"{major}.{minor}"
+
+
+def _load_nvrtc_of_a_wheel() -> bool:
+    """Load NVRTC from where packages are found by ``PYTHONPATH`` or ``.pth`` files, the newest of the first folder that has one."""
+    for folder in sys.path:
+        for library in sorted(Path(folder).glob("nvidia/*/lib/libnvrtc.so.*"), key=lambda path: path.name, reverse=True):
+            for builtins in library.parent.glob("libnvrtc-builtins.so.*"):  # which not every NVRTC finds beside itself
+                ctypes.CDLL(str(builtins), ctypes.RTLD_GLOBAL)
+            ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
+            return True
+    return False
 
 
 @memoise

@@ -32,6 +32,12 @@ def warnings(caplog):
     return lambda: [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
 
 
+@pytest.fixture
+def no_compilers(monkeypatch):
+    """Versions of compilers that this machine need not have."""
+    monkeypatch.setattr(compiler, "_version", lambda language: f"{language} 1.0")
+
+
 def files(directory):
     return [path for path in Path(directory).rglob("*") if path.is_file()]
 
@@ -161,7 +167,7 @@ def test_a_directory_in_the_place_of_a_file(tmp_path, warnings):
     assert cache.get(KEY) is SMALL and cache.problem is not None and len(warnings()) == 1
 
 
-def test_build_compiles_again_after_damage(tmp_path, monkeypatch):
+def test_build_compiles_again_after_damage(tmp_path, monkeypatch, no_compilers):
     compiled = []
 
     def front(spec, arch):
@@ -411,18 +417,17 @@ def test_entries_and_clear(tmp_path):
 # -- keys
 
 
-def test_keys_tell_modules_apart(monkeypatch):
+def test_keys_tell_modules_apart(monkeypatch, no_compilers):
     specs = [cuda_module("one_shot", n) for n in range(2, 9)] + [cuda_module("two_shot", 2), cuda_module("one_shot", 2, True)]
     keys = [compiler._key(spec, arch) for spec in specs for arch in ("sm_80", "sm_90", "sm_100")]
     assert len(set(keys)) == len(keys)
     assert keys == [compiler._key(spec, arch) for spec in specs for arch in ("sm_80", "sm_90", "sm_100")]
     monkeypatch.setattr(compiler, "_triton_source", lambda: "text")
-    monkeypatch.setattr(compiler, "_version", lambda language: f"{language} 1.0")
     specs = catalogue("legacy", 2)
     assert len({compiler._key(spec, "sm_90") for spec in specs}) == len(specs) == 12
 
 
-def test_keys_change_with_constants_compiler_and_package(monkeypatch):
+def test_keys_change_with_constants_compiler_and_package(monkeypatch, no_compilers):
     spec = cuda_module("one_shot", 2)
     key = compiler._key(spec, "sm_90")
     assert compiler._key(replace(spec, constants=(("WORLD_SIZE", 2), ("DEBUG", 1))), "sm_90") != key
@@ -436,7 +441,7 @@ def test_keys_change_with_constants_compiler_and_package(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["one_shot.cu", "packet.cuh", "ptx.cuh"])
-def test_keys_change_with_the_source_and_what_it_includes(tmp_path, monkeypatch, name):
+def test_keys_change_with_the_source_and_what_it_includes(tmp_path, monkeypatch, no_compilers, name):
     import allreduce_jit.cuda_kernels as kernels
 
     copy = shutil.copytree(Path(kernels.__file__).parent, tmp_path / "cuda")
@@ -459,8 +464,7 @@ def test_keys_change_with_the_source_and_what_it_includes(tmp_path, monkeypatch,
     assert (after[1] != before[1]) == (name != "one_shot.cu")
 
 
-def test_keys_change_with_the_triton_source(monkeypatch):
-    monkeypatch.setattr(compiler, "_version", lambda language: f"{language} 1.0")
+def test_keys_change_with_the_triton_source(monkeypatch, no_compilers):
     keys = set()
     for text in ("one", "two"):
         monkeypatch.setattr(compiler, "_triton_source", lambda text=text: text)

@@ -13,6 +13,7 @@ import os
 import re
 import subprocess
 import sys
+import textwrap
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -379,6 +380,36 @@ def test_no_nvrtc_library(monkeypatch, fresh_versions):
     monkeypatch.setattr(nvrtc, "nvrtcVersion", fail)
     with pytest.raises(CompileError, match="no NVRTC on this machine: Failed to dlopen"):
         compile_one(cuda_module("one_shot", 2), "sm_90")
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("found", [True, False])
+def test_nvrtc_of_a_wheel_anywhere_on_the_path(found):
+    """As with ``PYTHONPATH`` or an environment on top of another: not in the interpreter's own site folders."""
+    wheels = [folder for folder in sys.path if list(Path(folder).glob("nvidia/*/lib/libnvrtc.so.*"))]
+    if not wheels:
+        pytest.skip("needs NVRTC from a wheel")
+    child = textwrap.dedent(f"""
+        import site, sys
+        site.getsitepackages, site.ENABLE_USER_SITE = list, False
+        from cuda.bindings import nvrtc
+        try:
+            sys.exit(f"NVRTC {{nvrtc.nvrtcVersion()}} is the system's")
+        except Exception:
+            pass
+        from allreduce_jit import compiler
+        if not {found}:
+            sys.path = []
+        print(compiler._version("cuda"))
+    """)
+    ours = {name: value for name, value in os.environ.items() if name not in ("CUDA_HOME", "CUDA_PATH", "LD_LIBRARY_PATH")}
+    done = subprocess.run([sys.executable, "-c", child], capture_output=True, text=True, env=ours)
+    if "is the system's" in done.stderr:
+        pytest.skip("needs a machine with no NVRTC but a wheel's")
+    if found:
+        assert done.stdout.strip() == available("cuda"), done.stderr
+    else:
+        assert done.returncode and "CompileError: no NVRTC on this machine" in done.stderr
 
 
 def test_no_triton(monkeypatch, fresh_versions):

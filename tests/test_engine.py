@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from test_compile import needs_nvrtc, needs_triton
 
 from allreduce_jit import engine as engines
 from allreduce_jit.cache import KernelCache
@@ -67,9 +68,9 @@ def built(cls, world_size, monkeypatch, **changes):
     return ranks
 
 
+@needs_nvrtc
 @pytest.mark.parametrize("max_ctas", [None, 8])
 def test_v2_ranks_share_the_work(monkeypatch, max_ctas):
-    pytest.importorskip("cuda.bindings.nvrtc")
     from allreduce_jit.v2 import V2Engine
 
     for one in built(V2Engine, 3, monkeypatch, max_ctas=max_ctas):
@@ -79,8 +80,8 @@ def test_v2_ranks_share_the_work(monkeypatch, max_ctas):
         assert set(one.layout.regions) == set(algorithms)
 
 
+@needs_triton
 def test_legacy_ranks_share_the_work(monkeypatch):
-    pytest.importorskip("triton")
     from allreduce_jit.legacy import LegacyEngine
 
     for one in built(LegacyEngine, 2, monkeypatch):

@@ -349,7 +349,7 @@ def test_many_cycles_leave_nothing(sleepers):
         else:
             handle.close()
         assert descriptors() == before[0], turn
-        wait_for(lambda: tasks() == before[1])  # a joined thread may take a moment to leave the kernel
+        wait_for(lambda: tasks() <= before[1])  # a joined thread may take a moment to leave the kernel, the first one as well
 
 
 def test_a_closed_watch_keeps_nothing_alive(sleepers):
