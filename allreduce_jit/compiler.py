@@ -80,7 +80,7 @@ def _nvrtc_version() -> str:
 
 
 def _load_nvrtc_of_a_wheel() -> bool:
-    """Load NVRTC from where packages are found by ``PYTHONPATH`` or ``.pth`` files, the newest of the first folder that has one."""
+    """Load NVRTC from where ``PYTHONPATH`` or ``.pth`` files have packages: the newest of the first folder with any."""
     for folder in sys.path:
         for library in sorted(Path(folder).glob("nvidia/*/lib/libnvrtc.so.*"), key=lambda path: path.name, reverse=True):
             for builtins in library.parent.glob("libnvrtc-builtins.so.*"):  # which not every NVRTC finds beside itself

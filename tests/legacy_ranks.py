@@ -302,6 +302,11 @@ class Communicator:
         while not all(map(condition, peers)) and not self.header[rank][0]:
             time.sleep(1e-3)
 
+    def until_looked(self, rank: int, which: int, times: int) -> None:
+        """Waits until every peer has looked so often since, at signatures (``which`` = 0; two words a look) or data (1)."""
+        before = [looks[which] for looks in self.looks]
+        self.until(rank, lambda peer: self.looks[peer][which] >= before[peer] + times)
+
     def outcome(self) -> Outcome:
         scenario = self.scenario
         wrong = []
@@ -451,8 +456,7 @@ def disturb(interpreter, tl, communicator: Communicator, rank: int, check_every:
             early, late = held if last else reversed(held)
             held.clear()
             whole_store(*early)
-            seen = [looks[0] for looks in communicator.looks]
-            communicator.until(rank, lambda peer: communicator.looks[peer][0] >= seen[peer] + 4)  # two words a look
+            communicator.until_looked(rank, 0, 4)
             whole_store(*late)
 
     def store(self, pointers, value, mask, *policy):
@@ -460,8 +464,7 @@ def disturb(interpreter, tl, communicator: Communicator, rank: int, check_every:
             return sign(self, pointers, value, mask, *policy)
         if rank == scenario.late and pointers.data.size > 1 and pointers.get_element_ty() != tl.int64 and not next(pushes):
             communicator.until(rank, lambda peer: communicator.control[peer][MET])
-            seen = [looks[1] for looks in communicator.looks]
-            communicator.until(rank, lambda peer: communicator.looks[peer][1] >= seen[peer] + 70)
+            communicator.until_looked(rank, 1, 70)
         if not scenario.jitter or pointers.data.size == 1:
             return whole_store(self, pointers, value, mask, *policy)
         half = np.random.default_rng(rng.getrandbits(32)).random(pointers.data.shape) < 0.5

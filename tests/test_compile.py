@@ -386,8 +386,7 @@ def test_no_nvrtc_library(monkeypatch, fresh_versions):
 @pytest.mark.parametrize("found", [True, False])
 def test_nvrtc_of_a_wheel_anywhere_on_the_path(found):
     """As with ``PYTHONPATH`` or an environment on top of another: not in the interpreter's own site folders."""
-    wheels = [folder for folder in sys.path if list(Path(folder).glob("nvidia/*/lib/libnvrtc.so.*"))]
-    if not wheels:
+    if not any(list(Path(folder).glob("nvidia/*/lib/libnvrtc.so.*")) for folder in sys.path):
         pytest.skip("needs NVRTC from a wheel")
     child = textwrap.dedent(f"""
         import site, sys

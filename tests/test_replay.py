@@ -1,4 +1,4 @@
-"""Small eager calls are launched as graphs: which, when, with what; and that they end."""
+"""Eager calls that come again are launched as graphs: which, when, with what; and that they end."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def test_small_calls_that_come_again_are_graphs(here):
 
 
 @pytest.mark.parametrize(("nbytes", "found"), [(LARGEST, FIRST), (LARGEST + 16, [KERNEL] * 3)])
-def test_large_calls_are_kernels(here, nbytes, found):
+def test_calls_of_one_large_launch_are_kernels(here, nbytes, found):
     assert [kinds(ran(here, nbytes // 2)) for _ in range(3)] == found
 
 

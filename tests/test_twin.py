@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(twin.missing() is not None, reason=str(twin.miss
 LONG = bool(os.environ.get("LONG"))
 WORLDS = range(2, 9)
 LAYOUTS = [cramped, partial(cramped, under="one_shot")]  # what a stream's buffers lie over
-# ThreadSanitizer's share: collectives, and how many of 100 each world size gets (those of 3 and more are ten times slower or more).
+# ThreadSanitizer's share: collectives, and how many of 100 each world size gets (3 and more are at least ten times slower).
 COLLECTIVES = int(os.environ.get("TWIN_COLLECTIVES", "2000"))
 SHARES = {2: 80, 3: 10, 4: 6, 5: 1, 6: 1, 7: 1, 8: 1}
 
