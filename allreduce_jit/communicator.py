@@ -8,21 +8,23 @@ import sys
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 
-from . import groups
+from . import groups, nccl
 from .agree import require_cpu_group, require_group
+from .bounded import within
 from .errors import ClosedError, InputError, NotDeterministicError
 from .fallback import TorchEngine
-from .inputs import as_device, check_output, likeness, maker, nothing, packed, plain, refuse
+from .inputs import as_device, check_output, likeness, maker, memory_problem, nothing, packed, plain, refuse
 from .kernel import DTYPES, ITEMSIZE
 from .ladder import climb
 from .plan import Plan
-from .verdict import Path
-from .watcher import Watch, watch
+from .verdict import Path, Reason
+from .watcher import watch
 
 if TYPE_CHECKING:
     from .engine import KernelEngine, Prepared
@@ -32,6 +34,7 @@ log = logging.getLogger("allreduce_jit")
 DTYPE_NAMES = {getattr(torch, name): name for name in DTYPES}
 LARGEST_BAND = 1 << 30
 MAX_ROUTES = 4096
+LOCAL_CLOSE_S = 3.0
 _STRIDED = torch.strided
 _Tensor = torch.Tensor
 _current_device = getattr(torch._C, "_cuda_getDevice", None)  # without the check whether CUDA was set up
@@ -111,7 +114,7 @@ class Communicator:
         self.rank = dist.get_rank(group)
         self.world_size = dist.get_world_size(group)
         self._closed = False
-        self._engine = None
+        self._engine = self._torch = self._watch = None
         self._runners: dict[tuple[int, torch.dtype], Prepared | TorchEngine] = {}  # by number of elements
         self._routes: dict[tuple[torch.Size, torch.dtype], Route] = {}  # of tensors that can be told by one call
         self._last = NOWHERE  # most calls are like the one before
@@ -119,21 +122,21 @@ class Communicator:
         if not groups.has_backend(group, "cpu:"):
             if not create_groups:
                 require_cpu_group(group)
-            self.group = groups.sibling(group, "gloo")
-        self._watch: Watch | None = None
+            self.group = groups.gloo_sibling(group)
         self._ladder = climb(self.group, device, deterministic, highest, lowest, max_ctas)
         self._engine = self._ladder.engine
         self.path = self._ladder.verdict.path
-        if self._engine is not None:
-            self._watch_peers(self._engine)
         if deterministic and self._engine is None and self.world_size > 1:
             raise NotDeterministicError(
                 f"rank {self.rank}: deterministic=True needs a kernel path, but {self.reason}; "
                 "remove the cause, or build the communicator without deterministic=True"
             )
-        self._torch = self._fallback(group, create_groups)
-        if create_groups and self.path is not Path.V2:
-            self.warmup()  # NCCL may take some calls, and its first one must not be captured
+        self._torch = self._fallback(create_groups or groups.has_backend(group, "cuda:nccl"))
+        self._watch_peers(self._engine, self._torch)
+        if create_groups and not self._keeps_all():
+            self.warmup()  # NCCL takes some calls, and its first one must not be captured
+            if self._torch.problem and self._engine is not None:
+                self._engine.hands_over = False  # our kernels are faster than gloo at any size
         if self.rank == 0:
             log.info("%s on %d ranks: %s", self.path.value, self.world_size, self.reason)
 
@@ -163,9 +166,17 @@ class Communicator:
             route = self._last = self._known(x)
             if route is NOWHERE:
                 return self._all_reduce(x, out)
+        # Freed under the tensor, of which all else is as it was. (One that shrank under a view is seen at its first call only.)
+        if x.untyped_storage().nbytes() < route.nbytes:
+            return self._all_reduce(x, out)
         if out is None:
             out = route.empty()
-        elif out is not x and (not plain(out) or not route.alike(out) or abs(out.data_ptr() - x.data_ptr()) < route.nbytes):
+        elif out is not x and (
+            not plain(out)
+            or not route.alike(out)
+            or abs(out.data_ptr() - x.data_ptr()) < route.nbytes
+            or out.untyped_storage().nbytes() < route.nbytes
+        ):
             return self._all_reduce(x, out)
         route.runner.all_reduce(x, out)
         return out
@@ -179,6 +190,7 @@ class Communicator:
             or x.is_meta
             or x.layout is not _STRIDED
             or (x.requires_grad and torch.is_grad_enabled())
+            or memory_problem(x) is not None
         ):
             self._check_open()
             refuse(x, self.device, self.rank)
@@ -210,67 +222,73 @@ class Communicator:
     def warmup(self) -> None:
         """Make the first call as cheap as the others. Collective; call it before the first graph capture.
 
-        Kernels are loaded and run when the communicator is built; this sets up torch.distributed as well,
-        whose first call may not be captured.
+        Kernels are loaded and run when the communicator is built; this sets up NCCL as well, for calls that no kernel
+        takes, whose first one may not be captured.
         """
         self._check_open()
-        if self.world_size > 1 and not self.deterministic:
-            one = torch.ones(1, device=self.device)
-            self._torch.all_reduce(one, one)
-            if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)
+        if not self.deterministic:
+            self._torch.connect()
 
     def check(self) -> None:
-        """Raise what kept a call on the GPU from completing, with the culprit: ``PeerLost``, ``PeerTimeout``, ``CallMismatch``,
+        """Raise what kept a call from completing, with the culprit: ``PeerLost``, ``PeerTimeout``, ``CallMismatch``,
         ``ConcurrentUse`` or ``Poisoned``. A call of a peer, too, that this rank never made. Calls in flight have yet to
-        end; costs a copy of four bytes from the device."""
+        end; costs a copy of four bytes from the device.
+
+        On path torch.distributed, where nothing tells which calls have completed, any death of a peer that the watcher
+        knows of is raised; and ``CallMismatch`` and ``ConcurrentUse`` are not found out."""
         self._check_open()
         if self._engine is not None:
             self._engine.check()
+        self._torch.check()
 
     def abort(self) -> None:
-        """Stop this communicator on all ranks, from any thread: calls in flight end at once, with NaN."""
+        """Stop this communicator on all ranks, from any thread: calls in flight end at once, with NaN. A call that NCCL has
+        taken ends on this rank alone."""
         self._check_open()
         if self._engine is not None:
             self._engine.abort()
+        self._torch.abort()
 
     def close(self, *, local: bool = False) -> None:
         """Release everything; idempotent, talks to nobody. Drop graphs with calls of this communicator before.
 
         Args:
-            local: do not wait for calls in flight, stop them. After a failure; survivors may then build a new
-                communicator over a group of their own.
+            local: do not wait for calls in flight, stop them; returns within seconds, whatever the GPU is busy with. After a
+                failure; survivors may then build a new communicator over a group of their own.
         """
         if self._closed:
             return
-        if local and self._engine is not None:
-            self._engine.abort()
+        parts = [part for part in (self._engine, self._torch) if part is not None]
+        if local:
+            for part in parts:
+                part.abort()
         self._closed, self._last = True, NOWHERE
         if self._watch is not None:
             self._watch.close()
-        engine, self._engine = self._engine, None
+        self._engine = self._torch = None
         self._runners.clear()
         self._routes.clear()
         # A group that outlives destroy_process_group can abort the process at exit.
-        self.group = self._torch = None
-        if engine is not None:
-            with torch.cuda.device(self.device):
-                try:
-                    torch.cuda.synchronize()
-                finally:
-                    engine.close()
+        self.group = None
+        release = partial(_release, parts, self.device)
+        if not local:
+            release()
+        elif not within(LOCAL_CLOSE_S, release, "close"):
+            log.warning("rank %d: %s is still at work after %g s, not for this communicator; its memory is freed once that ends",
+                        self.rank, self.device, LOCAL_CLOSE_S)  # fmt: skip
 
     def __enter__(self) -> Communicator:
         return self
 
-    def __exit__(self, *exc: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
+        # After an exception the other ranks may never make the calls that this rank's wait for.
+        self.close(local=kind is not None)
 
     def __del__(self) -> None:
         with contextlib.suppress(Exception):
             # At exit CUDA may be gone, or busy with a kernel that waits for a dead peer; the memory goes with the
             # process. During a capture, freeing anything would spoil the graph: better to lose the memory.
-            if self._engine is not None and not sys.is_finalizing() and not self._capturing():
+            if not sys.is_finalizing() and not self._capturing():
                 self.close()
 
     # -- introspection
@@ -282,7 +300,7 @@ class Communicator:
     @property
     def reason(self) -> str:
         """Why this path: the reasons of all steps down, or why V2 is possible."""
-        return "; ".join(r.text for r in self._ladder.verdict.reasons)
+        return "; ".join(r.text for r in self._reasons())
 
     def takes(self, numel: int, dtype: torch.dtype) -> bool:
         """Whether a kernel runs a call with ``numel`` > 0 elements of ``dtype``; the same on all ranks."""
@@ -305,11 +323,11 @@ class Communicator:
         ``tuning`` is V2's table: ``package``, or the file that ``allreduce-jit tune`` wrote.
         """
         self._check_open()
-        verdict, engine = self._ladder.verdict, self._engine
+        engine = self._engine
         return {
             "path": self.path.value,
             "backend": self._torch.backend,
-            "reasons": [{"code": r.code, "text": r.text, "rank": r.rank} for r in verdict.reasons],
+            "reasons": [{"code": r.code, "text": r.text, "rank": r.rank} for r in self._reasons()],
             "rank": self.rank,
             "world_size": self.world_size,
             "device": str(self.device),
@@ -345,29 +363,40 @@ class Communicator:
 
     # -- internals
 
-    def _watch_peers(self, engine: KernelEngine) -> None:
-        """Have ``engine`` told when a peer's process ends."""
-        reference = weakref.ref(engine)  # the watch must not keep alive what closes it
+    def _reasons(self) -> list[Reason]:
+        """Why this path, and why not NCCL where it was wanted."""
+        problem = self._torch.problem if self._torch is not None else None
+        return [*self._ladder.verdict.reasons, *([Reason("no-nccl", f"NCCL cannot be set up: {problem}")] if problem else [])]
+
+    def _watch_peers(self, *parts: KernelEngine | TorchEngine | None) -> None:
+        """Have ``parts`` told when a peer's process ends."""
+        # The watch must not keep alive what closes it.
+        references = [weakref.ref(part) for part in parts if part is not None]
 
         def on_death(rank: int) -> None:
-            engine = reference()
-            if engine is not None:
-                engine.lost(rank)
+            for reference in references:
+                part = reference()
+                if part is not None:
+                    part.lost(rank)
 
         peers = {rank: process for rank, process in enumerate(self._ladder.processes) if rank != self.rank}
-        self._watch = watch(peers, on_death)
-        engine.watched = self._watch.watched
+        # Ranks of several hosts are what torch.distributed is for, so that one cannot be watched is no news there.
+        self._watch = watch(peers, on_death, logging.WARNING if self._engine is not None else logging.DEBUG)
+        if self._engine is not None:
+            self._engine.watched = self._watch.watched
 
-    def _fallback(self, original: dist.ProcessGroup, create_groups: bool) -> TorchEngine:
-        group, backend = self.group, self._ladder.verdict.backend
-        if backend == "nccl":
-            if groups.has_backend(original, "cuda:nccl"):
-                group = original
-            elif not create_groups or not groups.can_have_sibling(original, backend):
+    def _fallback(self, may_have_nccl: bool) -> TorchEngine:
+        connect, backend = None, self._ladder.verdict.backend
+        if backend == "nccl" and self.world_size > 1 and not self.deterministic:  # else it would never be called
+            if may_have_nccl:
+                connect = partial(nccl.connect, self.group, self.device, self._ladder.settings.setup_timeout_s)
+            else:
                 backend = "gloo"
-            elif self.world_size > 1 and not self.deterministic:  # else it would never be called
-                group = groups.sibling(original, backend)
-        return TorchEngine(group, self.device, self.world_size, backend)
+        return TorchEngine(self.group, self.device, self.rank, self.world_size, backend, connect, alone=self._engine is None)
+
+    def _keeps_all(self) -> bool:
+        """Whether no call of a dtype that kernels take goes to torch.distributed, whatever its size."""
+        return self._engine is not None and self.takes(LARGEST_BAND, torch.float32)
 
     def _known(self, x: object) -> Route:
         """The route of tensors like ``x``, if one was accepted before."""
@@ -405,6 +434,18 @@ class Communicator:
     def _check_open(self) -> None:
         if self._closed:
             raise ClosedError(f"rank {self.rank}: this communicator is closed: build a new one")
+
+
+def _release(parts: list[KernelEngine | TorchEngine], device: torch.device) -> None:
+    """Free what ``parts`` hold, once the calls on ``device`` have ended."""
+    with contextlib.ExitStack() as stack:
+        waits = any(part.uses_device for part in parts)
+        if waits:
+            stack.enter_context(torch.cuda.device(device))
+        for part in parts:
+            stack.callback(part.close)
+        if waits:
+            torch.cuda.synchronize()
 
 
 def _remember(known: dict, key: object, value: object) -> None:

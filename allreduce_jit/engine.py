@@ -10,15 +10,13 @@ import contextlib
 import ctypes
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, field
 
 import torch
 
-from . import reference
 from .cache import Artifact, KernelCache, decode, encode
 from .compiler import build
-from .driver import Launch, call, failure, load_module
+from .driver import Launch, failure, load_module
 from .errors import CommunicatorFailed, Poisoned, SetupError
 from .failure import SIGNATURES, SIGNATURES_AT, Kind, abort_code, explain, heard, last_signed
 from .kernel import DTYPES, KernelSpec, catalogue
@@ -26,18 +24,17 @@ from .memory import LocalState, SideChannel, StagingMemory
 from .plan import PACKET, Layout, Plan
 from .replay import Replays, replayed
 from .settings import Settings
+from .streams import PER_THREAD, StreamOrder
 from .tuning import Bands
+from .verify import READ_BYTES, verify
 
 TORCH_DTYPES = {name: getattr(torch, name) for name in DTYPES}
 DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
-VERIFY_BYTES = 64 << 10
-VERIFY_LAUNCHES = 8  # of a call of several; a stream never has 3 i + 1
 VERIFY_SECONDS = 10.0
 MAX_SHAPES = 4096  # Control.met of staging.cuh
 # Not a stream object: that takes longer to make than the rest of a call's preparation.
 _current_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 _capturing = getattr(torch._C, "_cuda_isCurrentStreamCapturing", None)
-_NO_TIMING = 2  # CU_EVENT_DISABLE_TIMING
 
 
 @dataclass(frozen=True)
@@ -104,19 +101,26 @@ class Prepared:
             engine._refuse()
         stream = _current_stream(engine._raw_device)
         call = self.step, x.data_ptr(), out.data_ptr()
-        lock = engine._lock
+        lock, order = engine._lock, engine._streams
         try:  # a with statement takes twice as long
             lock.acquire()
-            if stream != engine._stream:
-                engine._order(stream)
+            # The default stream is never captured; asking costs as much as all of these lines.
+            if stream and _capturing():
+                order.enter_captured(stream)
+                self.step.fire(call[1], call[2], stream)
+                return
+            if stream != order.last:
+                order.enter(stream)
+                engine._replays.stream.value = stream
             graph = None
-            # The default stream wants none; asking costs as much as all of these lines.
-            if self.replayed and not (stream and engine._wants_kernels()):
+            if self.replayed and not order.priority:  # the kernels of a graph do not take a stream's priority over
                 graph = engine._replays.ready.get(call) or engine._replays.aim(call)
             if graph is None:
                 self.step.fire(call[1], call[2], stream)
             elif error := graph.launch():
                 raise failure("graph launch", error)
+            if stream == PER_THREAD:
+                order.leave_per_thread()
         finally:
             lock.release()
 
@@ -125,6 +129,7 @@ class KernelEngine:
     """A path with kernels of our own. Subclasses say which kernels, which layout, and how to launch."""
 
     path: str
+    uses_device = True  # calls may be in flight on the GPU
     channel_bytes: int  # what a channel keeps from call to call
 
     def __init__(self, config: EngineConfig, layout: Layout):
@@ -140,8 +145,8 @@ class KernelEngine:
         self._failure: CommunicatorFailed | None = None
         self._stopped = False  # nothing is launched any more
         self._raised = False
-        self._stream: int | None = None
-        self._priority = 0
+        self._streams: StreamOrder | None = None
+        self.hands_over = not config.deterministic  # calls for which torch.distributed is expected to be faster
         self._replays = Replays()
         self._steps: dict[tuple[int, torch.dtype], Step] = {}
         # Two threads may call, and the launches of one call belong together. An RLock cannot be released for another
@@ -173,6 +178,7 @@ class KernelEngine:
         """Allocate and poison the staging memory; returns the handle for the peers."""
         self.state = LocalState(self.layout.channels, self.channel_bytes)
         self.side = SideChannel()
+        self._streams = StreamOrder()
         self.memory = StagingMemory(self.layout.nbytes, self.config.rank)
         return self.memory.handle()
 
@@ -180,47 +186,13 @@ class KernelEngine:
         """Map the peers' memory and read it once through the copy engine: it must hold the poison."""
         self.memory.connect(handles)
         for rank in range(self.config.world_size):
-            if self.memory.read(rank, VERIFY_BYTES).count(0xFF) != VERIFY_BYTES:
+            if self.memory.read(rank, READ_BYTES).count(0xFF) != READ_BYTES:
                 raise SetupError(f"rank {self.config.rank} reads wrong bytes from the memory of rank {rank}")
-        self._bind()
 
     def verify(self) -> None:
-        """All-reduce random data through every kernel, twice (both parities), against the exact result.
-
-        ``can_access_peer`` is no proof: on some machines peer writes are dropped or damaged.
-        """
+        """Prove with real traffic what calls will rely on, before the first one; see ``verify.py``."""
         self.state.set_deadlines(VERIFY_SECONDS, VERIFY_SECONDS)
-        world_size, rank, device = self.config.world_size, self.config.rank, self.config.device
-        generator = torch.Generator().manual_seed(2026)
-        for number, dtype in enumerate(TORCH_DTYPES.values()):
-            # Random bits: finite values of all magnitudes, infinities, subnormals and NaNs, all ones among them.
-            bits = torch.randint(-(1 << 31), 1 << 31, (world_size, VERIFY_BYTES // 4), generator=generator)
-            bits[:, 7] = -1
-            inputs = bits.to(torch.int32).view(dtype)
-            want = reference.ordered_sum(inputs)
-            whole = VERIFY_BYTES // dtype.itemsize
-            # Whole packets and not: the two forms of every kernel. Then as callers have it. Twice: both parities.
-            runs = [(plan.algorithm, partial(self.run, plan), numel, 1)
-                    for numel in (whole, whole - 1) for plan in self._verification_plans(numel, dtype)]  # fmt: skip
-            plan = self._several_launches(whole, dtype)
-            several = Prepared(self, self._step(plan, whole, dtype, config=0), replayed=True)
-            if number == 0:
-                self._replays.make(several.step.whole[0][0])
-            again = 3  # as kernels, by graphs that are aimed, and by those that are ready
-            runs.append((f"{VERIFY_LAUNCHES} launches of {plan.algorithm}", several.all_reduce, whole, again))
-            if self.takes(whole, DTYPE_NAMES[dtype]):
-                runs.append(("a call", self.all_reduce, whole, again))
-            for turn, (what, run, numel, times) in enumerate(runs * 2):
-                # Turned by a little, so that what an earlier round left behind is not taken for this one's.
-                x = inputs[rank].roll(turn)[:numel].to(device)
-                out = torch.empty_like(x)
-                for _ in range(times):
-                    run(x, out)
-                torch.cuda.synchronize(device)
-                self.check()
-                difference = reference.compare(out.cpu(), want.roll(turn)[:numel])
-                if difference.wrong:
-                    raise SetupError(f"rank {rank}: {what} of {numel} {dtype} elements: {difference}")
+        verify(self)
         settings = self.config.settings
         self.state.set_deadlines(settings.timeout_s, settings.first_timeout_s)
 
@@ -311,35 +283,10 @@ class KernelEngine:
             return False
         return True if rank in self.watched or rank == self.config.rank else None
 
-    def _order(self, stream: int) -> None:
-        """Calls of one communicator share slots and epochs: what moves to another stream waits for the one before.
-
-        In a capture this becomes an edge of the graph. Between a capture and calls outside of it there is no order to
-        make; a graph that is replayed beside other calls is found out by the guard.
-        """
-        before, self._stream = self._stream, stream
-        self._replays.stream.value = stream
-        self._priority = call("cuStreamGetPriority", stream)
-        if before is None:
-            return
-        states = [call("cuStreamGetCaptureInfo", s)[:2] for s in (before, stream)]
-        if states[0] != states[1]:
-            return
-        event = call("cuEventCreate", _NO_TIMING)
-        try:
-            call("cuEventRecord", event, before)
-            call("cuStreamWaitEvent", stream, event, 0)
-        finally:
-            call("cuEventDestroy", event)
-
-    def _wants_kernels(self) -> bool:
-        """Whether the current stream is captured, or has a priority, which the kernels of a graph do not take over."""
-        return self._priority != 0 or _capturing()
-
     def close(self) -> None:
         """Free everything. No kernel of this engine may be in flight, no graph with one replayed again."""
-        parts = [part for part in (self._replays, self.side, self.memory, self.state) if part is not None]
-        self.side = self.memory = self.state = None
+        parts = [part for part in (self._replays, self._streams, self.side, self.memory, self.state) if part is not None]
+        self._streams = self.side = self.memory = self.state = None
         with contextlib.ExitStack() as stack:
             for part in reversed(parts):
                 stack.callback(part.close)
@@ -364,15 +311,13 @@ class KernelEngine:
     def _register(self, spec: KernelSpec, entry: str, artifact: Artifact, kernel) -> None:
         raise NotImplementedError
 
-    def _bind(self) -> None:
-        """Addresses are known: prepare what depends on them."""
-
     def _verification_plans(self, numel: int, dtype: torch.dtype) -> list[Plan]:
+        """Every kernel for so many elements, in as many blocks as possible."""
         raise NotImplementedError
 
-    def _several_launches(self, numel: int, dtype: torch.dtype) -> Plan:
-        """One of those for verification, in ``VERIFY_LAUNCHES`` launches."""
-        return replace(self._verification_plans(numel, dtype)[-1], chunk=numel // VERIFY_LAUNCHES)
+    def _full_plans(self) -> list[tuple[Plan, int]]:
+        """fp32 calls (plan, number of elements) that together use every slot, once for each parity: each is made twice."""
+        raise NotImplementedError
 
     def _step(self, plan: Plan, numel: int, dtype: torch.dtype, config: int) -> Step:
         """Prepare a call; ``config``: which flag of ``Control.met`` is that of its shape."""

@@ -56,14 +56,43 @@ def as_device(device: torch.device | str | int | None) -> torch.device:
     return device
 
 
+# Wrappers around tensors: what a user calls to get at the tensor inside.
+_UNWRAPPED_BY = {"to_local": "a distributed tensor: pass its to_local()", "trigger_wait": "a pending result: pass its wait()"}
+
+
+def memory_problem(x: torch.Tensor) -> str | None:
+    """Why kernels cannot use the memory of ``x``, a strided tensor; None if a storage on its device holds all of its elements.
+
+    Fake and functional tensors, wrapper subclasses (DTensor) and the arguments of functorch's transforms have an address, but
+    none of theirs; a storage may have been freed under its tensor (``resize_``).
+    """
+    if x.numel() == 0:
+        return None
+    try:
+        with torch._C.DisableTorchFunctionSubclass():  # the tensor itself, whatever its class makes of it
+            storage = x.untyped_storage()
+            if storage.device != x.device:
+                return f"a {type(x).__name__} whose storage is on {storage.device}: it has no data"
+            last = x.storage_offset() + sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))
+            needed, present = (last + 1) * x.element_size(), storage.nbytes()
+            if present < needed or not storage.data_ptr():
+                return f"a tensor of which the storage has {present} bytes and {needed} are needed: was it freed or resized?"
+    except RuntimeError:  # NotImplementedError among them
+        known = (why for method, why in _UNWRAPPED_BY.items() if hasattr(type(x), method))
+        return next(known, f"a {type(x).__name__} without storage of its own, as wrappers and tracers make: pass the tensor inside")
+    return None
+
+
 def refuse(x: object, device: torch.device, rank: int) -> NoReturn:
-    """Say what is wrong with an input that is no strided tensor on ``device``, or that requires grad."""
+    """Say what is wrong with an input that is no strided tensor with memory on ``device``, or that requires grad."""
     if not isinstance(x, torch.Tensor):
         raise InputTypeError(f"rank {rank}: all_reduce takes a torch.Tensor, not {type(x).__name__}")
     if x.device != device:
         raise InputError(f"rank {rank}: the tensor is on {x.device}, this communicator on {device}: move the tensor")
     if x.layout is not torch.strided:
         raise InputError(f"rank {rank}: layout {x.layout}: all_reduce takes strided tensors; use to_dense()")
+    if problem := memory_problem(x):
+        raise InputError(f"rank {rank}: all_reduce was given {problem}")
     raise InputError(
         f"rank {rank}: the tensor requires grad and all_reduce is not differentiable: "
         "detach it, or call it under torch.no_grad()"
@@ -121,6 +150,8 @@ def check_output(x: torch.Tensor, out: torch.Tensor, dense: bool, rank: int) -> 
         or (out.requires_grad and torch.is_grad_enabled())
     ):
         _refuse_output(x, out, rank)
+    if problem := memory_problem(out):
+        raise InputError(f"rank {rank}: out is {problem}")
     if not out.is_contiguous():
         if any(stride == 0 and size > 1 for stride, size in zip(out.stride(), out.shape, strict=True)):
             raise InputError(f"rank {rank}: out is an expanded tensor, whose elements share memory: clone it")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 
 import torch
 
@@ -26,20 +27,20 @@ class LegacyEngine(KernelEngine):
         layout = legacy_layout(config.world_size, config.settings.staging_mb << 20, BLOCK_BYTES)
         super().__init__(config, layout)
         self._kernels: dict[tuple[str, str, bool], tuple[object, int]] = {}
-        self._table: torch.Tensor | None = None  # of the addresses of all staging memories
 
     def plan(self, numel: int, dtype: str) -> Plan:
         config = self.config
         return legacy_plan(
-            config.world_size, dtype, numel, self.layout, BLOCK_BYTES, THREADS, config.nvlink, config.deterministic
+            config.world_size, dtype, numel, self.layout, BLOCK_BYTES, THREADS, config.nvlink, not self.hands_over
         )
 
     def _register(self, spec, entry, artifact, kernel) -> None:
         constants = dict(spec.constants)
         self._kernels[entry, constants["DTYPE"], constants["VECTOR"]] = (kernel, artifact.shared_bytes)
 
-    def _bind(self) -> None:
-        self._table = torch.tensor(self.memory.addresses, dtype=torch.int64, device=self.config.device)
+    def connect(self, handles: Sequence[str]) -> None:
+        super().connect(handles)
+        self.state.store_table(self.memory.addresses)
 
     def _verification_plans(self, numel: int, dtype: torch.dtype) -> list[Plan]:
         # Both kernels in both forms: an odd number of elements takes the scalar one, a whole one the vector one.
@@ -50,6 +51,14 @@ class LegacyEngine(KernelEngine):
             for algorithm in self.layout.regions
             for n in (numel, numel - numel % (PACKET // ITEMSIZE[name]))
         ]
+
+    def _full_plans(self) -> list[tuple[Plan, int]]:
+        found = []
+        for name, region in self.layout.regions.items():
+            parts = self.config.world_size if name == "legacy_two_shot" else 1
+            numel = region.capacity * parts // ITEMSIZE["float32"]
+            found.append((legacy_shape(name, self.config.world_size, "float32", numel, self.layout, BLOCK_BYTES, THREADS), numel))
+        return found
 
     def _step(self, plan: Plan, numel: int, dtype: torch.dtype, config: int) -> Step:
         name, itemsize = DTYPE_NAMES[dtype], dtype.itemsize
@@ -72,7 +81,7 @@ class LegacyEngine(KernelEngine):
     def _arguments(self, algorithm: str, dtype: str, **of_launch: int) -> dict[str, ctypes._SimpleCData]:
         region = self.layout.regions[algorithm]
         known = of_launch | {
-            "table": self._table.data_ptr(),
+            "table": self.state.table,
             "staging": self.memory.addresses[self.config.rank],
             "epoch": self.state.channels + region.first_channel * self.channel_bytes,
             "control": self.state.control,

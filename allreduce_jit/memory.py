@@ -117,11 +117,12 @@ class SideChannel:
 class LocalState:
     """What only this rank's kernels touch: the control block, epoch words, and the report on the host.
 
-    Device layout: ``Control`` (staging.cuh) in the first ``CONTROL_BYTES``, then ``channel_bytes`` per channel, which
-    begin with its u32 epoch.
+    Device layout: ``Control`` (staging.cuh) in the first ``CONTROL_BYTES``, legacy's table of staging addresses at its end;
+    then ``channel_bytes`` per channel, which begin with its u32 epoch.
 
     Attributes:
         control: address of the control block.
+        table: address of the table.
         channels: address of the first channel.
         report: address of the report, for kernels.
         words: the report, for the host.
@@ -131,6 +132,7 @@ class LocalState:
     DEADLINE_AT, GRACE_AT = 8, 16
     COUNTS_AT = 0, 4, 28  # of calls: sequence, ended, entered; equal while none is in flight
     REPORTED_AT, CHANNEL_COUNT_AT = 24, 32 + 4 * 4096
+    TABLE_AT = CONTROL_BYTES - 64  # eight addresses
 
     def __init__(self, channels: int, channel_bytes: int):
         nbytes = self.CONTROL_BYTES + channel_bytes * channels
@@ -139,6 +141,7 @@ class LocalState:
         call("cuMemsetD32", self.control, 0, self.nbytes // 4)
         call("cuMemsetD32", self.control + self.CHANNEL_COUNT_AT, channels, 1)
         self.channels = self.control + self.CONTROL_BYTES
+        self.table = self.control + self.TABLE_AT
         flags = driver.CU_MEMHOSTALLOC_DEVICEMAP | driver.CU_MEMHOSTALLOC_PORTABLE
         self.report = int(call("cuMemHostAlloc", REPORT_BYTES, flags))
         ctypes.memset(self.report, 0, REPORT_BYTES)
@@ -149,6 +152,11 @@ class LocalState:
         call before, and one that was not."""
         values = (ctypes.c_uint64 * 2)(int(deadline * 1e9), int(grace * 1e9))
         call("cuMemcpyHtoD", self.control + self.DEADLINE_AT, ctypes.addressof(values), ctypes.sizeof(values))
+
+    def store_table(self, addresses: Sequence[int]) -> None:
+        """Where kernels find the staging memory of each rank, at most eight of them."""
+        values = (ctypes.c_uint64 * 8)(*addresses)
+        call("cuMemcpyHtoD", self.table, ctypes.addressof(values), ctypes.sizeof(values))
 
     def close(self) -> None:
         if self.control:

@@ -12,7 +12,7 @@ from .driver import Launch
 from .engine import DTYPE_NAMES, EngineConfig, KernelEngine, Step
 from .failure import tag
 from .kernel import ITEMSIZE, V2_ALGORITHMS, KernelSpec, catalogue, entry
-from .plan import PACKET, Plan, ceil_div, v2_bands, v2_layout, v2_plan, v2_shape
+from .plan import MAX_BLOCK, PACKET, RESIDENT_PACKETS, Plan, ceil_div, v2_bands, v2_layout, v2_plan, v2_shape
 
 
 class Args(ctypes.Structure):
@@ -108,6 +108,17 @@ class V2Engine(KernelEngine):
         # Blocks of one warp: the most blocks, channels and guards' neighbours that so few elements can have.
         shape = (32, self.config.world_size, DTYPE_NAMES[dtype])
         return [v2_shape(name, *shape, numel, self.layout) for name in self.layout.regions]
+
+    def _full_plans(self) -> list[tuple[Plan, int]]:
+        found = []
+        for name, region in self.layout.regions.items():
+            what = V2_ALGORITHMS[name]
+            parts = self.config.world_size if what.parts else 1
+            # Three launches of a stream use all of its buffers (_STREAM_SCATTERS and Algorithm.gathers), as far as launches go.
+            packets = 3 * min(region.capacity, RESIDENT_PACKETS) if what.stream else region.capacity
+            numel = packets * parts * PACKET // ITEMSIZE["float32"]
+            found.append((v2_shape(name, MAX_BLOCK, self.config.world_size, "float32", numel, self.layout), numel))
+        return found
 
     def _step(self, plan: Plan, numel: int, dtype: torch.dtype, config: int) -> Step:
         name, world_size = DTYPE_NAMES[dtype], self.config.world_size

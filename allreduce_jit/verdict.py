@@ -34,6 +34,7 @@ CODES = {
     "no-triton": "Triton is missing",
     "build-failed": "a rank could not build the path",
     "map-failed": "a rank could not map the staging memory of another",
+    "no-nccl": "NCCL could not be set up on some rank: gloo all-reduces through the host",
     "verify-failed": "a transfer between two GPUs lost or changed data",
 }
 

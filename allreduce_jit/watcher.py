@@ -113,13 +113,14 @@ class Watch:
             log.exception("watcher: the callback for rank %d failed", rank)
 
 
-def watch(peers: Mapping[int, Process], on_death: Callable[[int], None]) -> Watch:
+def watch(peers: Mapping[int, Process], on_death: Callable[[int], None], level: int = logging.WARNING) -> Watch:
     """Call ``on_death(rank)`` once for each of ``peers`` that dies, or is dead already, until the watch is closed.
 
     Args:
         peers: rank -> the process that it told us it is; children and strangers alike.
         on_death: called in the watcher's thread with no lock held; it must be quick, as it delays all others.
             Kept until ``close``, so it should hold no reference to what closes the watch when collected.
+        level: of the log line that says why a rank cannot be watched.
 
     Returns:
         The watch; ``refused`` names the ranks that cannot be watched. Each reason is logged once per process.
@@ -140,7 +141,7 @@ def watch(peers: Mapping[int, Process], on_death: Callable[[int], None]) -> Watc
         else:
             opened[fd] = rank
     for rank, problem in handle.refused.items():
-        _say_once(rank, problem)
+        _say_once(rank, problem, level)
     handle.watched = tuple(sorted([*opened.values(), *dead]))
     if handle.watched:
         try:
@@ -150,7 +151,7 @@ def watch(peers: Mapping[int, Process], on_death: Callable[[int], None]) -> Watc
             for fd in opened:
                 os.close(fd)
             handle.refused |= dict.fromkeys(handle.watched, f"no thread to watch it with: {e}")
-            _say_once(handle.watched[0], f"no thread to watch it with: {e}")
+            _say_once(handle.watched[0], f"no thread to watch it with: {e}", level)
             handle.watched = ()
     return handle
 
@@ -317,10 +318,10 @@ def _quietly(call: Callable[[int], object], fd: int) -> None:
         pass
 
 
-def _say_once(rank: int, problem: str) -> None:
+def _say_once(rank: int, problem: str, level: int) -> None:
     if problem not in _said:
         _said.add(problem)
-        log.warning("the death of rank %d will be noticed by the deadline alone: %s", rank, problem)
+        log.log(level, "the death of rank %d will be noticed by the deadline alone: %s", rank, problem)
 
 
 def _after_fork_in_child() -> None:

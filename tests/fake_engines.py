@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from fakes import MACHINES, look
 
-from allreduce_jit import groups, ladder, reference
+from allreduce_jit import ladder, nccl, reference
 from allreduce_jit.kernel import ITEMSIZE
 from allreduce_jit.plan import Plan
 
@@ -24,11 +24,14 @@ class FakeEngine:
     """Records what happened to it in ``events``; fails where ``fails`` (path, stage) -> exception says so."""
 
     compiled, cached = 2, 1
+    uses_device = True
 
     def __init__(self, path, config, group, fails):
         self.path, self.config, self.group, self.fails = path, config, group, fails
         self.events: list[str] = []
         self.sums = 0
+        self.hands_over = not config.deterministic
+        self.dead = []
         self._stage("construct")
 
     def _stage(self, name):
@@ -70,8 +73,11 @@ class FakeEngine:
     def abort(self):
         self._stage("abort")
 
+    def lost(self, rank):
+        self.dead.append(rank)
+
     def plan(self, numel, dtype):
-        if self.path == "legacy" and not self.config.deterministic and numel >= LIMIT:
+        if self.path == "legacy" and self.hands_over and numel >= LIMIT:
             return Plan("torch.distributed", "nccl", 0, 0, numel)
         algorithm = SWITCHES[max(first for first in SWITCHES if first * 4 <= numel * ITEMSIZE[dtype] or first == 1)]
         return Plan(self.path, algorithm, 1, 32, numel)
@@ -95,6 +101,22 @@ class FakeEngine:
         out.copy_(reference.ordered_sum(parts))
 
 
+class FakeNccl:
+    """NCCL over a gloo group."""
+
+    def __init__(self, group):
+        self.group = group
+
+    def all_reduce(self, x):
+        dist.all_reduce(x, group=self.group)
+
+    def completed(self):
+        return True
+
+    def abort(self):
+        self.group = None
+
+
 @contextmanager
 def fake_gpus(group, machine="h200-x4", fails=None, change=lambda caps: caps):
     """The ranks of ``group`` find themselves on ``machine``, with CPU tensors; yields the engines built here.
@@ -110,15 +132,11 @@ def fake_gpus(group, machine="h200-x4", fails=None, change=lambda caps: caps):
         one.__init__(path.value, config, group, fails or {})
         return one
 
-    def sibling(group, backend):
-        assert backend == "nccl"
-        return group
-
     with ExitStack() as stack:
         for owner, name, value in (
             (ladder, "probe", lambda device: change(look(MACHINES[machine], rank))),
             (ladder, "_engine", engine),
-            (groups, "sibling", sibling),
+            (nccl, "connect", lambda group, device, timeout_s: (FakeNccl(group), None)),
             (torch.cuda, "device", lambda device: nullcontext()),
             (torch.cuda, "synchronize", lambda *device: None),
         ):

@@ -7,6 +7,8 @@ import gc
 import json
 import os
 import random
+import threading
+import time
 from unittest import mock
 
 import pytest
@@ -16,12 +18,12 @@ from fake_engines import LIMIT, SWITCHES, FakeEngine, fake_gpus, raised, suite
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from torch._subclasses import FakeTensorMode
 
 import allreduce_jit
 from allreduce_jit import communicator, groups, inputs, ranks, reference
 from allreduce_jit.communicator import Communicator, stretches
 from allreduce_jit.errors import ClosedError, InputError, InputTypeError, NotDeterministicError, SettingsError
-from allreduce_jit.fallback import TorchEngine
 from allreduce_jit.inputs import as_device, likeness
 from allreduce_jit.kernel import ITEMSIZE
 from allreduce_jit.plan import legacy_layout, legacy_plan, v2_layout, v2_plan
@@ -164,12 +166,67 @@ def bad_calls(comm):
     for out in (x[:4], torch.ones(8, 1), torch.ones(0), x.double(), x.half(), torch.ones(8, device="meta")):
         yield InputError, lambda out=out: comm.all_reduce(x, out=out), "out is", str(out.dtype), "must agree"
     yield InputTypeError, lambda: comm.all_reduce(x, out=[0.0] * 8), "out must be a torch.Tensor", "list"
+    for what, bad in without_memory():
+        yield InputError, lambda bad=bad: comm.all_reduce(bad), what
+        yield InputError, lambda bad=bad: comm.all_reduce(x, out=bad), "out is", what
     wide = torch.zeros(1).expand(8)
     for given_x in (x, wide):
         yield InputError, lambda given_x=given_x: comm.all_reduce(given_x, out=wide), "expanded", "clone"
     for first, second in ((0, 1), (1, 0), (0, 7), (5, 3)):
         overlap = (ring[first : first + 8], ring[second : second + 8])
         yield InputError, lambda a=overlap: comm.all_reduce(*a), "overlaps", "out=x", "separate memory"
+
+
+class Wrapper(torch.Tensor):
+    """A tensor around another one, as quantised and distributed ones are."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype, device=inner.device)
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        raise NotImplementedError(function)
+
+
+class Distributed(Wrapper):
+    def to_local(self):
+        raise NotImplementedError
+
+
+class Overridden(torch.Tensor):
+    """A tensor with memory of its own, whatever its class makes of functions."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        with torch._C.DisableTorchFunctionSubclass():
+            return function(*args, **(kwargs or {}))
+
+
+def without_memory():
+    """(words of the error, tensor of 8 elements) for all that look like a strided tensor and have no data, or not all of it."""
+    whole = torch.ones(8)
+    yield "a Wrapper without storage of its own", Wrapper(whole)
+    yield "to_local()", Distributed(whole)
+    yield "a Tensor without storage of its own", torch._to_functional_tensor(whole.clone())
+    yield "a FakeTensor whose storage is on meta", FakeTensorMode().from_tensor(whole)
+    for numel, kept, start in ((8, 0, 0), (12, 0, 4), (8, 16, 0)):
+        cut = torch.ones(numel)[start:]
+        cut.untyped_storage().resize_(kept)
+        yield f"the storage has {kept} bytes and {4 * numel} are needed", cut
+
+
+def tensors_of_other_classes(place):
+    """They are taken if they have memory, whatever their class."""
+    n = place.world_size
+    with allreduce_jit.init(device="cpu") as comm:
+        for kind in (torch.nn.Parameter, torch.nn.Buffer, Overridden):
+            x = torch.ones(8)
+            x = x.as_subclass(kind) if kind is Overridden else kind(x)
+            with torch.no_grad():
+                assert comm.all_reduce(x).tolist() == [n] * 8 and comm.all_reduce(x, out=x) is x and x.tolist() == [n] * 8
 
 
 def what_may_look_bad_and_is_not(place):
@@ -290,6 +347,7 @@ CASES = [
     all_kinds_of_groups,
     bad_input_on_one_rank,
     what_may_look_bad_and_is_not,
+    tensors_of_other_classes,
     deterministic,
     bad_environment_on_one_rank,
     with_kernels,
@@ -400,6 +458,51 @@ def test_every_bad_call_right_after_a_good_one(driven, good):
         sums = driven._engine.sums
         raised(kind, call, "rank 0", *words)
         assert driven._engine.sums == sums
+
+
+def test_memory_that_is_freed_between_two_calls(driven):
+    """All that a tensor says of itself is as it was."""
+    x, out = torch.ones(12)[4:], torch.ones(12)[4:]
+    for _ in range(3):
+        driven.all_reduce(x)
+        driven.all_reduce(x, out=out)
+    sums = driven._engine.sums
+    out.untyped_storage().resize_(0)
+    raised(InputError, lambda: driven.all_reduce(x, out=out), "rank 0", "out is", "0 bytes and 48 are needed")
+    x.untyped_storage().resize_(0)
+    for call in (lambda: driven.all_reduce(x), lambda: driven.all_reduce(x, out=x), lambda: driven.all_reduce(x, out=torch.ones(8))):
+        raised(InputError, call, "rank 0", "was given", "0 bytes and 48 are needed", "freed or resized")
+    assert driven._engine.sums == sums
+    x.untyped_storage().resize_(48)
+    assert driven.all_reduce(x.fill_(2)).tolist() == [2.0] * 8
+
+
+def test_a_view_beyond_the_end_of_its_storage(driven):
+    cut = torch.ones(12)[4:]
+    cut.untyped_storage().resize_(40)
+    raised(InputError, lambda: driven.all_reduce(cut), "40 bytes and 48 are needed")
+    assert driven.all_reduce(cut[:6]).tolist() == [1.0] * 6
+
+
+def test_arguments_of_functorch(driven):
+    """They stand for tensors that other levels hold: an error, and no number is made up."""
+    for transform in (torch.vmap, torch.func.grad):
+        raised(InputError, lambda transform=transform: transform(lambda x: driven.all_reduce(x).sum())(torch.ones(3, 4)),
+               "rank 0", "without storage of its own")  # fmt: skip
+    assert driven._engine.sums == 0
+
+
+def test_pending_results_and_distributed_tensors(world_of_one):
+    from torch.distributed import _functional_collectives as functional
+    from torch.distributed.tensor import DTensor, Replicate, init_device_mesh
+
+    mesh = init_device_mesh("cpu", (1,))
+    with allreduce_jit.init(device="cpu") as comm, torch.no_grad():
+        raised(InputError, lambda: comm.all_reduce(DTensor.from_local(torch.ones(3), mesh, [Replicate()])), "pass its to_local()")
+        pending = functional.all_reduce(torch.ones(3), "sum", dist.group.WORLD)
+        if type(pending) is not torch.Tensor:
+            raised(InputError, lambda: comm.all_reduce(pending), "pass its wait()")
+            assert comm.all_reduce(pending.wait()).tolist() == [1.0] * 3
 
 
 def test_likeness():
@@ -513,14 +616,6 @@ def test_max_ctas_that_are_none(driven, max_ctas):
     raised(InputError, lambda: allreduce_jit.init(device="cpu", max_ctas=max_ctas), repr(max_ctas), "2 blocks or more")
 
 
-def test_context_manager_closes_after_an_error(driven):
-    engine = driven._engine
-    with pytest.raises(ZeroDivisionError), driven as same_one:
-        assert same_one is driven
-        1 / 0  # noqa: B018
-    assert engine.closed == 1
-
-
 def test_close_that_fails_is_not_tried_again(driven):
     engine = driven._engine
     engine.fails["v2", "close"] = RuntimeError("CUDA is gone")
@@ -574,34 +669,35 @@ def test_the_finaliser_releases_but_never_raises(driven, monkeypatch):
     Communicator.__new__(Communicator).__del__()  # of one that was never built
 
 
-def test_torch_distributed_in_a_capture(world_of_one, monkeypatch):
-    """What cannot be captured says so before anything is launched, and what to do."""
-    capturing = [True]
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
-    x, out = torch.ones(3), torch.zeros(3)
-    nccl, host = (TorchEngine(dist.group.WORLD, torch.device("cuda:0"), 2, backend) for backend in ("nccl", "gloo"))
-    for _ in range(2):
-        raised(InputError, lambda: nccl.all_reduce(x, out), "cuda:0", "CUDA graph", "call warmup() before the capture")
-        raised(InputError, lambda: host.all_reduce(x, out), "cuda:0", "through the host (gloo)", "CUDA graph", "describe()")
-    assert not out.any()
-    capturing[0] = False
-    for engine in (nccl, host):
-        engine.all_reduce(x, out.zero_())
-        assert torch.equal(out, x)
-    capturing[0] = True
-    nccl.all_reduce(x, out.zero_())  # it has been set up by now
-    assert torch.equal(out, x)
-    raised(InputError, lambda: host.all_reduce(x, out), "cuda:0")
+def test_a_local_close_has_an_end(driven, monkeypatch, caplog):
+    """Whatever else keeps the GPU busy; what cannot be freed yet is freed when that ends."""
+    engine, idle = driven._engine, threading.Event()
+    monkeypatch.setattr(communicator, "LOCAL_CLOSE_S", 0.2)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *device: idle.wait(20))
+    started = time.monotonic()
+    driven.close(local=True)
+    assert 0.1 < time.monotonic() - started < 5 and driven.closed and engine.closed == 0
+    assert "still at work after 0.2 s" in caplog.text
+    idle.set()
+    end = time.monotonic() + 10
+    while not engine.closed and time.monotonic() < end:
+        time.sleep(0.01)
+    assert engine.closed == 1
 
 
-def test_who_may_make_an_nccl_group(world_of_one, monkeypatch):
-    world = dist.group.WORLD
-    monkeypatch.setattr(dist, "get_world_size", lambda group=None: 4 if group is None else 2)
-    assert groups.can_have_sibling(world, "gloo") and groups.can_have_sibling(world, "nccl")
-    world.bound_device_id = torch.device("cuda:0")
-    assert groups.can_have_sibling(world, "gloo") and not groups.can_have_sibling(world, "nccl")
-    monkeypatch.setattr(dist, "get_world_size", lambda group=None: 4)
-    assert groups.can_have_sibling(world, "nccl")
+def test_after_an_exception_nobody_is_waited_for(driven):
+    """Calls in flight may wait for ranks that never make them."""
+    engine = driven._engine
+    with pytest.raises(ZeroDivisionError), driven:
+        1 / 0  # noqa: B018
+    assert engine.events[-2:] == ["abort", "close"]
+
+
+def test_a_context_that_ends_well_aborts_nothing(driven):
+    engine = driven._engine
+    with driven:
+        pass
+    assert engine.events[-1] == "close" and "abort" not in engine.events
 
 
 def test_routes_are_few_and_right(driven, monkeypatch):

@@ -12,9 +12,11 @@ import torch
 
 pytest.importorskip("cuda.bindings.driver")
 
-from allreduce_jit import driver, replay, v2
+from fake_driver import FakeDriver, capture_info
+
+from allreduce_jit import driver, replay, streams, v2, verify
 from allreduce_jit import engine as engines
-from allreduce_jit.engine import VERIFY_BYTES, VERIFY_LAUNCHES, EngineConfig
+from allreduce_jit.engine import EngineConfig
 from allreduce_jit.errors import AllReduceError
 from allreduce_jit.kernel import ITEMSIZE, entry, v2_algorithms
 from allreduce_jit.replay import FEWEST, LARGEST, LONGS, MOST, SHORTS, replayed
@@ -83,8 +85,9 @@ def here(monkeypatch):
 
     monkeypatch.setattr(engines, "_current_stream", lambda device: here.stream)
     monkeypatch.setattr(engines, "_capturing", capturing)
-    answers = {"cuStreamGetCaptureInfo": lambda stream: (0, 0), "cuStreamGetPriority": lambda stream: here.priority.get(stream, 0)}
-    monkeypatch.setattr(engines, "call", lambda name, *args: answers.get(name, lambda *args: None)(*args))
+    FakeDriver(monkeypatch, streams, cuStreamGetCaptureInfo=lambda stream: capture_info(None),
+               cuStreamGetPriority=lambda stream: here.priority.get(stream, 0))  # fmt: skip
+    one._streams = streams.StreamOrder()
     one._replays.make(None)
     assert FakeGraph.alive == ALL
     return here
@@ -279,16 +282,18 @@ def test_what_verification_launches(here, monkeypatch, caplog, can):
     monkeypatch.setattr(replay, "Graph", make)
     monkeypatch.setattr(one, "check", lambda: None)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
-    monkeypatch.setattr(engines.reference, "compare", lambda got, want: SimpleNamespace(wrong=0))  # nothing was summed
+    monkeypatch.setattr(verify, "_streams", lambda engine: None)
+    monkeypatch.setattr(verify, "_slots", lambda engine: None)
+    monkeypatch.setattr(verify.reference, "compare", lambda got, want: SimpleNamespace(wrong=0))  # nothing was summed
     one.verify()
     assert made == ([1] * SHORTS + [MOST] * LONGS if can else [1]) and len(caplog.records) == (not can)
     for dtype, name in ((torch.float32, "fp32"), (torch.float16, "fp16"), (torch.bfloat16, "bf16")):
-        whole = VERIFY_BYTES // dtype.itemsize
+        whole = verify.VERIFY_BYTES // dtype.itemsize
         mine = [(kind, *what) for kind, *what in FakeLaunch.log if what and f"_{name}_" in what[0]]
         forms = {f"{a}_{name}_ws4{form}" for a in ("one_shot", "two_shot", "two_shot_stream") for form in ("", "_ragged")}
         assert {what[1] for what in mine if what[0] == "kernel"} == forms
-        several = [what for what in mine if what[2] == whole // VERIFY_LAUNCHES]
-        assert len(several) == 2 * 3 * VERIFY_LAUNCHES and {what[1] for what in several} == {f"two_shot_stream_{name}_ws4"}
+        several = [what for what in mine if what[2] == whole // verify.LAUNCHES]
+        assert len(several) == 2 * 3 * verify.LAUNCHES and {what[1] for what in several} == {f"two_shot_stream_{name}_ws4"}
         small = [what for what in mine if what[1] == f"one_shot_{name}_ws4" and what[2] == whole]
         assert len(small) == 2 * (1 + 3)  # the kernel by itself, and the call three times
         for what in several, small:
