@@ -6,6 +6,7 @@ import argparse
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,9 @@ from .errors import InputError
 from .place import Place
 
 DTYPES = {"float": torch.float32, "half": torch.float16, "bfloat16": torch.bfloat16}
+_EVER_NEW = "ever_new", "ever_new_with_out"  # fields of a row
+EVER_NEW_UP_TO = 1 << 20  # bytes: beyond, the GPU is waited for
+ALIGNED = 256  # elements
 _TURNS = 3  # at everybody, one after the other: what drifts during a row drifts for all
 
 
@@ -178,33 +182,48 @@ class _Bench:
     ) -> tuple[timing.Timing, dict[str, Any], dict[str, Any]]:
         """Ours, what the row says besides, and every peer: its timing or its reason.
 
-        Besides: calls in a burst, and ours with an output that is given (eager only; in a graph nobody allocates).
+        Besides: calls in a burst; and of eager calls ours with an output that is given (in a graph nobody allocates), and
+        both ways with ever new addresses, as a model in eager mode has them.
         """
         all_reduce, inputs = self.communicator.all_reduce, [source.clone() for source in sources]
-        ours = [timing.Workload(all_reduce, inputs, sources)]
+        ours = {"new": timing.Workload(all_reduce, inputs, sources)}
         if mode == "eager":
             out = torch.empty_like(inputs[0])
-            ours.append(timing.Workload(lambda x: all_reduce(x, out=out), inputs, sources))
-        graphs = [timing.record(load, self.communicator.capture) if mode == "graph" else None for load in ours]
+            ours["with_out"] = timing.Workload(lambda x: all_reduce(x, out=out), inputs, sources)
+            if inputs[0].nbytes <= EVER_NEW_UP_TO:
+                ours |= self._ever_new(inputs)
+        graphs = [timing.record(load, self.communicator.capture) if mode == "graph" else None for load in ours.values()]
         ready, reasons = {}, {}
         for peer in self.peers:
             ready[peer.name], reasons[peer.name] = self._prepared(peer, mode, numel, sources)
         samples: list[list[float]] = [[] for _ in ours]
         theirs: dict[str, list[float]] = {peer.name: [] for peer in self.peers}
         for counts in self._turns():
-            for mine, load, graph in zip(samples, ours, graphs):
+            for mine, load, graph in zip(samples, ours.values(), graphs):
                 mine += self._samples(mode, load, graph, counts)
             for name, times in theirs.items():
                 if reasons[name] is None:
                     more, reasons[name] = agreed(self.place, lambda: self._samples(mode, *ready[name], counts))
                     times += more or []
-        summary = [timing.slowest(self.place, mine) for mine in samples]
+        summary = {name: timing.slowest(self.place, mine) for name, mine in zip(ours, samples)}
         peers = {
             name: {"reason": reasons[name]} if reasons[name] else asdict(timing.slowest(self.place, times))
             for name, times in theirs.items()
         }
-        with_out = asdict(summary[1]) if len(summary) > 1 else None
-        return summary[0], {"calls": ours[0].calls, "with_out": with_out}, peers
+        besides = {name: asdict(summary[name]) if name in summary else None for name in ("with_out", *_EVER_NEW)}
+        return summary["new"], {"calls": ours["new"].calls, **besides}, peers
+
+    def _ever_new(self, inputs: list[torch.Tensor]) -> dict[str, timing.Workload]:
+        """Bursts in which no two calls have the same addresses."""
+        numel, calls = inputs[0].numel(), timing.Workload(lambda x: x, inputs, []).calls
+        step = -(-numel // ALIGNED) * ALIGNED  # as an allocator would place them
+        rows = torch.empty(2, calls * step, dtype=self.dtype, device=self.place.device)
+        many, outputs = ([row[i * step :][:numel] for i in range(calls)] for row in rows)
+        for i, x in enumerate(many):
+            x.copy_(inputs[i % len(inputs)])
+        turn, all_reduce = cycle(outputs), self.communicator.all_reduce
+        loads = timing.Workload(all_reduce, many, []), timing.Workload(lambda x: all_reduce(x, out=next(turn)), many, [])
+        return dict(zip(_EVER_NEW, loads))
 
     def _turns(self) -> Iterator[tuple[int, int]]:
         """(timed bursts, bursts of warm-up) of every turn."""
@@ -278,6 +297,8 @@ def render(document: dict[str, Any]) -> str:
         cells = ([cell(row) for cell in columns.values()] for row in rows)
         headers = [header.split("/")[-1] for header in columns]
         lines += ["", f"# {mode}", report.table(headers, cells)]
+        if any(row.get("ever_new") for row in rows):
+            lines.append("# *: no two calls of a burst with the same addresses; otherwise a few that come again and again")
         lines += _refusals(rows)
     verdict = "OK" if document["ok"] else "FAILED"
     average = document["average_busbw_gbs"]
@@ -310,8 +331,9 @@ def _columns(rows: list[dict[str, Any]], names: list[str]) -> dict[str, Callable
         "busbw": lambda row: row["busbw_gbs"],
         "#wrong": lambda row: "N/A" if row["wrong"] is None else row["wrong"],
     }
-    if any(row.get("with_out") for row in rows):
-        columns["out="] = lambda row: row["with_out"]["p50_us"]
+    for header, field in (("out=", "with_out"), ("new/time*", "ever_new"), ("new/out=*", "ever_new_with_out")):
+        if any(row.get(field) for row in rows):
+            columns[header] = lambda row, field=field: (row.get(field) or {}).get("p50_us")
     if any(row.get("sol_us") for row in rows):
         columns["SoL"] = lambda row: row["sol_us"]
         columns["xSoL"] = lambda row: row["sol_ratio"]

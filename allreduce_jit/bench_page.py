@@ -17,6 +17,7 @@ from . import report
 WIDTH, HEIGHT = 860, 400
 LEFT, RIGHT, TOP, BOTTOM = 62, 16, 14, 46
 SLOTS = {"nccl": 2, "nccl_symm": 3, "torch_one_shot": 4, "torch_two_shot": 5, "sglang": 6, "flashinfer": 7}
+_EAGER = {"with out=": "with_out", "ever new addresses": "ever_new", "the same with out=": "ever_new_with_out"}
 _STYLE = """
 :root { color-scheme: light dark; --page: #fcfcfb; --ink: #1c1c1a; --soft: #63625d; --line: #e2e1dc; --c0: #63625d;
   --c1: #2a6fd6; --c2: #d9602b; --c3: #12936a; --c4: #b07d00; --c5: #8453c9; --c6: #cc3f78; --c7: #0f8ca3; }
@@ -197,8 +198,8 @@ def _ticks(low: float, high: float) -> list[float]:
 
 def _table(rows: list[dict[str, Any]], names: list[str]) -> str:
     light = any(row.get("sol_us") for row in rows)
-    out = any(row.get("with_out") for row in rows)
-    heads = ["size", "algorithm", "ours p50", "p99", *(["with out="] if out else [])]
+    eager = [(head, field) for head, field in _EAGER.items() if any(row.get(field) for row in rows)]
+    heads = ["size", "algorithm", "ours p50", "p99", *(head for head, _ in eager)]
     heads += ["SoL", "ours / SoL"] if light else []
     heads += [head for name in names for head in (f"{name} p50", "p99")] + ["wrong"]
     lines = [f"<tr>{''.join(f'<th>{escape(head)}</th>' for head in heads)}</tr>"]
@@ -206,7 +207,7 @@ def _table(rows: list[dict[str, Any]], names: list[str]) -> str:
         best = min([row["p50_us"], *filter(None, (_time(row, name) for name in names))])
         cells = [f"<td>{report.format_size(row['bytes'])}</td>", f"<td>{escape(row['algorithm'])}</td>"]
         cells += [_cell(row["p50_us"], best), _cell(row["p99_us"])]
-        cells += [_cell((row["with_out"] or {}).get("p50_us"))] if out else []
+        cells += [_cell((row.get(field) or {}).get("p50_us")) for _, field in eager]
         cells += [_cell(row.get("sol_us")), _cell(row.get("sol_ratio"))] if light else []
         for name in names:
             cell = row["peers"].get(name, {})

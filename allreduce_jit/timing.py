@@ -130,6 +130,9 @@ def replays_of(
     A timed interval begins when all ranks have arrived at the barrier, and the whole graph has been launched by
     then: the GPU is kept busy (the gate) until the host is done with launching. Otherwise what is measured is how
     fast the host launches the nodes of a graph, and how far apart the ranks start.
+
+    On a stream of its own, as serving engines replay: on the default stream a graph of 200 calls of NCCL costs the host 18 µs
+    a call, which no gate hides.
     """
 
     def once(start: torch.cuda.Event, end: torch.cuda.Event) -> float:
@@ -149,12 +152,14 @@ def replays_of(
     gate = GATE_US
     marks = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(warmup + repetitions)]
     place.barrier()
-    for _ in range(PRIMING):  # on an idle GPU, so that no full queue delays the host
-        place.synchronize()
-        launching = once(*marks[0])
-    gate += 2 * launching
-    for start, end in marks:
-        once(start, end)
+    place.synchronize()  # what was enqueued elsewhere
+    with torch.cuda.stream(torch.cuda.Stream(place.device)):
+        for _ in range(PRIMING):  # on an idle GPU, so that no full queue delays the host
+            place.synchronize()
+            launching = once(*marks[0])
+        gate += 2 * launching
+        for start, end in marks:
+            once(start, end)
     place.synchronize()
     return [start.elapsed_time(end) * 1e3 / calls for start, end in marks[warmup:]]
 

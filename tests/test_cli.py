@@ -292,7 +292,28 @@ class TestBench:
         assert "# no SoL: the ranks are on the CPU" in bench.render(documents["bench"]).splitlines()
 
     def test_eager_rows_time_a_given_output_too(self, documents):
-        assert all(0 < row["with_out"]["p50_us"] <= row["with_out"]["p99_us"] for row in documents["bench"]["rows"])
+        """And both ways with ever new addresses."""
+        for row in documents["bench"]["rows"]:
+            for field in ("with_out", "ever_new", "ever_new_with_out"):
+                assert 0 < row[field]["p50_us"] <= row[field]["p99_us"]
+        assert "# *: no two calls of a burst with the same addresses" in bench.render(documents["bench"])
+
+    def test_no_two_calls_of_a_burst_have_the_same_addresses(self):
+        seen = []
+
+        def all_reduce(x, out=None):
+            seen.append((x.data_ptr(), None if out is None else out.data_ptr()))
+
+        one = SimpleNamespace(place=SimpleNamespace(device=torch.device("cpu")), dtype=torch.bfloat16,
+                              communicator=SimpleNamespace(all_reduce=all_reduce))  # fmt: skip
+        new, with_out = bench._Bench._ever_new(one, [torch.ones(700, dtype=torch.bfloat16)] * 4).values()
+        new.burst()
+        assert len(set(seen)) == new.calls == 200 and len({x % 512 for x, _ in seen}) == 1
+        seen.clear()
+        with_out.burst()
+        first, seen = seen[:], seen.clear() or seen
+        with_out.burst()  # in step with the inputs
+        assert len(set(first)) == len({out for _, out in first}) == with_out.calls and seen == first
 
     def test_everybody_gets_bursts_of_one_length(self):
         """Short messages in long bursts; always whole rounds of the inputs."""
@@ -315,10 +336,10 @@ class TestBench:
     def test_table(self, documents):
         lines = [line.split() for line in bench.render(documents["bench"]).splitlines()]
         header = next(line for line in lines if line[0:1] == ["size"])
-        expected = "size count type redop algorithm time p99 algbw busbw #wrong out= good p99 breaking p99"
+        expected = "size count type redop algorithm time p99 algbw busbw #wrong out= time* out=* good p99 breaking p99"
         assert header == expected.split()
         row = lines[lines.index(header) + 4]
-        assert row[:5] == ["4096", "2048", "bfloat16", "sum", "fake"] and row[-6] == "0" and row[-4:] == ["-"] * 4
+        assert row[:5] == ["4096", "2048", "bfloat16", "sum", "fake"] and row[-8] == "0" and row[-4:] == ["-"] * 4
         assert ["#", "Out", "of", "bounds", "values", ":", "0", "OK"] in lines
         assert lines[-1][:6] == ["#", "Avg", "bus", "bandwidth", ":", lines[-1][5]]
         assert "# peer half: unavailable: rank 1: not on rank 1".split() in lines

@@ -93,6 +93,28 @@ def test_cycles(n):
     run(n, ("gpu_life:cycles", (int(os.environ.get("CYCLES", "24")),)))
 
 
+@pytest.mark.parametrize("n", WORLDS)
+@pytest.mark.parametrize("path", [Path.V2, Path.LEGACY], ids=str)
+def test_streams(n, path):
+    run(n, ("gpu_streams:every_form", (path,)))
+
+
+@pytest.mark.parametrize("n", WORLDS)
+def test_users_programs(n):
+    names = "without_memory", "allocator_that_sleeps", "damaged_slots", "memory_is_full"
+    run(n, *(f"gpu_users:{name}" for name in names))
+
+
+@pytest.mark.parametrize("n", WORLDS[:2])
+@pytest.mark.parametrize("path", ["v2", "legacy", "torch.distributed"])
+def test_a_peer_that_dies_in_a_call_of_nccl(n, path, capfd):
+    with pytest.raises(ranks.RanksFailed) as caught:  # the survivors leave with exit code 0, once they have said what they saw
+        ranks.run(gpu_work.suite, [("gpu_users:nccl_and_a_dead_peer", (path,))], gpus=n, deadline=120)
+    assert "SIGKILL" in caught.value.failed[n - 1], caught.value.failed
+    said = capfd.readouterr().out
+    assert said.count("told") == n - 1 and "BAD" not in said, said
+
+
 @pytest.mark.gpus(2)
 def test_exit_with_a_live_graph_and_after_a_fork(tmp_path):
     assert torchrun(LIVE_AT_EXIT, tmp_path).split() == ["2.0", "2.0"]
