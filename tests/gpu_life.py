@@ -85,7 +85,8 @@ def aborted(place):
             comm.all_reduce(x)
         else:
             time.sleep(0.3)
-            comm.abort()
+            with ThreadPoolExecutor(1) as another:
+                another.submit(comm.abort).result()
         torch.cuda.synchronize()
         graph.replay()
         torch.cuda.synchronize()
@@ -97,6 +98,60 @@ def aborted(place):
             assert caught.value.ranks == (0,), caught.value
         place.barrier()
         comm.close()
+
+
+def concurrent(place):
+    """Two graphs of one communicator in flight on two streams that nobody ordered: an error on all ranks, not a wrong sum."""
+    for path in PATHS:
+        with deadlines(DEADLINE_S):
+            comm = build(place, path)
+        graphs = []
+        for numel in (1000, 200_000):
+            x = reference.values(0, place.rank, numel, torch.bfloat16, place.device)
+            graph = torch.cuda.CUDAGraph()
+            with comm.capture(), torch.cuda.graph(graph):
+                out = comm.all_reduce(x)
+            graph.replay()
+            torch.cuda.synchronize()
+            comm.check()
+            graphs.append((graph, torch.cuda.Stream(place.device), x, out))
+        place.barrier()
+        if place.rank == 1:
+            time.sleep(0.3)  # so that rank 0 has both in flight
+        for graph, stream, _, _ in graphs if place.rank == 0 else graphs[:1]:
+            with torch.cuda.stream(stream):
+                graph.replay()
+        torch.cuda.synchronize()
+        place.barrier()
+        with pytest.raises(allreduce_jit.CommunicatorFailed) as caught:
+            comm.check()
+        assert type(caught.value) is allreduce_jit.ConcurrentUse and caught.value.ranks == (0,), caught.value
+        graphs.clear()
+        place.barrier()
+        comm.close(local=True)
+
+
+def aborted_by_an_exception(place):
+    """Who leaves a communicator's ``with`` by an exception stops the others' calls at once, whatever the deadline."""
+    for path in PATHS:
+        started, told = time.monotonic(), None
+        try:
+            with build(place, path) as comm:
+                check(place, comm, 5000, torch.bfloat16, 1)
+                torch.cuda.synchronize()
+                place.barrier()
+                if place.rank == 0:
+                    time.sleep(0.3)
+                    raise ZeroDivisionError
+                comm.all_reduce(torch.ones(5000, dtype=torch.bfloat16, device=place.device))
+                torch.cuda.synchronize()
+                comm.check()
+        except (ZeroDivisionError, allreduce_jit.CommunicatorFailed) as e:
+            told = e
+        assert isinstance(told, ZeroDivisionError if place.rank == 0 else allreduce_jit.Poisoned), told
+        assert place.rank == 0 or told.ranks == (0,)
+        assert time.monotonic() - started < 10
+        place.barrier()
 
 
 def skipped_and_extra_calls(place):

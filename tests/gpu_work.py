@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 import allreduce_jit
 from allreduce_jit import bench as benchmark
-from allreduce_jit import bench_page, bench_peers, reference, replay, soak, timing, tune, tuned
+from allreduce_jit import bench_page, bench_peers, reference, replay, soak, timing, tune, tuned, v2
 from allreduce_jit import floor as light
 from allreduce_jit.communicator import Communicator
 from allreduce_jit.driver import Graph
@@ -52,6 +52,7 @@ def sizes(place, path, max_numel=1 << 28):
     """Sizes from 0 to 1 GB, all dtypes, odd, misaligned, in place; what torch.distributed takes is exact data."""
     with allreduce_jit.init(device=place.device) as comm:
         expect_path(comm, path)
+        assert comm.describe()["staging_bytes"] <= 32 << 20
         for dtype in DTYPES:
             for seed, numel in enumerate([*SIZES, min(max_numel, (1 << 30) // dtype.itemsize)]):
                 ours = comm.plan(numel, dtype).path != Path.TORCH.value
@@ -78,6 +79,29 @@ def algorithms(place):
         if comm.rank == 0:
             time.sleep(0.2)  # a late rank
         check(place, comm, 5000, torch.bfloat16, 1)
+
+
+def few_blocks(place):
+    """``max_ctas``: no launch has more blocks, none starts before the one before has ended, and the bits are the same."""
+    grids = []
+
+    class Noted(v2.Launch):
+        def __init__(self, kernel, arguments, grid, *more, **options):
+            super().__init__(kernel, arguments, grid, *more, **options)
+            grids.append((grid, self.pdl))
+
+    saved, v2.Launch = v2.Launch, Noted
+    try:
+        for max_ctas in (2, 16):
+            with allreduce_jit.init(device=place.device, max_ctas=max_ctas, deterministic=True) as comm:
+                expect_path(comm, Path.V2)
+                for seed, numel in enumerate([*SIZES, (1 << 26) // 2]):
+                    check(place, comm, numel, DTYPES[seed % 3], seed, offset=seed % 2)
+                comm.check()
+            assert grids and all(grid <= max_ctas and not pdl for grid, pdl in grids), max(grids)
+            grids.clear()
+    finally:
+        v2.Launch = saved
 
 
 def legacy_chunks(place):

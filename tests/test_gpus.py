@@ -3,6 +3,7 @@
 import os
 
 import gpu_work
+import kill_matrix
 import pytest
 from test_readme import torchrun
 
@@ -84,13 +85,31 @@ def test_tune(n, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("n", WORLDS)
 def test_ends_and_new_beginnings(n):
-    names = "aborted", "recovery", "skipped_and_extra_calls", "number_wraps", "captures", "group_gone", "virtual_memory"
+    names = "aborted", "aborted_by_an_exception", "concurrent", "recovery", "skipped_and_extra_calls", "number_wraps", "captures", "group_gone", "virtual_memory"
     run(n, *(f"gpu_life:{name}" for name in names))
 
 
 @pytest.mark.parametrize("n", WORLDS)
 def test_cycles(n):
     run(n, ("gpu_life:cycles", (int(os.environ.get("CYCLES", "24")),)))
+
+
+@pytest.mark.parametrize("n", WORLDS)
+def test_few_blocks(n):
+    run(n, "few_blocks")
+
+
+@pytest.mark.parametrize("n", WORLDS)
+def test_without_dependent_launches(n, monkeypatch):
+    monkeypatch.setenv("ALLREDUCE_JIT_PDL", "off")
+    run(n, "algorithms", ("graphs", (Path.V2,)), ("repeated", (Path.V2,)))
+
+
+@pytest.mark.parametrize("n", WORLDS)
+def test_kills(n):
+    """A rank killed, stopped or leaving by an exception in every phase; ``.ci/gpu`` does more of them."""
+    found = kill_matrix.matrix(n, 15, 2.0, watcher=True, seed=0, jobs=3)
+    assert found["ok"], [row["problems"] for row in found["rows"]] or found
 
 
 @pytest.mark.parametrize("n", WORLDS)
