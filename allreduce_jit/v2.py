@@ -105,8 +105,9 @@ class V2Engine(KernelEngine):
         self._kernels[name] = kernel
 
     def _verification_plans(self, numel: int, dtype: torch.dtype) -> list[Plan]:
-        # Blocks of one warp: the most blocks, channels and guards' neighbours that so few elements can have.
-        shape = (32, self.config.world_size, DTYPE_NAMES[dtype])
+        # Blocks of one warp: the most blocks, channels and guards' neighbours that so few elements can have. With few blocks
+        # wanted, no more than those: capacities allow for that many of the largest.
+        shape = (32 if self.config.max_ctas is None else MAX_BLOCK, self.config.world_size, DTYPE_NAMES[dtype])
         return [v2_shape(name, *shape, numel, self.layout) for name in self.layout.regions]
 
     def _full_plans(self) -> list[tuple[Plan, int]]:

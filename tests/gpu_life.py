@@ -116,10 +116,10 @@ def concurrent(place):
             comm.check()
             graphs.append((graph, torch.cuda.Stream(place.device), x, out))
         place.barrier()
-        if place.rank == 1:
+        if place.rank:
             time.sleep(0.3)  # so that rank 0 has both in flight
-        for graph, stream, _, _ in graphs if place.rank == 0 else graphs[:1]:
-            with torch.cuda.stream(stream):
+        for graph, stream, _, _ in graphs:
+            with torch.cuda.stream(stream if place.rank == 0 else graphs[0][1]):
                 graph.replay()
         torch.cuda.synchronize()
         place.barrier()

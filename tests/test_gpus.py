@@ -120,7 +120,7 @@ def test_streams(n, path):
 
 @pytest.mark.parametrize("n", WORLDS)
 def test_users_programs(n):
-    names = "without_memory", "allocator_that_sleeps", "damaged_slots", "memory_is_full"
+    names = "without_memory", "allocator_that_sleeps", "damaged_packets", "memory_is_full"
     run(n, *(f"gpu_users:{name}" for name in names))
 
 

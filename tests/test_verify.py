@@ -66,6 +66,16 @@ def test_two_calls_of_each_full_plan_use_every_slot_of_legacy(world_size, stagin
         assert part * 4 == one.layout.regions[plan.algorithm].capacity == plan.grid * BLOCK_BYTES
 
 
+@pytest.mark.parametrize("max_ctas", [2, 3, 16])
+@pytest.mark.parametrize("world_size", WORLDS)
+def test_set_up_keeps_to_few_blocks_as_well(world_size, max_ctas):
+    one = engine(V2Engine, world_size, 32, max_ctas)
+    for numel in (verify.VERIFY_BYTES // 4, verify.VERIFY_BYTES // 4 - 1):
+        for plan in one._verification_plans(numel, torch.float32):
+            for changed in (plan, replace(plan, chunk=numel // verify.LAUNCHES)):
+                assert all(piece.blocks <= max_ctas for piece in launches(changed, numel, "float32", world_size)), plan
+
+
 def summed(world_size, numel, seed):
     parts = [torch.empty(numel) for _ in range(world_size)]
     for rank, part in enumerate(parts):
