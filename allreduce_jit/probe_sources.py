@@ -16,6 +16,8 @@ import sys
 from dataclasses import dataclass, field
 from typing import Any
 
+from . import toolchain
+
 _VIRTUALIZATION = ("none", "passthrough", "vgpu", "host-vgpu", "host-vsga")
 _FABRIC = ("not_supported", "not_started", "in_progress", "completed")
 _P2P_INDEX = {"read": 0, "write": 1, "nvlink": 2, "atomics": 3}
@@ -169,17 +171,10 @@ class SoftwareSource:
             return None
 
     def triton(self) -> str | None:
-        if importlib.util.find_spec("triton") is None:
-            return None
-        return self.distribution("triton") or self.distribution("pytorch-triton") or "unknown"
+        return toolchain.triton()
 
     def nvrtc(self) -> str:
-        from cuda.bindings import nvrtc
-
-        error, major, minor = nvrtc.nvrtcVersion()
-        if error != nvrtc.nvrtcResult.NVRTC_SUCCESS:
-            raise RuntimeError(f"nvrtcVersion: {error.name}")
-        return f"{major}.{minor}"
+        return toolchain.nvrtc()
 
     def hip(self) -> str | None:
         """ROCm's version if torch was built for it, read from torch's ``version.py`` alone."""
