@@ -142,8 +142,12 @@ class HostSource:
     """Who this process shares memory and process ids with."""
 
     def boot_id(self) -> str:
+        """The kernel's own name for this run of it: two that cannot tell theirs are not known to be one."""
         with open("/proc/sys/kernel/random/boot_id") as f:
-            return f.read().strip()
+            found = f.read().strip()
+        if not found:
+            raise OSError("/proc/sys/kernel/random/boot_id is empty")
+        return found
 
     def hostname(self) -> str:
         return socket.gethostname()
