@@ -2,8 +2,9 @@
 
 Triton is configured per process, by environment and by ``triton.knobs``, and what an engine sets there for its own
 kernels (the interpreter, dumps, instrumentation, a cache on a shared home) is not meant for ours. Nor is it safe beside
-other threads that use Triton: it changes the filters of warnings, and reads source with ``ast``, which loses count
-there before Python 3.13. And its LLVM aborts the process where other compilers raise.
+other threads that use Triton: it changes the filters of warnings, and reads source with ``ast``, whose depth counter
+threads share (seen in Python 3.11: ``AST constructor recursion depth mismatch``). And its LLVM aborts the process where
+other compilers raise.
 """
 
 from __future__ import annotations

@@ -412,7 +412,8 @@ def test_warnings_as_errors(language, how):
 def test_what_others_set_for_triton_is_not_ours():
     """Whatever is set for kernels of others, in the environment or in the process: ours are the same."""
     wanted = compile_one(triton_module("one_shot", 2, "float32", True), "sm_90").cubin
-    code = "language = 'triton'\nimport hashlib" + COMPILE + "print(hashlib.sha256(build(spec, 'sm_90', KernelCache(None))[0].cubin).hexdigest())"
+    code = "language = 'triton'\nimport hashlib" + COMPILE
+    code += "print(hashlib.sha256(build(spec, 'sm_90', KernelCache(None))[0].cubin).hexdigest())"
     for theirs in ({"TRITON_INTERPRET": "1"}, {"TRITON_OVERRIDE_ARCH": "sm80"}, {"TRITON_CACHE_MANAGER": "no.such:Manager"}):
         out, err = in_a_process(code, **theirs)
         assert out == ["True", hashlib.sha256(wanted).hexdigest()], (theirs, err)
