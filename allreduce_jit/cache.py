@@ -76,6 +76,7 @@ class KernelCache:
         self._disk = None
         if self.directory is None:
             self.problem = files.NO_DIRECTORY
+            log.warning("kernels are kept in memory only: %s", self.problem)
             return
         try:
             self._disk = FileStore(self.directory, MAX_BYTES)
@@ -84,7 +85,7 @@ class KernelCache:
             self._complain(e)
 
     def get(self, key: str) -> Artifact | None:
-        """The artifact stored under ``key``, intact and by nobody else, else None; a damaged file is removed."""
+        """The artifact stored under ``key``, intact and where it counts (``files``), else None; a damaged file is removed."""
         if key in self._memory:
             return self._memory[key]
         if self._disk is None:
@@ -152,15 +153,15 @@ class KernelCache:
             log.debug("kernel cache: %s", e)
 
     def clear(self) -> int:
-        """Remove all entries from disk; returns how many intact ones there were."""
-        count = len(self.entries())
+        """Remove all entries from disk; returns how many intact ones have gone."""
+        before = len(self.entries())
         self._memory.clear()
         if self._disk is not None:
             try:
                 self._disk.clear()
             except Exception as e:  # noqa: BLE001
                 self._complain(e)
-        return count
+        return before - len(self.entries())
 
     def _drop(self, key: str) -> None:
         try:

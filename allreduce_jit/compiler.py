@@ -58,7 +58,7 @@ def _version(language: str) -> str:
     except Exception as e:  # noqa: BLE001
         raise CompileError(f"no {name} on this machine: {e}") from e
     if version is None:
-        raise CompileError(f"no {name} on this machine: there is no package {language} in {', '.join(sys.path)}")
+        raise CompileError(f"no {name} on this machine: there is no package {language} in {', '.join(map(str, sys.path))}")
     return f"{name.lower()} {version}"
 
 

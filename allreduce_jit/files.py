@@ -53,7 +53,7 @@ def read(path: Path, top: Path) -> bytes:
             here = _walk(opened, top, path.parent.relative_to(top).parts)
             file = _step(opened, here, path, os.O_RDONLY | os.O_NONBLOCK | _ITSELF)
         except _Link:
-            target = Path(os.path.realpath(path))  # there are no more links in it
+            target = Path(os.path.realpath(path, strict=True))  # there are no more links in it
             return read(target, target.parent)
         if not stat.S_ISREG(os.fstat(file).st_mode):
             raise OSError(f"{path} is no file")
@@ -69,7 +69,7 @@ def write(path: Path, top: Path, blob: bytes) -> None:
         try:
             here = _walk(opened, top, path.parent.relative_to(top).parts)
         except _Link:
-            folder = Path(os.path.realpath(path.parent))
+            folder = Path(os.path.realpath(path.parent, strict=True))
             return write(folder / path.name, folder, blob)
         temporary = f"{TEMPORARY}{secrets.token_hex(8)}"
         handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _ITSELF, _FILE_MODE, dir_fd=here)

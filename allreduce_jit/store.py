@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from . import files
@@ -51,8 +52,15 @@ class FileStore:
         self.path(key).unlink(missing_ok=True)
 
     def clear(self) -> None:
+        """Everything that this user may remove; then it says what else there was."""
+        refusal = None
         for path in self.files():
-            path.unlink(missing_ok=True)
+            try:
+                path.unlink(missing_ok=True)
+            except PermissionError as e:
+                refusal = refusal or e
+        if refusal is not None:
+            raise refusal
 
     def folders(self) -> Iterator[Path]:
         return self.directory.glob("[0-9a-f][0-9a-f]")
@@ -77,12 +85,17 @@ class FileStore:
                 continue
             if path.name.startswith(files.TEMPORARY):
                 if now - status.st_mtime > _STALE_S:
-                    path.unlink(missing_ok=True)
+                    self._make_room(path)
             else:
                 found.append((status.st_mtime, status.st_size, path))
         excess = sum(size for _, size, _ in found) - self.max_bytes
         for _, size, path in sorted(found):
             if excess <= 0:
                 break
-            path.unlink(missing_ok=True)
+            self._make_room(path)
             excess -= size
+
+    @staticmethod
+    def _make_room(path: Path) -> None:
+        with suppress(PermissionError):  # another user's, in a directory that users share
+            path.unlink(missing_ok=True)

@@ -191,6 +191,41 @@ def test_users_who_share_a_sticky_directory(place):
     assert found == [False, True, False] and problem is None and list(refused) == [str(entry(cache))]
 
 
+@needs_users
+def test_users_who_share_a_directory_clear_and_sweep_what_is_theirs(place):
+    """What another left there, unfinished writes among it, is in nobody's way."""
+    cache = place / "cache"
+    cache.mkdir()
+    cache.chmod(0o1777)
+    as_user(ROOT, lambda: fill(cache))
+    for key in (KEY, SECOND):
+        entry(cache, key).parent.chmod(0o1777)
+        left = entry(cache, key).parent / ".tmp-left"
+        left.write_text("of a writer that died")
+        os.utime(left, (0, 0))
+
+    def write_and_clear():
+        opened = KernelCache(cache)
+        for key in "abcd":
+            opened.put(key, SMALL)
+        return opened.problem, len(opened.entries()), opened.clear(), len(opened.entries())
+
+    assert as_user(ALICE, write_and_clear) == [None, 6, 4, 2]
+    assert as_user(ROOT, lambda: KernelCache(cache).clear()) == 2 and files(cache) == [tuned.path(cache, FACTS)]
+
+
+@needs_users
+def test_links_that_lead_nowhere(place):
+    cache = place / "cache"
+    as_user(ROOT, lambda: fill(cache))
+    for target in (entry(cache), place / "none"):  # a loop, and nothing
+        entry(cache).unlink()
+        entry(cache).symlink_to(target)
+        found, refused, problem = as_user(ALICE, lambda: look(cache))
+        assert found == [False, True, True] and problem is None
+        assert [Path(file) for file in refused] == ([entry(cache)] if target == entry(cache) else [])
+
+
 LINKS = {
     "to what root keeps elsewhere": (lambda kept: None, ROOT, True),
     "to what others may write": (lambda kept: kept.chmod(0o666), ROOT, False),
