@@ -8,9 +8,12 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from . import files
 from .store import FileStore
 
 log = logging.getLogger("allreduce_jit")
@@ -72,23 +75,25 @@ class KernelCache:
         self._memory: dict[str, Artifact] = {}
         self._disk = None
         if self.directory is None:
-            self.problem = "no cache directory"
+            self.problem = files.NO_DIRECTORY
+            log.warning("kernels are kept in memory only: %s", self.problem)
             return
         try:
             self._disk = FileStore(self.directory, MAX_BYTES)
+            files.check_directory(self.directory)
         except Exception as e:  # noqa: BLE001 - whatever is wrong with a home directory must not fail a call
-            self._give_up_disk(e)
+            self._complain(e)
 
     def get(self, key: str) -> Artifact | None:
-        """The artifact stored under ``key`` and intact, else None; a damaged file is removed."""
+        """The artifact stored under ``key``, intact and where it counts (``files``), else None; a damaged file is removed."""
         if key in self._memory:
             return self._memory[key]
         if self._disk is None:
             return None
         try:
             blob = self._disk.get(key)
-        except Exception as e:  # noqa: BLE001
-            self._give_up_disk(e)
+        except Exception as e:  # noqa: BLE001 - this entry is missed, others may be fine
+            log.info("kernel cache: an entry is not used: %s", e)
             return None
         if blob is None:
             return None
@@ -113,39 +118,56 @@ class KernelCache:
             self._complain(e)  # and go on reading: a read-only directory may hold everything else
 
     def entries(self) -> list[tuple[str, int]]:
-        """(name and arch, bytes) of every intact artifact on disk, sorted."""
-        found = []
+        """(name and arch, bytes) of every artifact on disk that counts, sorted."""
+        found = (artifact for _, artifact, _ in self._look() if artifact is not None)
+        return sorted((f"{artifact.name} {artifact.arch}", len(artifact.cubin)) for artifact in found)
+
+    def refused(self) -> list[tuple[str, str]]:
+        """(file or directory, why) of everything on disk that does not count, sorted."""
+        return sorted((str(path), why) for path, artifact, why in self._look() if artifact is None)
+
+    def _look(self) -> Iterator[tuple[Path, Artifact | None, str]]:
+        """All entries, and the directories that cannot be listed: each an artifact, or why it is none."""
+        if self._disk is None:
+            return
         try:
-            for path in self._disk.files(unfinished=False) if self._disk is not None else ():
+            for folder in (self.directory, *self._disk.folders()):
                 try:
-                    _, artifact = decode(path.read_bytes())
-                except Exception:  # noqa: BLE001 - unreadable or damaged in whatever way
+                    os.listdir(folder)
+                except (FileNotFoundError, NotADirectoryError):  # removed just now, or nothing of ours
                     continue
-                found.append((f"{artifact.name} {artifact.arch}", len(artifact.cubin)))
+                except OSError as e:
+                    yield folder, None, str(e)
+            for path in self._disk.files(unfinished=False):
+                try:
+                    stored, artifact = decode(files.read(path, self.directory))
+                    if self._disk.path(stored) != path:
+                        raise ValueError("another entry's file")
+                except FileNotFoundError:
+                    continue
+                except Exception as e:  # noqa: BLE001 - unreadable or damaged in whatever way
+                    yield path, None, str(e)
+                else:
+                    yield path, artifact, ""
         except Exception as e:  # noqa: BLE001
             log.debug("kernel cache: %s", e)
-        return sorted(found)
 
     def clear(self) -> int:
-        """Remove all entries from disk; returns how many intact ones there were."""
-        count = len(self.entries())
+        """Remove all entries from disk; returns how many intact ones have gone."""
+        before = len(self.entries())
         self._memory.clear()
         if self._disk is not None:
             try:
                 self._disk.clear()
             except Exception as e:  # noqa: BLE001
-                self._give_up_disk(e)
-        return count
+                self._complain(e)
+        return before - len(self.entries())
 
     def _drop(self, key: str) -> None:
         try:
             del self._disk[key]
         except Exception as e:  # noqa: BLE001
             log.debug("kernel cache: %s", e)
-
-    def _give_up_disk(self, error: Exception) -> None:
-        self._complain(error)
-        self._disk = None
 
     def _complain(self, error: Exception) -> None:
         if self.problem is None:

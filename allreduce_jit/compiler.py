@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import importlib.resources
 import logging
-import os
 import re
 import sys
-import tempfile
 from functools import cache as memoise
-from pathlib import Path
 
-from . import __version__
+from . import __version__, toolchain, triton_process
 from .cache import Artifact, KernelCache
 from .errors import CompileError
-from .kernel import ITEMSIZE, KernelSpec
+from .kernel import KernelSpec
 
 log = logging.getLogger("allreduce_jit")
 
@@ -56,38 +52,14 @@ def _key(spec: KernelSpec, arch: str) -> str:
 
 @memoise
 def _version(language: str) -> str:
+    name = {"cuda": "NVRTC", "triton": "Triton"}[language]
     try:
-        if language == "cuda":
-            return f"nvrtc {_nvrtc_version()}"
-        from importlib.metadata import version
-
-        return f"triton {version('triton')}"
+        version = toolchain.nvrtc() if language == "cuda" else toolchain.triton()
     except Exception as e:  # noqa: BLE001
-        raise CompileError(f"no {'NVRTC' if language == 'cuda' else 'Triton'} on this machine: {e}") from e
-
-
-def _nvrtc_version() -> str:
-    from cuda.bindings import nvrtc
-
-    try:
-        _, major, minor = nvrtc.nvrtcVersion()
-    except Exception:  # noqa: BLE001 - which one depends on cuda-python's version
-        # It looks in the interpreter's own site folders alone; what is loaded already it takes from anywhere.
-        if not _load_nvrtc_of_a_wheel():
-            raise
-        _, major, minor = nvrtc.nvrtcVersion()
-    return f"{major}.{minor}"
-
-
-def _load_nvrtc_of_a_wheel() -> bool:
-    """Load NVRTC from where ``PYTHONPATH`` or ``.pth`` files have packages: the newest of the first folder with any."""
-    for folder in sys.path:
-        for library in sorted(Path(folder).glob("nvidia/*/lib/libnvrtc.so.*"), key=lambda path: path.name, reverse=True):
-            for builtins in library.parent.glob("libnvrtc-builtins.so.*"):  # which not every NVRTC finds beside itself
-                ctypes.CDLL(str(builtins), ctypes.RTLD_GLOBAL)
-            ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
-            return True
-    return False
+        raise CompileError(f"no {name} on this machine: {e}") from e
+    if version is None:
+        raise CompileError(f"no {name} on this machine: there is no package {language} in {', '.join(map(str, sys.path))}")
+    return f"{name.lower()} {version}"
 
 
 @memoise
@@ -122,36 +94,7 @@ def _triton_source() -> str:
 
 
 def _triton(spec: KernelSpec, arch: str) -> Artifact:
-    # Triton's own disk cache races on shared homes; ours replaces it.
-    with tempfile.TemporaryDirectory(prefix="allreduce_jit_triton_") as private:
-        saved = os.environ.get("TRITON_CACHE_DIR")
-        os.environ["TRITON_CACHE_DIR"] = private
-        try:
-            return _triton_compile(spec, arch)
-        finally:
-            os.environ.pop("TRITON_CACHE_DIR")
-            if saved is not None:
-                os.environ["TRITON_CACHE_DIR"] = saved
-
-
-def _triton_compile(spec: KernelSpec, arch: str) -> Artifact:
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    from .triton_kernels import legacy
-
     # Triton's LLVM does not refuse an architecture that it does not know: it aborts the process.
     if arch not in TRITON_ARCHS:
         raise CompileError(f"Triton is not known to compile for {arch}, only for {', '.join(TRITON_ARCHS)}")
-    constants = dict(spec.constants)
-    constants["BLOCK"] = legacy.BLOCK_BYTES // ITEMSIZE[constants["DTYPE"]]
-    constants["DTYPE"] = getattr(triton.language, constants["DTYPE"])
-    constants["INTERPRET"] = False
-    source = ASTSource(
-        getattr(legacy, spec.source), signature=legacy.signature(spec.source), constexprs=constants
-    )
-    target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
-    compiled = triton.compile(source, target=target, options={"num_warps": legacy.NUM_WARPS, "maxnreg": legacy.MAX_REGISTERS})
-    meta = compiled.metadata
-    return Artifact(spec.name, arch, 32 * meta.num_warps, meta.shared, compiled.asm["cubin"])
+    return triton_process.compile(spec, arch)

@@ -23,6 +23,8 @@ Caps = Sequence[Capabilities]
 Wishes = Sequence[Settings]
 T = TypeVar("T")
 
+_FABRIC = {"not_started": "not started", "in_progress": "still being set up"}  # of those that are to come up
+
 
 def decide(
     caps: Caps,
@@ -53,7 +55,9 @@ def decide(
     if not_v2 is None:
         why = Reason("full-nvlink", f"NVLink and peer access between all {len(caps)} GPUs")
         return Verdict(Path.V2, (why,), True, backend)
-    not_legacy = _no_p2p(caps) or _first(caps, "no-triton", "has no Triton", _lacks("triton"))
+    not_legacy = _no_p2p(caps) or _first(
+        caps, "no-triton", lambda c: f"has no Triton{_problem(c, 'software.triton')}", _lacks("triton")
+    )
     if not_legacy is None:
         return Verdict(Path.LEGACY, (not_v2,), _no_full_nvlink(caps) is None, backend)
     reasons = (not_v2,) if not_v2.code == not_legacy.code else (not_v2, not_legacy)
@@ -88,11 +92,11 @@ def _rules_out_kernels(caps: Caps, settings: Wishes, sizes: Collection[int], nno
         or _same_gpu(caps)
         or _first(caps, "mig", lambda c: f"runs on a MIG instance ({c.gpu.name})", lambda c: c.gpu.mig)
         or _first(caps, "vgpu", lambda c: f"runs on a virtual GPU ({c.gpu.name})", _is_vgpu)
-        or _differs(caps, "pid-namespace", "PID namespace", lambda c: c.host.pid_namespace)
-        or _differs(caps, "ipc-namespace", "IPC namespace", lambda c: c.host.ipc_namespace)
+        or _differs(caps, "pid-namespace", "PID namespace", lambda c: c.host.pid_namespace, "host.namespace(pid)")
+        or _differs(caps, "ipc-namespace", "IPC namespace", lambda c: c.host.ipc_namespace, "host.namespace(ipc)")
         or _world_size(len(caps), sizes)
         or _first(caps, "compute-capability", lambda c: f"has a GPU older than sm_80 ({c.gpu.name})", _is_old)
-        or _differs(caps, "mixed-gpus", "compute capability", lambda c: c.gpu.compute_capability)
+        or _differs(caps, "mixed-gpus", "compute capability", lambda c: "{}.{}".format(*c.gpu.compute_capability))
     )
 
 
@@ -100,7 +104,7 @@ def _rules_out_v2(caps: Caps, settings: Wishes) -> Reason | None:
     return (
         _first(settings, "v2-switched-off", f"has {V2_SWITCH} off", lambda s: not s.use_v2)
         or _first(settings, "path-forced", "has ALLREDUCE_JIT_PATH=legacy", lambda s: s.path == "legacy")
-        or _first(caps, "fabric-not-ready", lambda c: f"has an NVSwitch fabric {c.fabric}", _fabric_is_down)
+        or _first(caps, "fabric-not-ready", lambda c: f"has an NVSwitch fabric that is {_FABRIC[c.fabric]}", _fabric_is_down)
         or _no_full_nvlink(caps)
         or _no_p2p(caps)
         or _first(caps, "no-nvrtc", lambda c: f"has no NVRTC{_problem(c, 'software.nvrtc')}", _lacks("nvrtc"))
@@ -120,7 +124,7 @@ def _lacks(program: str) -> Callable[[Capabilities], bool]:
 
 
 def _fabric_is_down(c: Capabilities) -> bool:
-    return c.fabric in ("not_started", "in_progress")  # unknown or not_supported: no such fabric to wait for
+    return c.fabric in _FABRIC  # unknown or not_supported: no such fabric to wait for
 
 
 def _first(
@@ -133,21 +137,27 @@ def _first(
     return None
 
 
-def _differs(caps: Caps, code: str, what: str, key: Callable[[Capabilities], object]) -> Reason | None:
-    """The first rank whose ``key`` is unknown (no ground to assume the best) or not that of rank 0."""
+def _differs(
+    caps: Caps, code: str, what: str, key: Callable[[Capabilities], str | None], source: str = ""
+) -> Reason | None:
+    """The first rank whose ``key`` is unknown (no ground to assume the best) or not that of rank 0.
+
+    ``source`` is what the probe asked for it.
+    """
     mine = key(caps[0])
-    return _first(
-        caps,
-        code,
-        lambda c: f"has {what} {key(c) or 'unknown'}, rank 0 has {mine or 'unknown'}",
-        lambda c: key(c) is None or key(c) != mine,
-    )
+
+    def text(c: Capabilities) -> str:
+        if key(c) is None:
+            return f"cannot tell its {what}{_problem(c, source)}"
+        return f"has {what} {key(c)}, rank 0 has {mine}"
+
+    return _first(caps, code, text, lambda c: key(c) is None or key(c) != mine)
 
 
 def _spans_nodes(caps: Caps, nnodes: int) -> Reason | None:
     if nnodes > 1:
         return Reason("spans-nodes", f"the job has nnodes={nnodes}")
-    return _differs(caps, "spans-nodes", "host", lambda c: c.host.host_id)
+    return _differs(caps, "spans-nodes", "host", lambda c: c.host.host_id, "host.boot_id")
 
 
 def _no_cuda(caps: Caps) -> Reason | None:
@@ -160,12 +170,15 @@ def _no_cuda(caps: Caps) -> Reason | None:
 
 
 def _same_gpu(caps: Caps) -> Reason | None:
-    """Two slices of one GPU count as well, hence the bus id beside the UUID."""
+    """Other UUIDs are other GPUs, but for slices of one: they share its bus id, on a host that is known or by its name."""
     owner: dict[object, int] = {}
     for rank, c in enumerate(caps):
         if c.gpu is None:
             continue
-        for name in (c.gpu.uuid, (c.host.host_id, c.gpu.pci_bus_id)):
+        names: list[object] = [c.gpu.uuid]
+        if c.gpu.mig:
+            names.append((c.host.host_id or c.host.hostname, c.gpu.pci_bus_id))
+        for name in names:
             if owner.setdefault(name, rank) != rank:
                 return Reason("same-gpu", f"rank {rank} uses the GPU of rank {owner[name]} ({c.gpu.uuid})", rank)
     return None
@@ -190,7 +203,9 @@ def _no_full_nvlink(caps: Caps) -> Reason | None:
     rank, peer = missing[0]
     if len(missing) == len(caps) * (len(caps) - 1):
         return Reason("no-nvlink", "no two GPUs of the group are known to be joined by NVLink")
-    return Reason("partial-nvlink", f"rank {rank} has no NVLink to rank {peer}; some pairs have it", rank)
+    link = caps[rank].link_to(caps[peer].gpu.uuid)
+    known = "has no NVLink" if link is not None and link.nvlink is False else "is not known to have NVLink"
+    return Reason("partial-nvlink", f"rank {rank} {known} to rank {peer}; some pairs have it", rank)
 
 
 def _no_p2p(caps: Caps) -> Reason | None:
@@ -207,4 +222,4 @@ def _no_p2p(caps: Caps) -> Reason | None:
 
 def _problem(c: Capabilities, source: str) -> str:
     """What the probe noted about ``source``, as a parenthesis."""
-    return next((f" ({problem})" for problem in c.problems if problem.startswith(source)), "")
+    return next((f" ({problem})" for problem in c.problems if source and problem.startswith(source)), "")

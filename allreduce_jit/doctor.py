@@ -117,9 +117,10 @@ class _Look:
         entries = opened and self.attempt("kernel cache", opened.entries) or []
         problem = opened and opened.problem
         if problem:
-            self.problems.append(f"kernel cache {settings.cache_dir}: {problem}")
+            self.problems.append(f"kernel cache {settings.cache_dir or '(none)'}: {problem}")
         total = sum(size for _, size in entries)
-        return {"directory": str(settings.cache_dir), "entries": len(entries), "bytes": total, "problem": problem}
+        directory = settings.cache_dir and str(settings.cache_dir)
+        return {"directory": directory, "entries": len(entries), "bytes": total, "problem": problem}
 
 
 def render(document: dict[str, Any]) -> str:
@@ -131,7 +132,7 @@ def render(document: dict[str, Any]) -> str:
     for facts in probes:
         lines += _gpu_lines(facts)
     state = f"{cache['entries']} kernels, {cache['bytes']} bytes"
-    lines.append(f"kernel cache {cache['directory']}: {cache['problem'] or state}")
+    lines.append(f"kernel cache {cache['directory'] or '(none)'}: {cache['problem'] or state}")
     lines += [f"environment  {name}={value}" for name, value in document["environment"].items()]
     ranks = document["simulated_ranks"]
     who = f"{ranks} ranks, one per GPU" if ranks else "ranks on the CPU"

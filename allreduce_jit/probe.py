@@ -51,9 +51,9 @@ class Link:
 
 @dataclass(frozen=True)
 class Host:
-    """The kernel (``host_id``: its boot id, which containers of one host share) and the namespaces."""
+    """The kernel (``host_id``: its boot id, which containers of one host share) and the namespaces; None: unknown."""
 
-    host_id: str
+    host_id: str | None
     hostname: str
     pid_namespace: str | None
     ipc_namespace: str | None
@@ -223,9 +223,8 @@ class _Probe:
 
     def _host(self) -> Host:
         name = self.ask("host", "hostname") or "unknown"
-        host_id = self.ask("host", "boot_id") or f"hostname:{name}"
         pid, ipc = (self.ask("host", "namespace", kind) for kind in ("pid", "ipc"))
-        return Host(host_id, name, pid, ipc, self.ask("host", "shm_bytes"))
+        return Host(self.ask("host", "boot_id"), name, pid, ipc, self.ask("host", "shm_bytes"))
 
     def _software(self, cuda_driver: str | None) -> Software:
         return Software(

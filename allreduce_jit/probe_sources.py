@@ -16,6 +16,8 @@ import sys
 from dataclasses import dataclass, field
 from typing import Any
 
+from . import toolchain
+
 _VIRTUALIZATION = ("none", "passthrough", "vgpu", "host-vgpu", "host-vsga")
 _FABRIC = ("not_supported", "not_started", "in_progress", "completed")
 _P2P_INDEX = {"read": 0, "write": 1, "nvlink": 2, "atomics": 3}
@@ -140,8 +142,12 @@ class HostSource:
     """Who this process shares memory and process ids with."""
 
     def boot_id(self) -> str:
+        """The kernel's own name for this run of it: two that cannot tell theirs are not known to be one."""
         with open("/proc/sys/kernel/random/boot_id") as f:
-            return f.read().strip()
+            found = f.read().strip()
+        if not found:
+            raise OSError("/proc/sys/kernel/random/boot_id is empty")
+        return found
 
     def hostname(self) -> str:
         return socket.gethostname()
@@ -169,17 +175,10 @@ class SoftwareSource:
             return None
 
     def triton(self) -> str | None:
-        if importlib.util.find_spec("triton") is None:
-            return None
-        return self.distribution("triton") or self.distribution("pytorch-triton") or "unknown"
+        return toolchain.triton()
 
     def nvrtc(self) -> str:
-        from cuda.bindings import nvrtc
-
-        error, major, minor = nvrtc.nvrtcVersion()
-        if error != nvrtc.nvrtcResult.NVRTC_SUCCESS:
-            raise RuntimeError(f"nvrtcVersion: {error.name}")
-        return f"{major}.{minor}"
+        return toolchain.nvrtc()
 
     def hip(self) -> str | None:
         """ROCm's version if torch was built for it, read from torch's ``version.py`` alone."""

@@ -6,6 +6,7 @@ Read once per communicator (never per call), so that an engine may still set var
 from __future__ import annotations
 
 import os
+import pwd
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -27,7 +28,7 @@ class Settings:
     Attributes:
         use_v2: the switch ``SGLANG_OPT_USE_CUSTOM_ALL_REDUCE_V2`` (default on).
         path: highest rung of the ladder to try: ``auto``, ``legacy`` or ``torch``.
-        cache_dir: where cubins are kept.
+        cache_dir: where cubins are kept; None: nowhere, as no home directory is known.
         timeout_s: seconds that a kernel waits for a peer before it gives up; 0 = for ever.
         first_timeout_s: the same in the first call of a shape, when peers may still compile or load a model.
         setup_timeout_s: seconds that a rank waits for the others in each exchange of the set-up; 0 = for ever.
@@ -38,7 +39,7 @@ class Settings:
 
     use_v2: bool = True
     path: str = "auto"
-    cache_dir: Path = field(default_factory=lambda: default_cache_dir(os.environ))
+    cache_dir: Path | None = field(default_factory=lambda: default_cache_dir(os.environ))
     timeout_s: float = 30.0
     first_timeout_s: float = 600.0
     setup_timeout_s: float = 300.0
@@ -61,9 +62,22 @@ class Settings:
         return cls(**{"cache_dir": default_cache_dir(env), **values})
 
 
-def default_cache_dir(env: Mapping[str, str]) -> Path:
-    base = env.get("XDG_CACHE_HOME") or os.path.join(env.get("HOME") or os.path.expanduser("~"), ".cache")
-    return Path(base) / "allreduce_jit"
+def default_cache_dir(env: Mapping[str, str]) -> Path | None:
+    """None: no variable and no user database says where. Relative directories are ignored, as the XDG rules want."""
+    if os.path.isabs(env.get("XDG_CACHE_HOME", "")):
+        return Path(env["XDG_CACHE_HOME"]) / "allreduce_jit"
+    home = _home(env)
+    return home and home / ".cache" / "allreduce_jit"
+
+
+def _home(env: Mapping[str, str]) -> Path | None:
+    home = env.get("HOME", "")
+    if not os.path.isabs(home):
+        try:
+            home = pwd.getpwuid(os.getuid()).pw_dir
+        except KeyError:  # a container whose user ids have no names
+            return None
+    return Path(home) if os.path.isabs(home) else None
 
 
 def parse_bool(name: str, text: str) -> bool:
@@ -85,6 +99,11 @@ def _path(name: str, text: str) -> str:
 def _directory(name: str, text: str) -> Path:
     if not text.strip():
         raise SettingsError(f"{name} is empty: expected a directory")
+    if Path(text).parts[0] == "~":
+        home = _home(os.environ)
+        if home is None:
+            raise SettingsError(f"{name}={text!r}: this user has no home directory, expected another one")
+        return home.joinpath(*Path(text).parts[1:])
     try:
         return Path(text).expanduser()
     except RuntimeError as e:

@@ -7,14 +7,13 @@ construction with a warm cache does; here it is imported only where something ha
 from __future__ import annotations
 
 import hashlib
-import os
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-_TEMPORARY = ".tmp-"
+from . import files
+
 _STALE_S = 3600.0  # a temporary file of a writer that has died
 
 
@@ -29,7 +28,7 @@ class FileStore:
     def __init__(self, directory: Path, max_bytes: int):
         self.directory = directory
         self.max_bytes = max_bytes
-        directory.mkdir(parents=True, exist_ok=True)
+        files.make_directory(directory)
 
     def path(self, key: str) -> Path:
         name = hashlib.sha256(key.encode()).hexdigest()
@@ -37,46 +36,44 @@ class FileStore:
 
     def get(self, key: str) -> bytes | None:
         try:
-            return self.path(key).read_bytes()
+            return files.read(self.path(key), self.directory)
         except FileNotFoundError:
             return None
 
     def __setitem__(self, key: str, blob: bytes) -> None:
         path = self.path(key)
         try:
-            self._write(path, blob)
+            files.write(path, self.directory, blob)
         except FileNotFoundError:  # somebody removed the directory just now
-            self._write(path, blob)
+            files.write(path, self.directory, blob)
         self._shrink()
-
-    def _write(self, path: Path, blob: bytes) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=_TEMPORARY, dir=path.parent)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(blob)
-            os.replace(temporary, path)
-        except BaseException:
-            with suppress(OSError):  # the first error is the one to tell
-                Path(temporary).unlink()
-            raise
 
     def __delitem__(self, key: str) -> None:
         self.path(key).unlink(missing_ok=True)
 
     def clear(self) -> None:
+        """Everything that this user may remove; then it says what else there was."""
+        refusal = None
         for path in self.files():
-            path.unlink(missing_ok=True)
+            try:
+                path.unlink(missing_ok=True)
+            except PermissionError as e:
+                refusal = refusal or e
+        if refusal is not None:
+            raise refusal
+
+    def folders(self) -> Iterator[Path]:
+        return self.directory.glob("[0-9a-f][0-9a-f]")
 
     def files(self, unfinished: bool = True) -> Iterator[Path]:
         """All files of this store, those of unfinished writes among them if wanted."""
-        for folder in self.directory.glob("[0-9a-f][0-9a-f]"):
+        for folder in self.folders():
             try:
                 names = list(folder.iterdir())
             except OSError:  # removed by another process, or nothing of ours
                 continue
             for path in names:
-                if len(path.name) == 62 or unfinished and path.name.startswith(_TEMPORARY):
+                if len(path.name) == 62 or unfinished and path.name.startswith(files.TEMPORARY):
                     yield path
 
     def _shrink(self) -> None:
@@ -86,14 +83,19 @@ class FileStore:
                 status = path.stat()
             except FileNotFoundError:  # another process was quicker
                 continue
-            if path.name.startswith(_TEMPORARY):
+            if path.name.startswith(files.TEMPORARY):
                 if now - status.st_mtime > _STALE_S:
-                    path.unlink(missing_ok=True)
+                    self._make_room(path)
             else:
                 found.append((status.st_mtime, status.st_size, path))
         excess = sum(size for _, size, _ in found) - self.max_bytes
         for _, size, path in sorted(found):
             if excess <= 0:
                 break
-            path.unlink(missing_ok=True)
+            self._make_room(path)
             excess -= size
+
+    @staticmethod
+    def _make_room(path: Path) -> None:
+        with suppress(PermissionError):  # another user's, in a directory that users share
+            path.unlink(missing_ok=True)

@@ -6,12 +6,11 @@ import hashlib
 import json
 import logging
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from . import __version__
+from . import __version__, files
 from .kernel import DTYPES
 from .probe import Capabilities
 from .tuning import Bands, bands_from_json, bands_to_json
@@ -37,38 +36,27 @@ def fingerprint(caps: Capabilities, world_size: int) -> dict[str, Any] | None:
     }
 
 
-def path(cache_dir: Path, facts: Mapping[str, Any]) -> Path:
-    """The file that holds the table for a fingerprint."""
+def path(cache_dir: Path | None, facts: Mapping[str, Any]) -> Path:
+    """The file that holds the table for a fingerprint. Raises ``OSError`` where there is no directory for it."""
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-    return Path(cache_dir) / "tuning" / f"{digest[:32]}.json"
+    return _folder(cache_dir) / f"{digest[:32]}.json"
 
 
-def save(cache_dir: Path, facts: Mapping[str, Any], tables: Mapping[str, Bands], **more: Any) -> Path:
+def save(cache_dir: Path | None, facts: Mapping[str, Any], tables: Mapping[str, Bands], **more: Any) -> Path:
     """Write the tables, whole or not at all; ``more`` is for human readers. Raises ``OSError``."""
     file = path(cache_dir, facts)
     document = {"format": FORMAT, "fingerprint": facts, "tables": tables_to_json(tables), **more}
-    file.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=".tmp-", dir=file.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            stream.write(json.dumps(document, indent=1) + "\n")
-        os.replace(temporary, file)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    files.write(file, Path(cache_dir), (json.dumps(document, indent=1) + "\n").encode())
     return file
 
 
-def load(cache_dir: Path, facts: Mapping[str, Any] | None) -> dict[str, Any] | None:
+def load(cache_dir: Path | None, facts: Mapping[str, Any] | None) -> dict[str, Any] | None:
     """``{"path", "tables"}`` as JSON values, or None without a table; one that is no good is logged and ignored."""
-    if facts is None:
+    if facts is None or cache_dir is None:
         return None
     file = path(cache_dir, facts)
     try:
-        with open(file, encoding="utf-8") as stream:
-            document = json.load(stream)
-        if not isinstance(document, dict) or document.get("format") != FORMAT:
-            raise ValueError(f"expected an object with format {FORMAT}")
+        document = _document(file, cache_dir)
         if document.get("fingerprint") != facts:
             raise ValueError(f"it is for {document.get('fingerprint')}, this is {dict(facts)}")
         tables_from_json(facts["world_size"], document.get("tables"))
@@ -78,6 +66,14 @@ def load(cache_dir: Path, facts: Mapping[str, Any] | None) -> dict[str, Any] | N
         log.warning("the tuned table %s is ignored: %s", file, e)
         return None
     return {"path": str(file), "tables": document["tables"]}
+
+
+def _document(file: Path, cache_dir: Path) -> dict[str, Any]:
+    """A file as far as it can be judged without a machine. Raises ``OSError``, ``ValueError`` or ``RecursionError``."""
+    document = json.loads(files.read(file, Path(cache_dir)).decode())
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
+        raise ValueError(f"expected an object with format {FORMAT}")
+    return document
 
 
 def tables_to_json(tables: Mapping[str, Bands]) -> dict[str, Any]:
@@ -91,20 +87,45 @@ def tables_from_json(world_size: int, value: object) -> dict[str, Bands]:
     return {dtype: bands_from_json(world_size, bands) for dtype, bands in value.items()}
 
 
-def entries(cache_dir: Path) -> list[Path]:
+def entries(cache_dir: Path | None) -> list[Path]:
     """All files with tables, good or not, oldest machine or newest; sorted."""
     try:
-        return sorted(file for file in (Path(cache_dir) / "tuning").iterdir() if file.suffix == ".json")
+        return sorted(file for file in _folder(cache_dir).iterdir() if file.suffix == ".json")
     except OSError:
         return []
 
 
-def clear(cache_dir: Path) -> int:
+def refused(cache_dir: Path | None) -> list[tuple[str, str]]:
+    """(file, why) of the tables that would be ignored on any machine, or of their directory if it cannot be listed."""
+    found = []
+    try:
+        os.listdir(_folder(cache_dir))
+    except FileNotFoundError:
+        return []
+    except OSError as e:
+        return [(str(_folder(cache_dir)), str(e))]
+    for file in entries(cache_dir):
+        try:
+            _document(file, cache_dir)
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError, RecursionError) as e:
+            found.append((str(file), str(e)))
+    return found
+
+
+def clear(cache_dir: Path | None) -> int:
     """Remove all tables, and what unfinished writes left; returns how many tables there were."""
     found = entries(cache_dir)
-    for file in (*found, *(Path(cache_dir) / "tuning").glob(".tmp-*")):
+    for file in (*found, *(_folder(cache_dir).glob(f"{files.TEMPORARY}*") if cache_dir is not None else ())):
         try:
             file.unlink(missing_ok=True)
         except OSError as e:
             log.warning("the tuned table %s cannot be removed: %s", file, e)
     return len(found) - len(entries(cache_dir))
+
+
+def _folder(cache_dir: Path | None) -> Path:
+    if cache_dir is None:
+        raise FileNotFoundError(files.NO_DIRECTORY)
+    return Path(cache_dir) / "tuning"

@@ -6,6 +6,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 from . import report, tuned
@@ -37,7 +38,7 @@ def run(
     failed = [row for row in rows if row["error"]]
     document = {
         "ok": not failed,
-        "directory": str(cache.directory),
+        "directory": _name(cache.directory),
         "problem": cache.problem,
         "compiled": sum(not row["cached"] for row in rows) - len(failed),
         "cached": sum(row["cached"] for row in rows),
@@ -72,7 +73,7 @@ def _render(document: dict[str, Any]) -> str:
     lines = [report.table(("kernel", "arch", "how", "ms"), rows)]
     lines += [f"{row['name']} {row['arch']}: {row['error']}" for row in document["kernels"] if row["error"]]
     counts = ", ".join(f"{document[key]} {key}" for key in ("compiled", "cached", "failed"))
-    lines.append(f"{counts} in {document['seconds']:.1f} s; {document['directory']}")
+    lines.append(f"{counts} in {document['seconds']:.1f} s; {document['directory'] or 'no directory'}")
     if document["problem"]:
         lines.append(f"nothing was kept on disk: {document['problem']}")
     return "\n".join(lines)
@@ -81,19 +82,22 @@ def _render(document: dict[str, Any]) -> str:
 def run_cache(args: argparse.Namespace) -> int:
     """``cache path``, ``cache list``, ``cache clear``."""
     cache = _open()
-    document: dict[str, Any] = {"directory": str(cache.directory), "problem": cache.problem}
+    document: dict[str, Any] = {"directory": _name(cache.directory), "problem": cache.problem}
     lines = [] if cache.problem is None else [f"not usable: {cache.problem}"]
     if args.action == "path":
-        lines = [document["directory"], *lines]
+        lines = [document["directory"] or "none", *lines]
     elif args.action == "list":
         entries = document["entries"] = [{"name": name, "bytes": size} for name, size in cache.entries()]
         lines.append(report.table(("kernel", "bytes"), [tuple(entry.values()) for entry in entries]))
         lines.append(f"{len(entries)} kernels, {sum(entry['bytes'] for entry in entries)} bytes")
-        document["tables"] = [str(file) for file in tuned.entries(cache.directory)]
+        refused = cache.refused() + tuned.refused(cache.directory)
+        document["refused"] = [{"file": file, "why": why} for file, why in refused]
+        document["tables"] = sorted({*map(str, tuned.entries(cache.directory))} - {file for file, _ in refused})
         lines += [f"{len(document['tables'])} tables of allreduce-jit tune", *document["tables"]]
+        lines += [f"not used: {file}: {why}" for file, why in refused]
     else:
         document["removed"], document["tables_removed"] = cache.clear(), tuned.clear(cache.directory)
-        lines.append(f"{document['removed']} kernels removed from {document['directory']}")
+        lines.append(f"{document['removed']} kernels removed from {document['directory'] or 'no directory'}")
         lines.append(f"{document['tables_removed']} tables of allreduce-jit tune removed")
     print(json.dumps(document, indent=2) if args.json else "\n".join(lines))
     return 0
@@ -103,6 +107,10 @@ def _open() -> Any:
     from .cache import KernelCache
 
     return KernelCache(Settings.from_env().cache_dir)
+
+
+def _name(directory: Path | None) -> str | None:
+    return None if directory is None else str(directory)
 
 
 def _archs() -> list[str]:

@@ -18,6 +18,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from .probe_sources import HostSource
+
 log = logging.getLogger("allreduce_jit")
 
 _JOIN_S = 1.0
@@ -44,8 +46,7 @@ class Process:
         """This process."""
         pid = os.getpid()
         try:
-            with open("/proc/sys/kernel/random/boot_id") as file:
-                boot = file.read().strip()
+            boot = HostSource().boot_id()
             if os.readlink("/proc/self") != str(pid):
                 raise OSError("/proc is another namespace's")
             return cls(pid, boot, f"{_inode('pid')}/{_inode('time')}", _start_ticks(pid))
@@ -63,7 +64,7 @@ class Process:
 
     def refusal(self, here: Process) -> str | None:
         """Why ``here`` must not watch this process, or None."""
-        if not self.namespaces or not here.namespaces:
+        if not (self.boot and self.namespaces and here.boot and here.namespaces):
             return "a process cannot prove its identity (no usable /proc)"
         if self.boot != here.boot:
             return "it runs under another kernel"

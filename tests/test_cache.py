@@ -78,7 +78,7 @@ def test_no_directory():
     cache = KernelCache(None)
     assert cache.get(KEY) is None and cache.entries() == [] and cache.clear() == 0
     cache.put(KEY, SMALL)
-    assert cache.get(KEY) is SMALL and cache.problem == "no cache directory"
+    assert cache.get(KEY) is SMALL and "set ALLREDUCE_JIT_CACHE_DIR" in cache.problem
 
 
 # -- damaged
@@ -233,7 +233,7 @@ ERRORS = [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT, errno.EIO, errn
 
 
 @pytest.mark.parametrize("code", ERRORS, ids=errno.errorcode.get)
-@pytest.mark.parametrize("where", ["__init__", "get", "__setitem__"])
+@pytest.mark.parametrize("where", ["__init__", "__setitem__"])
 def test_the_system_refuses(tmp_path, monkeypatch, warnings, where, code):
     def refuse(*args, **kwargs):
         raise OSError(code, os.strerror(code))

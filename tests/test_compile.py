@@ -6,6 +6,8 @@ LONG=1 compiles the kernels for every pair of world size and architecture; witho
 from __future__ import annotations
 
 import ctypes
+import hashlib
+import importlib
 import importlib.metadata
 import importlib.util
 import multiprocessing
@@ -13,14 +15,16 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import textwrap
+import threading
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from allreduce_jit import compiler
+from allreduce_jit import compiler, triton_process
 from allreduce_jit.cache import KernelCache
 from allreduce_jit.compiler import build
 from allreduce_jit.errors import CompileError
@@ -34,6 +38,8 @@ from allreduce_jit.kernel import (
     entry,
     triton_module,
 )
+from allreduce_jit.probe import probe
+from allreduce_jit.probe_sources import SoftwareSource
 
 ARCHS = ("sm_80", "sm_90", "sm_100")
 ALL = [(n, arch) for arch in ARCHS for n in WORLD_SIZES]
@@ -297,16 +303,120 @@ def test_legacy_machine_code(compiled, tmp_path, world_size):
 
 
 @needs_triton
-@pytest.mark.parametrize("theirs", [None, "/theirs"])
+@pytest.mark.parametrize("theirs", [None, "theirs"])
 def test_triton_leaves_nothing_behind(tmp_path, monkeypatch, theirs):
-    """Neither in the home directory nor in the environment."""
+    """Neither in the home directory nor in the environment, nor in the cache of others."""
     monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
     monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
     if theirs:
-        monkeypatch.setenv("TRITON_CACHE_DIR", theirs)
+        monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / theirs))
+    before = dict(os.environ)
     compile_one(triton_module("one_shot", 2, "float32", True), "sm_90")
-    assert os.environ.get("TRITON_CACHE_DIR") == theirs
-    assert list(tmp_path.iterdir()) == []
+    assert dict(os.environ) == before and list(tmp_path.iterdir()) == []
+
+
+OF_THEIR_OWN = """
+import triton
+import triton.language as tl
+
+@triton.jit
+def of_their_own(x, SIZE: tl.constexpr):
+    offsets = tl.arange(0, SIZE)
+    tl.store(x + offsets, tl.load(x + offsets) + 1)
+"""
+
+
+@needs_triton
+def test_threads_that_compile_at_the_same_time(tmp_path, monkeypatch):
+    """Two of ours and one that uses Triton itself: no error, and neither the environment nor Triton's knobs change."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    theirs = tmp_path / "theirs"
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(theirs))
+    (tmp_path / "somebody.py").write_text(OF_THEIR_OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    kernel = importlib.import_module("somebody").of_their_own
+    before, rounds, problems = process_state(), 6 if LONG else 2, []
+    expected = {vector: compile_one(triton_module("one_shot", 2, "float32", vector), "sm_90") for vector in (True, False)}
+    working, seen = threading.Event(), []
+
+    def ours(vector):
+        for _ in range(rounds):
+            assert compile_one(triton_module("one_shot", 2, "float32", vector), "sm_90") == expected[vector]
+
+    def other():
+        for k in range(rounds):
+            source = ASTSource(kernel, {"x": "*fp32", "SIZE": "constexpr"}, {"SIZE": 32 << k})
+            triton.compile(source, GPUTarget("cuda", 90, 32), {"enable_fp_fusion": True})
+
+    def guarded(work, *args):
+        try:
+            work(*args)
+        except BaseException as e:  # noqa: BLE001
+            problems.append(e)
+
+    def watch():
+        while not working.wait(0.001):
+            seen.append(process_state() == before)
+
+    watcher = threading.Thread(target=watch)
+    threads = [threading.Thread(target=guarded, args=args) for args in ((ours, True), (ours, False), (other,))]
+    for thread in (watcher, *threads):
+        thread.start()
+    for thread in threads:
+        thread.join()
+    working.set()
+    watcher.join()
+    assert not problems and len(seen) > 20 and all(seen), problems
+    assert process_state() == before
+    assert {path.name for path in theirs.rglob("*.cubin")} == {"of_their_own.cubin"}  # all of theirs, none of ours
+
+
+def process_state():
+    import triton
+
+    knobs = {name: vars(part).copy() for name, part in vars(triton.knobs).items() if isinstance(part, triton.knobs.base_knobs)}
+    return dict(os.environ), knobs
+
+
+COMPILE = """
+from allreduce_jit.cache import KernelCache
+from allreduce_jit.compiler import build
+from allreduce_jit.kernel import cuda_module, triton_module
+spec = {"cuda": cuda_module("one_shot", 2), "triton": triton_module("one_shot", 2, "float32", True)}[language]
+print(len(build(spec, "sm_90", KernelCache(None))[0].cubin) > 1000)
+"""
+
+
+def in_a_process(code, *options, **environ):
+    done = subprocess.run([sys.executable, *options, "-c", code], capture_output=True, text=True, env={**os.environ, **environ})
+    return done.stdout.strip().splitlines(), done.stderr
+
+
+@pytest.mark.parametrize("language", ["cuda", "triton"])
+@pytest.mark.parametrize("how", ["-W", "PYTHONWARNINGS"])
+def test_warnings_as_errors(language, how):
+    """A compiler's warning is none of ours to fail for."""
+    if not available(language):
+        pytest.skip(f"needs the compiler of {language}")
+    options, environ = (["-W", "error"], {}) if how == "-W" else ([], {"PYTHONWARNINGS": "error"})
+    out, err = in_a_process(f"language = {language!r}" + COMPILE, *options, **environ)
+    assert out == ["True"], err
+
+
+@needs_triton
+def test_what_others_set_for_triton_is_not_ours():
+    """Whatever is set for kernels of others, in the environment or in the process: ours are the same."""
+    wanted = compile_one(triton_module("one_shot", 2, "float32", True), "sm_90").cubin
+    code = "language = 'triton'\nimport hashlib" + COMPILE
+    code += "print(hashlib.sha256(build(spec, 'sm_90', KernelCache(None))[0].cubin).hexdigest())"
+    for theirs in ({"TRITON_INTERPRET": "1"}, {"TRITON_OVERRIDE_ARCH": "sm80"}, {"TRITON_CACHE_MANAGER": "no.such:Manager"}):
+        out, err = in_a_process(code, **theirs)
+        assert out == ["True", hashlib.sha256(wanted).hexdigest()], (theirs, err)
 
 
 # -- refusals
@@ -345,22 +455,18 @@ def test_a_source_that_is_missing():
 
 
 @needs_triton
-def test_the_message_of_triton_is_in_the_error(monkeypatch):
-    import triton
-    import triton.language as tl
+def test_the_message_of_triton_is_in_the_error():
+    spec = triton_module("one_shot", 2, "bfloat16", False)
+    no_number = replace(spec, constants=(*spec.constants, ("WORLD", "two")))
+    with pytest.raises(CompileError, match="(?s)legacy_one_shot_bf16_ws2 for sm_90: CompilationError: .*_guard\\(link, total"):
+        compile_one(no_number, "sm_90")
 
-    from allreduce_jit.triton_kernels import legacy
 
-    @triton.jit
-    def planted(
-        x, WORLD: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr, INTERPRET: tl.constexpr
-    ):
-        tl.store(x, no_such_name)  # noqa: F821
-
-    monkeypatch.setattr(legacy, "legacy_one_shot", planted)
-    names = dict.fromkeys(("WORLD", "DTYPE", "BLOCK", "VECTOR", "INTERPRET"), "constexpr")
-    monkeypatch.setattr(legacy, "signature", lambda name: {"x": "i64", **names})
-    with pytest.raises(CompileError, match="(?s)legacy_one_shot_bf16_ws2 for sm_90.*no_such_name"):
+@needs_triton
+@pytest.mark.parametrize(("start", "how"), [("import os; os.abort()", "signal 6"), ("import none", "exit code 1: .*No module")])
+def test_a_compiler_that_dies_is_an_error(monkeypatch, start, how):
+    monkeypatch.setattr(triton_process, "_START", start)
+    with pytest.raises(CompileError, match=f"(?s)legacy_one_shot_bf16_ws2 for sm_90: .*python.* ended with {how}"):
         compile_one(triton_module("one_shot", 2, "bfloat16", False), "sm_90")
 
 
@@ -383,6 +489,16 @@ def test_no_nvrtc_library(monkeypatch, fresh_versions):
 
 
 @needs_nvrtc
+def test_no_cuda_core(monkeypatch, fresh_versions):
+    """NVRTC is called through it: without it there is no compiler, for the probe as for us."""
+    monkeypatch.setitem(sys.modules, "cuda.core", None)
+    with pytest.raises(CompileError, match="no NVRTC on this machine: cuda.core, .* is missing: install cuda-core"):
+        compile_one(cuda_module("one_shot", 2), "sm_90")
+    found = probe("cpu")
+    assert found.software.nvrtc is None and any("install cuda-core" in problem for problem in found.problems)
+
+
+@needs_nvrtc
 @pytest.mark.parametrize("found", [True, False])
 def test_nvrtc_of_a_wheel_anywhere_on_the_path(found):
     """As with ``PYTHONPATH`` or an environment on top of another: not in the interpreter's own site folders."""
@@ -396,32 +512,49 @@ def test_nvrtc_of_a_wheel_anywhere_on_the_path(found):
             sys.exit(f"NVRTC {{nvrtc.nvrtcVersion()}} is the system's")
         except Exception:
             pass
-        from allreduce_jit import compiler
+        from allreduce_jit import compiler, triton_process
         if not {found}:
             sys.path = []
-        print(compiler._version("cuda"))
+        from allreduce_jit.probe import probe
+        seen = probe("cpu").software.nvrtc
+        print(compiler._version("cuda"), seen)
     """)
     ours = {name: value for name, value in os.environ.items() if name not in ("CUDA_HOME", "CUDA_PATH", "LD_LIBRARY_PATH")}
     done = subprocess.run([sys.executable, "-c", child], capture_output=True, text=True, env=ours)
     if "is the system's" in done.stderr:
         pytest.skip("needs a machine with no NVRTC but a wheel's")
     if found:
-        assert done.stdout.strip() == available("cuda"), done.stderr
+        assert done.stdout.strip() == available("cuda") + available("cuda").replace("nvrtc", ""), done.stderr
     else:
         assert done.returncode and "CompileError: no NVRTC on this machine" in done.stderr
 
 
-def test_no_triton(monkeypatch, fresh_versions):
-    def fail(name):
-        raise importlib.metadata.PackageNotFoundError(name)
+def test_no_triton(tmp_path, monkeypatch, fresh_versions):
+    """A folder of that name is none."""
+    (tmp_path / "triton").mkdir()
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "triton", raising=False)
+    assert SoftwareSource().triton() is None
+    with pytest.raises(CompileError, match=f"no Triton on this machine: there is no package triton in {tmp_path}"):
+        compiler._version("triton")
 
-    monkeypatch.setattr(importlib.metadata, "version", fail)
-    with pytest.raises(CompileError, match="no Triton on this machine: .*triton"):
-        compile_one(triton_module("one_shot", 2, "float16", True), "sm_90")
+
+def test_triton_of_a_distribution_by_another_name(tmp_path, monkeypatch, fresh_versions):
+    """What the probe takes for Triton is Triton for the compiler."""
+    (tmp_path / "triton").mkdir()
+    (tmp_path / "triton/__init__.py").write_text("import os\n__version__ = '9.8.7'\n")
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "triton", raising=False)
+    assert SoftwareSource().triton() == "9.8.7" and compiler._version("triton") == "triton 9.8.7"
+    compiler._version.cache_clear()
+    (tmp_path / "pytorch_triton-9.8.7+git1.dist-info").mkdir()
+    (tmp_path / "pytorch_triton-9.8.7+git1.dist-info/METADATA").write_text("Name: pytorch-triton\nVersion: 9.8.7+git1\n")
+    assert SoftwareSource().triton() == "9.8.7+git1" and compiler._version("triton") == "triton 9.8.7+git1"
+    assert "triton" not in sys.modules
 
 
-@needs_triton
-def test_a_triton_that_does_not_import(monkeypatch):
-    monkeypatch.setitem(sys.modules, "triton", None)
-    with pytest.raises(CompileError, match="legacy_one_shot_fp16_ws2_vector for sm_90: .*triton"):
-        compile_one(triton_module("one_shot", 2, "float16", True), "sm_90")
+def test_a_triton_that_does_not_import(tmp_path, fresh_versions):
+    (tmp_path / "triton").mkdir()
+    (tmp_path / "triton/__init__.py").write_text("raise OSError('no libtriton.so')")
+    out, err = in_a_process(f"import sys; sys.path.insert(0, {str(tmp_path)!r})\nlanguage = 'triton'" + COMPILE)
+    assert "CompileError: legacy_one_shot_fp32_ws2_vector for sm_90: OSError: no libtriton.so" in err and not out

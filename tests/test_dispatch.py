@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import re
 from dataclasses import replace
 
 import pytest
@@ -156,7 +157,7 @@ def test_namespaces(rank, value):
         found = judge(with_host(NVLINK, rank, **{f"{kind}_namespace": value}))
         assert (found.path, codes(found)) == (Path.TORCH, [f"{kind}-namespace"])
     unknown = [replace(c, host=replace(c.host, pid_namespace=None)) for c in NVLINK]
-    assert codes(judge(unknown)) == ["pid-namespace"] and "unknown" in judge(unknown).reasons[0].text
+    assert codes(judge(unknown)) == ["pid-namespace"] and judge(unknown).reasons[0].text == "rank 0 cannot tell its PID namespace"
 
 
 def test_hosts_and_nodes():
@@ -164,6 +165,84 @@ def test_hosts_and_nodes():
     found = judge(NVLINK, OFF, nnodes=2)  # as apply_multi_node_policy leaves it: the cause is the nodes
     assert (found.path, codes(found), found.backend) == (Path.TORCH, ["spans-nodes"], "nccl")
     assert "nnodes=2" in found.reasons[0].text
+
+
+def as_hosts(caps, *host_ids):
+    return [replace(c, host=replace(c.host, host_id=host_id)) for c, host_id in zip(caps, host_ids, strict=True)]
+
+
+def test_hosts_that_cannot_be_known_are_not_one():
+    """Equal host names prove nothing, nor do two boot ids that nobody could read."""
+    for ids, rank in (((None, None), 0), (("a", None), 1), ((None, "a"), 0), (("a", "b"), 1)):
+        apart = with_gpu(as_hosts(NVLINK[:2], *ids), 1, pci_bus_id=NVLINK[0].gpu.pci_bus_id)
+        found = judge(apart)
+        assert (found.path, codes(found), found.backend) == (Path.TORCH, ["spans-nodes"], "nccl")
+        assert found.reasons[0].rank == rank
+    why = "host.boot_id(): PermissionError: no"
+    found = judge([replace(c, problems=(why,)) for c in as_hosts(NVLINK[:2], None, None)])
+    assert found.reasons[0].text == f"rank 0 cannot tell its host ({why})"
+
+
+def test_only_slices_of_a_gpu_are_the_same_by_its_bus():
+    bus = {"pci_bus_id": NVLINK[0].gpu.pci_bus_id}
+    assert judge(with_gpu(NVLINK[:2], 1, **bus)).path is Path.V2  # as two GPUs of a virtual machine may well say
+    slices = [replace(c, gpu=replace(c.gpu, mig=True, **bus)) for c in NVLINK[:2]]
+    assert (codes(judge(slices)), judge(slices).backend) == (["same-gpu"], "gloo")
+    assert judge(as_hosts(slices, "a", "b")).backend == "nccl"
+    one_is_none = with_gpu(slices, 1, mig=False)
+    assert (codes(judge(one_is_none)), judge(one_is_none).backend) == (["mig"], "nccl")
+
+
+def unknown(c, fact):
+    """As if the probe had not found ``fact`` out."""
+    part, _, name = fact.partition(".")
+    if part == "links":
+        return replace(c, links=tuple(replace(link, **{name: None}) for link in c.links))
+    return replace(c, **{part: replace(getattr(c, part), **{name: None}) if name else None})
+
+
+UNKNOWN = ["host.host_id", "host.pid_namespace", "host.ipc_namespace", "host.shm_bytes", "gpu", "fabric", "mps", "links.nvlink",
+           "links.p2p_access", "links.native_atomics", "links.performance_rank", "software.package", "software.torch",
+           "software.triton", "software.nvrtc", "software.cuda_core", "software.cuda_driver", "software.driver", "software.nvml"]  # fmt: skip
+
+
+LACKS = ("spans-nodes", "no-gpu", "no-driver", "no-triton", "no-nvrtc")
+
+
+@pytest.mark.parametrize("machine", ["h200-x4", "a100-pcie-x4", "a100-pcie-x4-two-bridges"])
+@pytest.mark.parametrize("fact", UNKNOWN)
+def test_what_is_unknown_is_a_sentence_about_that_rank(machine, fact):
+    caps = look_all(MACHINES[machine])
+    for who in ([0], [2], [3], [1, 3], [0, 1, 2, 3]):
+        for also in ((), ("host.ipc_namespace",), ("software.cuda_driver",), ("software.triton",)):
+            some = [c if rank not in who else unknown(c, fact) for rank, c in enumerate(caps)]
+            for more in also:
+                some = [c if rank not in who else unknown(c, more) for rank, c in enumerate(some)]
+            for wish in (AUTO, OFF, LEGACY):
+                for reason in judge(some, wish).reasons:
+                    about = [int(rank) for rank in re.findall(r"rank (\d)", reason.text)]
+                    words = reason.text.replace(V2_SWITCH, "").replace("ALLREDUCE_JIT_PATH", "")
+                    assert not re.search("None|unknown|_", words), reason
+                    assert about == list(dict.fromkeys(about)), reason  # of no rank twice
+                    if reason.rank is None:
+                        assert not about or reason.code == "no-nvlink"
+                    else:
+                        assert reason.text.startswith(f"rank {reason.rank} ") and about[0] == reason.rank
+                    if reason.code.endswith("-namespace") or reason.code in LACKS:
+                        assert reason.rank == who[0], reason
+
+
+def test_other_texts_are_sentences():
+    assert judge(with_gpu(NVLINK, 2, compute_capability=(8, 0))).reasons[0].text == (
+        "rank 2 has compute capability 8.0, rank 0 has 9.0"
+    )
+    down = judge([replace(c, fabric="in_progress") for c in NVLINK]).reasons[0]
+    assert down.text == "rank 0 has an NVSwitch fabric that is still being set up"
+    assert judge(with_link(NVLINK, 1, 2, nvlink=None)).reasons[0].text.startswith("rank 1 is not known to have NVLink to rank 2")
+    assert judge(with_link(NVLINK, 1, 2, nvlink=False)).reasons[0].text.startswith("rank 1 has no NVLink to rank 2")
+    why = "software.triton(): OSError: no"
+    broken = [replace(c, problems=(why,)) for c in with_software(PCIE, 1, triton=None)]
+    assert judge(broken).reasons[1].text == f"rank 1 has no Triton ({why})"
 
 
 @pytest.mark.parametrize("size", range(1, 10))

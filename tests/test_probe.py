@@ -206,6 +206,16 @@ def test_the_real_machine():
         assert all(link.peer_uuid != caps.gpu.uuid for link in caps.links)
 
 
+def test_warnings_as_errors_change_nothing():
+    """Neither an import of ours nor a look warns."""
+    names = [path.stem for path in Path(probe_module.__file__).parent.glob("*.py") if path.stem != "__main__"]
+    code = f"import importlib\nfor name in {names}: importlib.import_module('allreduce_jit.' + name)\n"
+    code += "from allreduce_jit.probe import probe\nprint(*probe('cuda:0').problems, sep='\\n')"
+    seen = [subprocess.run([sys.executable, *options, "-c", code], capture_output=True, text=True, check=True).stdout
+            for options in ([], ["-W", "error"])]  # fmt: skip
+    assert len(names) > 30 and seen[0] == seen[1]
+
+
 def test_the_cpu_asks_for_no_driver():
     caps = probe("cpu")
     assert not [p for p in caps.problems if p.startswith(("driver", "nvml"))]

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
+import pwd
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from allreduce_jit import __main__ as cli
+from allreduce_jit import doctor, tuned
+from allreduce_jit.cache import Artifact, KernelCache
 from allreduce_jit.errors import AllReduceError, SettingsError
 from allreduce_jit.settings import PREFIX, V2_SWITCH, VARIABLES, Settings, default_cache_dir
 
@@ -99,6 +105,8 @@ def test_bools_name_their_choices():
         ({"HOME": "/h"}, "/h/.cache/allreduce_jit"),
         ({"HOME": "/h", "XDG_CACHE_HOME": "/xdg"}, "/xdg/allreduce_jit"),
         ({"HOME": "/h", "XDG_CACHE_HOME": ""}, "/h/.cache/allreduce_jit"),
+        ({"HOME": "/h", "XDG_CACHE_HOME": "xdg"}, "/h/.cache/allreduce_jit"),
+        ({"HOME": "/h", "XDG_CACHE_HOME": "~/xdg"}, "/h/.cache/allreduce_jit"),
         ({"HOME": "/h", "XDG_CACHE_HOME": "/xdg", "ALLREDUCE_JIT_CACHE_DIR": "/mine"}, "/mine"),
     ],
 )
@@ -106,10 +114,57 @@ def test_cache_directory(env, directory):
     assert Settings.from_env(env).cache_dir == Path(directory)
 
 
-def test_cache_directory_without_a_home():
-    assert default_cache_dir({}) == Path(os.path.expanduser("~")) / ".cache" / "allreduce_jit"
-    home = Path(os.path.expanduser("~"))
-    assert Settings.from_env({"ALLREDUCE_JIT_CACHE_DIR": "~/x"}).cache_dir == home / "x"
+@pytest.mark.parametrize("home", [None, "", "h", "."])
+@pytest.mark.parametrize("xdg", [None, "", "xdg"])
+def test_cache_directory_without_a_variable(monkeypatch, home, xdg):
+    """The user database says where, or nobody does: no directory is made up in the current one."""
+    env = {name: value for name, value in (("HOME", home), ("XDG_CACHE_HOME", xdg)) if value is not None}
+    monkeypatch.setattr(pwd, "getpwuid", lambda uid: SimpleNamespace(pw_dir="/users/me"))
+    assert default_cache_dir(env) == Path("/users/me/.cache/allreduce_jit")
+    for name in env.keys() | {"HOME"}:
+        monkeypatch.delenv(name, raising=False)
+    assert Settings.from_env({"ALLREDUCE_JIT_CACHE_DIR": "~/x"}).cache_dir == Path("/users/me/x")
+
+    def unknown(uid):
+        raise KeyError(uid)
+
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    assert default_cache_dir(env) is None and Settings.from_env(env).cache_dir is None
+    assert Settings.from_env({**env, "ALLREDUCE_JIT_CACHE_DIR": "/mine"}).cache_dir == Path("/mine")
+    for text in ("~", "~/x", "~nobody-of-this-name/x"):
+        with pytest.raises(SettingsError, match="ALLREDUCE_JIT_CACHE_DIR='~.*home directory"):
+            Settings.from_env({"ALLREDUCE_JIT_CACHE_DIR": text})
+    monkeypatch.setattr(pwd, "getpwuid", lambda uid: SimpleNamespace(pw_dir=""))
+    assert default_cache_dir(env) is None
+
+
+def test_without_a_cache_directory(monkeypatch, tmp_path, capsys):
+    """In memory alone, with the variable to set; nothing is made in the current directory."""
+
+    def unknown(uid):
+        raise KeyError(uid)
+
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    for name in [n for n in os.environ if n.startswith(PREFIX)] + ["HOME", "XDG_CACHE_HOME"]:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(tmp_path)
+    cache = KernelCache(Settings.from_env().cache_dir)
+    cache.put("a" * 64, Artifact("one", "sm_90", 0, 0, b"cubin"))
+    assert cache.get("a" * 64) is not None and "set ALLREDUCE_JIT_CACHE_DIR" in cache.problem and cache.refused() == []
+    assert tuned.load(None, {"world_size": 2}) is None and tuned.entries(None) == tuned.refused(None) == []
+    assert tuned.clear(None) == 0
+    with pytest.raises(OSError, match="set ALLREDUCE_JIT_CACHE_DIR"):
+        tuned.save(None, {"world_size": 2}, {})
+    for action in ("path", "list", "clear"):
+        assert cli.main(["cache", action]) == 0
+        out = capsys.readouterr().out
+        assert "set ALLREDUCE_JIT_CACHE_DIR" in out and "None" not in out
+        assert cli.main(["cache", action, "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["directory"] is None
+    document = doctor.examine()
+    assert document["cache"]["directory"] is None and any("set ALLREDUCE_JIT_CACHE_DIR" in p for p in document["problems"])
+    assert "None" not in [line for line in doctor.render(document).splitlines() if "kernel cache" in line][0]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_reads_the_environment_at_the_call(monkeypatch):

@@ -257,7 +257,7 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
     file = tuned.save(tmp_path, FACTS, TABLES)
     before = file.read_text()
 
-    def fail(*_):
+    def fail(*_, **__):
         raise OSError("disk full")
 
     monkeypatch.setattr(os, "replace", fail)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import gc
+import io
 import json
 import os
 import queue
@@ -20,6 +21,7 @@ from pathlib import Path
 import pytest
 
 from allreduce_jit import watcher
+from allreduce_jit.probe import probe
 from allreduce_jit.watcher import Process, watch
 
 ROOT = Path(__file__).parent.parent
@@ -208,6 +210,18 @@ def test_garbage_is_no_process(fields):
 def test_a_foreign_proc_is_no_proof(monkeypatch):
     monkeypatch.setattr(os, "readlink", lambda path: "1")
     assert Process.own().refusal(Process.own()) == "a process cannot prove its identity (no usable /proc)"
+
+
+@pytest.mark.parametrize("text", ["", "\n"])
+def test_hosts_that_cannot_tell_their_boot_are_not_one(monkeypatch, text):
+    """Two hosts without a boot id look alike in everything else, namespaces of the first process included."""
+    nameless = replace(Process.own(), boot="")
+    assert nameless.refusal(nameless) == "a process cannot prove its identity (no usable /proc)"
+    real = open
+    monkeypatch.setattr("builtins.open", lambda path, *rest: io.StringIO(text) if "boot_id" in str(path) else real(path, *rest))
+    own = Process.own()
+    assert (own.boot, own.namespaces, own.started) == ("", "", -1) and own.refusal(own)
+    assert probe("cpu").host.host_id is None and any("boot_id is empty" in problem for problem in probe("cpu").problems)
 
 
 # -- refusals
