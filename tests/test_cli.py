@@ -488,7 +488,7 @@ class TestStreams:
     COMMAND = (sys.executable, "-m", "allreduce_jit")
 
     def run(self, arguments, **options):
-        env = {**os.environ, "PYTHONPATH": str(ROOT), **options.pop("env", {})}
+        env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "", **options.pop("env", {})}
         return subprocess.run([*self.COMMAND, *arguments], env=env, cwd="/", timeout=100, **options)
 
     @pytest.mark.parametrize(
