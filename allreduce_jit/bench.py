@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import cycle
@@ -55,10 +56,10 @@ def run(args: argparse.Namespace, init: Callable[..., Any] | None = None) -> int
     """Measure (or read), print, and return the exit code: 1 if any element was wrong."""
     if args.source is not None:
         documents = _read(args.source)
-        _publish(args, documents)
-        return 0 if all(document["ok"] for document in documents) else 1
+        written = _publish(args, documents)
+        return 0 if written and all(document["ok"] for document in documents) else 1
     if args.max_bytes is not None and args.max_bytes < args.min_bytes:
-        raise InputError("the last size (-e) is smaller than the first (-b)")
+        raise InputError("the last size (-e, --max-bytes) is smaller than the first (-b, --min-bytes)")
     options = Options(
         min_bytes=args.min_bytes,
         max_bytes=args.max_bytes,
@@ -73,21 +74,24 @@ def run(args: argparse.Namespace, init: Callable[..., Any] | None = None) -> int
         max_ctas=args.max_ctas,
     )
     outcome = ranks.run(work, options, init, gpus=args.gpus, cpu=args.cpu, deadline=args.deadline)
-    if outcome.rank == 0:
-        _publish(args, [outcome.value])
-    return 0 if outcome.value["ok"] else 1
+    written = outcome.rank != 0 or _publish(args, [outcome.value])
+    return 0 if written and outcome.value["ok"] else 1
 
 
-def _publish(args: argparse.Namespace, documents: list[dict[str, Any]]) -> None:
+def _publish(args: argparse.Namespace, documents: list[dict[str, Any]]) -> bool:
+    """Write the page and print; whether the page, if wanted, was written. What was measured is printed in any case."""
+    written = True
     if args.html is not None:
         try:
             args.html.write_text(bench_page.page(documents), encoding="utf-8")
         except OSError as e:
-            raise InputError(f"cannot write {args.html}: {e.strerror}") from e
+            written = False
+            print(f"allreduce-jit bench: cannot write {args.html}: {e.strerror}", file=sys.stderr)
     if args.json:
         print(json.dumps(documents[0] if len(documents) == 1 else documents, indent=2))
     elif args.source is None or args.html is None:
         print("\n\n".join(map(render, documents)))
+    return written
 
 
 def _read(path: Path) -> list[dict[str, Any]]:

@@ -15,7 +15,7 @@ from typing import TypeVar
 
 from .errors import InputError
 from .probe import Capabilities
-from .settings import V2_SWITCH, Settings, parse_bool
+from .settings import V2_SWITCH, Settings, parse_switch
 from .verdict import CODES, Path, Reason, Verdict
 
 logger = logging.getLogger("allreduce_jit")
@@ -65,16 +65,13 @@ def decide(
 
 
 def apply_multi_node_policy(nnodes: int, environ: MutableMapping[str, str] = os.environ) -> None:
-    """Switch V2 off in ``environ`` for a job that spans machines; warns if the user had switched it on.
+    """Switch V2 off in ``environ`` for a job that spans machines; warns if the switch was set and not off.
 
     Call it once, after all other environment handling and before anything that concerns CUDA graphs.
-
-    Raises:
-        SettingsError: the switch holds neither a true nor a false value.
     """
     if nnodes <= 1:
         return
-    if V2_SWITCH in environ and parse_bool(V2_SWITCH, environ[V2_SWITCH]):
+    if V2_SWITCH in environ and parse_switch(V2_SWITCH, environ[V2_SWITCH]):
         logger.warning("Disabling %s because nnodes=%d (custom all-reduce v2 is intra-node only).", V2_SWITCH, nnodes)
     environ[V2_SWITCH] = "0"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.util
 import json
 import os
 from collections.abc import Callable
@@ -11,12 +12,18 @@ from pathlib import Path
 from typing import Any
 
 from . import report
-from .settings import PREFIX, V2_SWITCH, Settings
+from .settings import PREFIX, V2_SWITCH, Settings, misread_switch
 
 KERNEL_PATHS = ("v2", "legacy")
 _MAX_RANKS = 8
 # Codes of reasons that are nobody's fault: the machine has nothing to reduce over, or the user wanted it so.
 _NO_HINDRANCE = ("cpu", "world-size-1", "path-forced")
+# What is imported beside torch: its distribution, and what a machine with GPUs cannot have without it.
+_NEEDED = {
+    "cuda.bindings": ("cuda-bindings", "no GPU path at all, all-reduces go to torch.distributed"),
+    "cuda.core": ("cuda-core", "V2 cannot compile its kernels"),
+    "triton": ("triton", "no legacy path, which is what runs where V2 cannot"),
+}
 _PROC_GPUS = Path("/proc/driver/nvidia/gpus")
 
 
@@ -47,6 +54,9 @@ def examine(
     """
     look = _Look()
     settings = look.attempt("settings", Settings.from_env)
+    misread = misread_switch(os.environ)
+    look.problems += [misread] if misread else []
+    look.problems += [f"{name} is not installed: {loss}" for module, (name, loss) in _NEEDED.items() if not _importable(module)]
     visible = _visible() if gpu_count is None else gpu_count
     installed = len(list(proc_gpus.iterdir())) if proc_gpus.is_dir() else 0
     if installed and not visible:
@@ -71,6 +81,13 @@ def examine(
 
 def _imported(module: str, name: str) -> Callable[..., Any]:
     return getattr(importlib.import_module(f".{module}", __package__), name)
+
+
+def _importable(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # not even the package that it would be in
+        return False
 
 
 def _visible() -> int:
@@ -140,7 +157,7 @@ def render(document: dict[str, Any]) -> str:
         kernels = f"{verdict['path']}, else " if verdict["path"] in KERNEL_PATHS else ""
         lines.append(f"would run    {kernels}torch.distributed over {verdict['backend']}, for {who}")
         lines += [f"  because    {line}" for line in report.reasons(verdict["reasons"])]
-    notes = dict.fromkeys(note for facts in probes for note in facts.get("problems", ()))
+    notes = dict.fromkeys(" ".join(note.split()) for facts in probes for note in facts.get("problems", ()))
     lines += [f"note         {note}" for note in notes]
     lines += [f"PROBLEM      {problem}" for problem in document["problems"]] or ["no problems"]
     return "\n".join(lines)

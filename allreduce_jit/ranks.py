@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import json
 import os
+import resource
 import signal
 import threading
 import time
@@ -18,14 +20,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from .errors import AllReduceError, InputError
-from .place import joined
+from .errors import AllReduceError, InputError, SetupError
+from .place import Seat, joined
 
 _MAX_GPUS = 8
 _CPU_RANKS = 4
 _GRACE_S = 2.0  # after a first failure, for the other ranks to tell theirs
 _EXIT_S = 15.0  # after the last result, for processes to end by themselves
 _PR_SET_PDEATHSIG = 1
+_FILES, _FILES_PER_RANK = 64, 8  # that a process opens, rounded up: its own, and those that connect it to a peer
+_LIMITS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.ENOSPC)
 
 
 class RanksFailed(AllReduceError):
@@ -87,11 +91,29 @@ def run(
 
     Raises:
         RanksFailed: a rank raised, died, or did not finish in time; the message names it.
-        InputError: there are not that many GPUs.
+        InputError: there are not that many GPUs, or torchrun's variables do not fit.
+        SetupError: a limit of the system does not let so many ranks start.
     """
-    if {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= os.environ.keys():
-        return _join(work, args, deadline)
+    seat = Seat.from_env()
+    if seat is not None:
+        return _join(work, args, seat, _seat_device(seat, gpus, cpu), deadline)
     return _spawn(work, args, _devices(gpus, cpu), deadline)
+
+
+def on_gpus(gpus: int | None, cpu: int | None) -> bool:
+    """Whether ``run`` would use GPUs."""
+    seat = Seat.from_env()
+    return (_devices(gpus, cpu)[0] if seat is None else _seat_device(seat, gpus, cpu)) != "cpu"
+
+
+def _seat_device(seat: Seat, gpus: int | None, cpu: int | None) -> str:
+    wanted = cpu if gpus is None else gpus
+    if wanted not in (None, seat.world_size):
+        raise InputError(f"{wanted} ranks wanted, torchrun started {seat.world_size}: leave --gpus and --cpu away")
+    present = 0 if cpu is not None else torch.cuda.device_count()
+    if gpus is not None and not present:
+        raise InputError("--gpus: this machine shows no CUDA GPU (--cpu N: ranks on the CPU)")
+    return f"cuda:{seat.local_rank % present}" if present else "cpu"
 
 
 def _devices(gpus: int | None, cpu: int | None) -> list[str]:
@@ -105,17 +127,20 @@ def _devices(gpus: int | None, cpu: int | None) -> list[str]:
     return ["cpu"] * (_CPU_RANKS if cpu is None else cpu)
 
 
-def _join(work: Callable[..., Any], args: tuple[Any, ...], deadline: float) -> Outcome:
-    rank, local = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
-    present = torch.cuda.device_count()
-    device = torch.device("cuda", local % present) if present else torch.device("cpu")
-    watchdog = threading.Timer(deadline, _expire, (rank, deadline))
+def _join(work: Callable[..., Any], args: tuple[Any, ...], seat: Seat, device: str, deadline: float) -> Outcome:
+    watchdog = threading.Timer(deadline, _expire, (seat.rank, deadline))
     watchdog.daemon = True
     watchdog.start()
-    with joined(device, deadline) as place:
-        value = work(place, *args)
+    try:
+        with joined(torch.device(device), deadline) as place:
+            value = work(place, *args)
+    except Exception as error:
+        limit = _limit(error)
+        if limit is None:
+            raise
+        raise SetupError(f"rank {seat.rank}: {limit}") from error
     watchdog.cancel()
-    return Outcome(rank, value)
+    return Outcome(seat.rank, value)
 
 
 def _expire(rank: int, deadline: float) -> None:
@@ -125,18 +150,16 @@ def _expire(rank: int, deadline: float) -> None:
 
 def _spawn(work: Callable[..., Any], args: tuple[Any, ...], devices: list[str], deadline: float) -> Outcome:
     end = time.monotonic() + deadline
-    # The parent serves the store on a port of the kernel's choice: concurrent runs cannot meet.
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    job = _Job(os.getpid(), devices, store.port, deadline)
-    context = torch.multiprocessing.get_context("spawn")
+    _require_files(len(devices))
     children: list[_Child] = []
     try:
-        for rank in range(len(devices)):
-            ours, theirs = context.Pipe(duplex=False)
-            process = context.Process(target=_child, args=(theirs, job, rank, work, args), name=f"rank {rank}")
-            children.append(_Child(rank, process, ours))
-            process.start()
-            theirs.close()
+        try:
+            # The parent serves the store on a port of the kernel's choice: concurrent runs cannot meet.
+            store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+            job = _Job(os.getpid(), devices, store.port, deadline)
+            _start(children, job, work, args)
+        except (OSError, dist.DistError) as e:
+            raise SetupError(f"{len(devices)} ranks cannot be started here: {e}") from e
         values = _collect(children, end, deadline)
         for child in children:
             child.process.join(_EXIT_S)
@@ -145,20 +168,54 @@ def _spawn(work: Callable[..., Any], args: tuple[Any, ...], devices: list[str], 
         _kill(children)
 
 
+def _require_files(ranks: int) -> None:
+    """A process that runs out of descriptors fails wherever it happens to be, and takes long to do so."""
+    allowed, wanted = resource.getrlimit(resource.RLIMIT_NOFILE)[0], _FILES + _FILES_PER_RANK * ranks
+    if 0 <= allowed < wanted:
+        raise SetupError(f"a process may open {allowed} files here, {ranks} ranks need up to {wanted}: raise `ulimit -n`")
+
+
+def _start(children: list[_Child], job: _Job, work: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    """Start a process per device, each of which is in ``children`` before it runs."""
+    context = torch.multiprocessing.get_context("spawn")
+    for rank in range(len(job.devices)):
+        ours, theirs = context.Pipe(duplex=False)
+        process = context.Process(target=_child, args=(theirs, job, rank, work, args), name=f"rank {rank}")
+        children.append(_Child(rank, process, ours))
+        process.start()
+        theirs.close()
+
+
 def _child(pipe: connection.Connection, job: _Job, rank: int, work: Callable[..., Any], args: tuple[Any, ...]) -> None:
     _die_with(job.parent)
     try:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # one host: its name need not resolve
+        # One host: its name need not resolve. An empty value is none to gloo as well.
+        os.environ["GLOO_SOCKET_IFNAME"] = os.environ.get("GLOO_SOCKET_IFNAME") or "lo"
         device, world_size = torch.device(job.devices[rank]), len(job.devices)
         if device.type == "cpu":
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // world_size))
         store = dist.TCPStore("127.0.0.1", job.port, is_master=False)
         with joined(device, job.deadline, store=store, rank=rank, world_size=world_size) as place:
             pipe.send((True, work(place, *args)))
-    except BaseException:
-        pipe.send((False, traceback.format_exc()))
+    except BaseException as error:
+        pipe.send((False, _told(error)))
         # No destructors: with a peer gone, tearing a process group down can wait for ever.
         os._exit(1)
+
+
+def _told(error: BaseException) -> str:
+    """One sentence for what was raised on purpose, and for the machine's limits; else the traceback."""
+    if isinstance(error, AllReduceError):
+        return f"{type(error).__name__}: {error}"
+    return _limit(error) or traceback.format_exc()
+
+
+def _limit(error: BaseException) -> str | None:
+    """What ran out, if that is what ``error`` means."""
+    text = str(error).strip() or type(error).__name__
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
+        return f"out of memory, which smaller tensors (--max-bytes) or fewer ranks take less of: {text}"
+    return text if isinstance(error, OSError) and error.errno in _LIMITS else None
 
 
 def _die_with(parent: int) -> None:
@@ -196,6 +253,8 @@ def _receive(child: _Child) -> tuple[bool, Any]:
         child.process.join(_GRACE_S)
         code = child.process.exitcode
         how = f"killed by {signal.Signals(-code).name}" if code is not None and code < 0 else f"exit code {code}"
+        if code == -signal.SIGKILL:
+            how += ", by someone or by the system for want of memory"
         return False, f"died without a word ({how})"
 
 

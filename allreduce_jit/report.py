@@ -1,17 +1,22 @@
-"""What the command line prints: sizes, tables, progress, and the machine it ran on."""
+"""What the command line prints, and where to: sizes, tables, progress, the machine it ran on; the standard streams."""
 
 from __future__ import annotations
 
+import codecs
 import os
 import platform
 import re
 import sys
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from fractions import Fraction
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+_LARGEST = 1 << 50  # bytes; what no machine holds is a slip
+_ASCII = {"µ": "u", "×": "x", "·": "*", "…": "...", "–": "-", "−": "-"}
 _DRIVER_FILE = Path("/proc/driver/nvidia/version")
 
 
@@ -21,10 +26,10 @@ def parse_size(text: str) -> int:
     Raises:
         ValueError: the text is no size, or no whole number of bytes.
     """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?)(?:I?B)?", text.strip().upper())
-    size = float(match[1]) * _UNITS[match[2]] if match else -1.0
-    if size < 0 or size != int(size):
-        raise ValueError(f"{text!r} is no size: expected bytes such as 8, 1K, 128M or 1G")
+    match = re.fullmatch(r"([0-9]{1,20}(?:\.[0-9]{1,20})?)\s*([KMG]?)(?:I?B)?", text.strip().upper())
+    size = Fraction(match[1]) * _UNITS[match[2]] if match else Fraction(-1)
+    if not 0 <= size <= _LARGEST or size.denominator != 1:
+        raise ValueError(f"{text!r} is no size: expected whole bytes such as 8, 1K, 128M or 1G")
     return int(size)
 
 
@@ -34,6 +39,32 @@ def format_size(size: int) -> str:
         if size and size % _UNITS[unit] == 0:
             return f"{size // _UNITS[unit]}{unit}"
     return str(size)
+
+
+def prepare_streams() -> None:
+    """Let the standard streams take whatever is printed: in ASCII what their encoding lacks, nowhere if they are closed."""
+    # Descriptors 0 to 2 are never free for sockets and pipes: children inherit them, and libraries write to them.
+    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(fd, True)
+    os.close(fd)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
+        with suppress(AttributeError):  # a stand-in for a stream need not have an encoding
+            getattr(sys, name).reconfigure(errors="allreduce-jit")
+
+
+def _in_ascii(error: UnicodeError) -> tuple[str | bytes, int]:
+    """What to write instead of a character that an encoding lacks; bytes of file names stay what they are."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    char = error.object[error.start]
+    if "\udc80" <= char <= "\udcff":
+        return bytes([ord(char) - 0xDC00]), error.start + 1
+    return _ASCII.get(char, char.encode("ascii", "backslashreplace").decode()), error.start + 1
+
+
+codecs.register_error("allreduce-jit", _in_ascii)
 
 
 def table(headers: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
@@ -76,14 +107,16 @@ class Progress:
 
 def versions() -> dict[str, str | None]:
     """Versions of this package and of what it stands on; None = not installed. Nothing is imported."""
-    names = ("allreduce-jit", "torch", "triton", "cuda-python", "cuda-bindings", "cuda-core")
-    found: dict[str, str | None] = {"python": platform.python_version()}
-    for name in names:
+
+    def version(name: str) -> str | None:
         try:
-            found[name] = metadata.version(name)
+            return metadata.version(name)
         except metadata.PackageNotFoundError:
-            found[name] = None
-    return found
+            return None
+
+    names = ("allreduce-jit", "torch", "triton", "cuda-bindings", "cuda-core")
+    found = {"python": platform.python_version(), **{name: version(name) for name in names}}
+    return found | {"triton": found["triton"] or version("pytorch-triton")}  # as PyTorch's own builds call it
 
 
 def machine() -> dict[str, Any]:

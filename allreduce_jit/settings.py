@@ -1,10 +1,12 @@
-"""Every environment variable, parsed strictly into one frozen value.
+"""Every environment variable that configures the package, in one frozen value: ours parsed strictly, SGLang's as SGLang does.
 
 Read once per communicator (never per call), so that an engine may still set variables after import.
 """
 
 from __future__ import annotations
 
+import functools
+import logging
 import os
 import pwd
 import re
@@ -14,11 +16,16 @@ from pathlib import Path
 
 from .errors import SettingsError
 
+log = logging.getLogger("allreduce_jit")
+
 V2_SWITCH = "SGLANG_OPT_USE_CUSTOM_ALL_REDUCE_V2"
 PREFIX = "ALLREDUCE_JIT_"
 
 _TRUE = ("1", "true", "yes", "on")
 _FALSE = ("0", "false", "no", "off")
+# What EnvBool of sglang/srt/environ.py takes, in any case and without blanks; on and off are ours.
+_SGLANG_TRUE = ("1", "true", "yes", "y", "on")
+_SGLANG_FALSE = ("0", "false", "no", "n", "off")
 
 
 @dataclass(frozen=True)
@@ -80,7 +87,30 @@ def _home(env: Mapping[str, str]) -> Path | None:
     return Path(home) if os.path.isabs(home) else None
 
 
-def parse_bool(name: str, text: str) -> bool:
+def misread_switch(env: Mapping[str, str]) -> str | None:
+    """What is wrong with the value of SGLang's switch, for people; None if nothing is."""
+    text = env.get(V2_SWITCH)
+    if text is None or text.lower() in _SGLANG_TRUE + _SGLANG_FALSE:
+        return None
+    valid = ", ".join(_SGLANG_TRUE + _SGLANG_FALSE)
+    return f"{V2_SWITCH}={text!r} is not understood, so V2 stays on (the default); valid, in any case: {valid}"
+
+
+def parse_switch(name: str, text: str) -> bool:
+    """SGLang's switch as SGLang reads it: a value that is not understood gives the default and one warning."""
+    problem = misread_switch({name: text})
+    if problem:
+        _warn_once(problem)
+        return Settings.use_v2
+    return text.lower() in _SGLANG_TRUE
+
+
+@functools.cache
+def _warn_once(problem: str) -> None:
+    log.warning("%s", problem)
+
+
+def _bool(name: str, text: str) -> bool:
     low = text.strip().lower()
     if low in _TRUE:
         return True
@@ -128,13 +158,13 @@ def _megabytes(name: str, text: str) -> int:
 
 # name -> (field, parser); docs/environment.md lists the same names (a test compares them).
 VARIABLES = {
-    V2_SWITCH: ("use_v2", parse_bool),
+    V2_SWITCH: ("use_v2", parse_switch),
     "ALLREDUCE_JIT_PATH": ("path", _path),
     "ALLREDUCE_JIT_CACHE_DIR": ("cache_dir", _directory),
     "ALLREDUCE_JIT_TIMEOUT": ("timeout_s", _seconds),
     "ALLREDUCE_JIT_FIRST_TIMEOUT": ("first_timeout_s", _seconds),
     "ALLREDUCE_JIT_SETUP_TIMEOUT": ("setup_timeout_s", _seconds),
     "ALLREDUCE_JIT_STAGING_MB": ("staging_mb", _megabytes),
-    "ALLREDUCE_JIT_TUNING": ("tuning", parse_bool),
-    "ALLREDUCE_JIT_PDL": ("pdl", parse_bool),
+    "ALLREDUCE_JIT_TUNING": ("tuning", _bool),
+    "ALLREDUCE_JIT_PDL": ("pdl", _bool),
 }

@@ -17,7 +17,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -66,6 +66,10 @@ def run(args: argparse.Namespace, init: Callable[..., Any] | None = None) -> int
     from . import ranks
 
     calls = args.calls if args.calls is not None or args.seconds is not None else 100_000
+    if calls is None and args.seconds >= args.deadline:
+        raise InputError(f"--seconds {args.seconds:g} would be ended by --deadline {args.deadline:g}: raise --deadline")
+    if (args.gemm or args.nccl) and not ranks.on_gpus(args.gpus, args.cpu):
+        raise InputError("--gemm and --nccl need GPUs, and these ranks would be on the CPU")
     options = Options(calls, args.seconds, args.max_bytes, args.seed, args.gemm, args.nccl, args.stalls)
     outcome = ranks.run(work, options, init, gpus=args.gpus, cpu=args.cpu, deadline=args.deadline)
     return outcome.conclude(args.json, render)
@@ -75,8 +79,8 @@ def work(place: Place, options: Options, init: Callable[..., Any] | None) -> dic
     """One rank's part; every rank returns the same ledger."""
     if init is None:
         from . import init
-    if (options.gemm or options.nccl) and place.device.type != "cuda":
-        raise InputError("--gemm and --nccl need GPUs")
+    if place.world_size >= MODULUS:
+        raise InputError(f"{place.world_size} ranks: soak tells stale sums from right ones for up to {MODULUS - 1}")
     with init(device=place.device) as communicator:
         communicator.warmup()
         soak = _Soak(place, communicator, options)
@@ -427,7 +431,9 @@ class _Soak:
 
 
 def _resources(place: Place) -> dict[str, int]:
-    found = {"descriptors": len(os.listdir("/proc/self/fd")), "threads": len(os.listdir("/proc/self/task"))}
+    found = {}
+    with suppress(OSError):  # no /proc, as in some sandboxes
+        found = {"descriptors": len(os.listdir("/proc/self/fd")), "threads": len(os.listdir("/proc/self/task"))}
     if place.device.type == "cuda":
         torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info(place.device)

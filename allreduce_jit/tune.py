@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -17,7 +16,7 @@ from . import ranks, reference, report, timing, tuned
 from .errors import InputError
 from .kernel import ITEMSIZE, V2_ALGORITHMS, WORLD_SIZES, v2_algorithms
 from .ladder import climb
-from .place import Place
+from .place import Place, Seat
 from .plan import MAX_BLOCK, v2_layout, v2_shape
 from .tuning import BLOCKS, NEVER, STREAM_FROM, V2_TABLES, Band, Bands
 from .verdict import Path
@@ -42,7 +41,7 @@ def run(args: argparse.Namespace, meter: Callable[[Place, str], Meter] | None = 
 
 def _world_sizes(gpus: int | None) -> list[int | None]:
     """Ranks of every run; torchrun's processes have theirs already."""
-    if "RANK" in os.environ or gpus is not None:
+    if Seat.from_env() is not None or gpus is not None:
         return [gpus]
     present = torch.cuda.device_count()
     if present < 2:

@@ -1,6 +1,7 @@
 """The command line against a stand-in communicator that sums over gloo."""
 
 import json
+import os
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -15,6 +16,9 @@ import torch.distributed as dist
 from allreduce_jit import __main__ as cli
 from allreduce_jit import bench, bench_peers, doctor, ranks, report, selftest, timing, warmup
 from allreduce_jit.errors import CompileError
+from allreduce_jit.settings import V2_SWITCH
+
+ROOT = Path(__file__).parent.parent
 
 
 @dataclass
@@ -397,7 +401,7 @@ class TestExitCodes:
     def test_what_is_no_document(self, text, tmp_path, capsys):
         file = tmp_path / "saved.json"
         file.write_text(text)
-        assert cli.main(["bench", "--from", str(file)]) == 1
+        assert cli.main(["bench", "--from", str(file)]) == 2
         assert str(file) in capsys.readouterr().err
 
     def test_failing_ranks_are_1_with_the_story_on_stderr(self, capfd, monkeypatch):
@@ -433,7 +437,18 @@ class TestExitCodes:
             ["warmup", "--world-size", "9"],
             ["warmup", "--arch", "hopper"],
             ["cache", "shrink"],
+            *(["selftest", "--deadline", text] for text in ("nan", "inf", "-1", "0", "1e300", "soon", "")),
+            *(["tune", "--deadline", text] for text in ("nan", "-inf")),
+            *(["soak", "--seconds", text] for text in ("nan", "inf", "-1", "0", "1e7")),
+            *(["soak", "--calls", text] for text in ("0", "-1", "1.5", "²", "1" * 5000)),
+            *([command, "--max-bytes", text] for command in ("selftest", "soak") for text in ("0", "3", "9" * 400)),
+            *(["selftest", "--cpu", text] for text in ("0", "17", "100000", "two")),
+            *(["bench", option, "0"] for option in ("-b", "-e", "-n", "-f")),
+            ["bench", "-b", "9999999G"],
+            ["bench", "--html", "/nonexistent/page.html"],
+            ["bench", "--html", "/"],
         ],
+        ids=lambda arguments: " ".join(arguments)[:40],
     )
     def test_bad_usage_is_2(self, arguments, capsys):
         with pytest.raises(SystemExit) as caught:
@@ -442,8 +457,38 @@ class TestExitCodes:
         assert "usage: allreduce-jit" in capsys.readouterr().err
 
     def test_last_size_before_the_first_is_an_error(self, capsys):
-        assert cli.main(["bench", "-b", "1M", "-e", "1K"]) == 1
+        assert cli.main(["bench", "-b", "1M", "-e", "1K"]) == 2
         assert "smaller than the first" in capsys.readouterr().err
+
+    @pytest.mark.parametrize(
+        ("variables", "named"),
+        [
+            ({"RANK": "0"}, "RANK is set, but not LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT"),
+            ({"RANK": "x", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "h", "MASTER_PORT": "1"}, "RANK='x'"),
+            ({"ALLREDUCE_JIT_PATH": "fastest"}, "ALLREDUCE_JIT_PATH='fastest'"),
+            ({"ALLREDUCE_JIT_PTAH": "legacy"}, "ALLREDUCE_JIT_PTAH"),
+        ],
+    )
+    @pytest.mark.parametrize("command", ["selftest", "soak", "bench", "tune"])
+    def test_a_bad_variable_is_2_and_named_before_a_rank_is_started(self, command, variables, named, monkeypatch, capsys):
+        monkeypatch.setattr(ranks, "_start", None)
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        assert cli.main([command]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"allreduce-jit {command}: ") and named in error and error.count("\n") == 1
+
+    def test_a_page_that_cannot_be_written_costs_no_figures(self, documents, monkeypatch, capsys, tmp_path):
+        def full(*_, **__):
+            raise OSError(28, "No space left on device")
+
+        saved = tmp_path / "saved.json"
+        saved.write_text(json.dumps(documents["bench"]))
+        monkeypatch.setattr(Path, "write_text", full)
+        assert cli.main(["bench", "--from", str(saved), "--json", "--html", str(tmp_path / "page.html")]) == 1
+        out, err = capsys.readouterr()
+        assert json.loads(out) == json.loads(saved.read_text())
+        assert err == f"allreduce-jit bench: cannot write {tmp_path / 'page.html'}: No space left on device\n"
 
 
 def test_help_needs_no_torch():
@@ -452,21 +497,90 @@ def test_help_needs_no_torch():
         "with contextlib.suppress(SystemExit): main(['bench', '--help'])\n"
         "sys.exit('torch' in sys.modules)"
     )
-    root = str(Path(__file__).parent.parent)
-    done = subprocess.run([sys.executable, "-c", program], env={"PYTHONPATH": root}, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", program], env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
     assert done.returncode == 0 and "--peers" in done.stdout
+
+
+class TestStreams:
+    """Standard streams that cannot carry everything, are full, closed, or read no more."""
+
+    ASCII = {"PYTHONIOENCODING": "ascii"}
+    C = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    COMMAND = (sys.executable, "-m", "allreduce_jit")
+
+    def run(self, arguments, **options):
+        env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "", **options.pop("env", {})}
+        return subprocess.run([*self.COMMAND, *arguments], env=env, cwd="/", timeout=100, **options)
+
+    @pytest.mark.parametrize(
+        ("arguments", "env", "expected"),
+        [
+            ("selftest --cpu 1 --max-bytes 4", ASCII, "eager us"),
+            ("bench --cpu 1 -b 64 -e 64 -n 1 -w 0 --peers none --html {page}", C, "us per call"),
+            ("soak --cpu 1 --calls 1 --max-bytes 64", C, "median "),
+            ("doctor", ASCII, "would run"),
+        ],
+        ids=["selftest", "bench", "soak", "doctor"],
+    )
+    def test_ascii(self, arguments, env, expected, tmp_path):
+        page = tmp_path / "page.html"
+        arguments = arguments.format(page=page).split()
+        done = self.run(arguments, env={**env, "ALLREDUCE_JIT_CACHE_DIR": str(tmp_path)}, capture_output=True)
+        out, err = done.stdout.decode("ascii"), done.stderr.decode("ascii")
+        assert done.returncode == 0, err
+        assert expected in out and "\\xb5" not in out
+        assert not page.exists() or "µs" in page.read_text(encoding="utf-8")
+
+    @pytest.mark.parametrize("command", ["", "selftest", "soak", "doctor", "bench", "tune", "warmup", "cache"])
+    def test_help_in_ascii(self, command):
+        done = self.run([*command.split(), "--help"], env=self.ASCII, capture_output=True)
+        assert done.returncode == 0 and done.stdout.decode("ascii").startswith("usage: allreduce-jit"), done.stderr
+
+    @pytest.mark.parametrize("directory", [b"/nowhere/caf\xc3\xa9", b"/nowhere/\xff"])
+    def test_names_of_files_stay_what_they_are(self, directory):
+        env = {**self.C, "ALLREDUCE_JIT_CACHE_DIR": os.fsdecode(directory)}
+        for stream in ({}, self.ASCII):
+            done = self.run(["cache", "path"], env={**env, **stream}, capture_output=True)
+            assert done.stdout.splitlines()[0] == directory, done.stderr
+
+    def test_closed_streams_are_not_taken_for_each_other(self):
+        """Whatever goes to a stream that is closed must not end up in another one, nor in a rank's pipe."""
+        command = ["sh", "-c", 'exec "$@" <&- 2>&-', "sh", *self.COMMAND, "cache", "path", "--json"]
+        env = {**os.environ, "PYTHONPATH": str(ROOT), "ALLREDUCE_JIT_PATH": "fastest"}
+        done = subprocess.run(command, env=env, stdout=subprocess.PIPE, timeout=100)
+        assert done.returncode == 2 and json.loads(done.stdout)["ok"] is False
+        program = "from allreduce_jit.report import prepare_streams as p; p(); import os; print(os.open('/', os.O_RDONLY))"
+        command = ["sh", "-c", 'exec "$@" <&- 2>&-', "sh", sys.executable, "-c", program]
+        done = subprocess.run(command, env=env, stdout=subprocess.PIPE, timeout=100)
+        assert int(done.stdout) > 2
+
+    @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+    def test_a_full_disk_is_told(self):
+        with open("/dev/full", "w") as full:
+            done = self.run(["cache", "list"], stdout=full, stderr=subprocess.PIPE)
+        assert (done.returncode, done.stderr) == (1, b"allreduce-jit: [Errno 28] No space left on device\n")
+
+    def test_a_reader_that_has_gone_is_nothing_to_tell(self):
+        reader, writer = os.pipe()
+        os.close(reader)
+        try:
+            done = self.run(["cache", "list"], stdout=writer, stderr=subprocess.PIPE)
+        finally:
+            os.close(writer)
+        assert (done.returncode, done.stderr) == (1, b"")
 
 
 class TestReport:
     @pytest.mark.parametrize(
         ("text", "size"),
-        [("8", 8), ("1K", 1024), ("1kb", 1024), ("2KiB", 2048), ("1.5K", 1536), ("128M", 128 << 20), ("1G", 1 << 30)],
+        [("8", 8), ("1K", 1024), ("1kb", 1024), ("2KiB", 2048), ("1.5K", 1536), ("128M", 128 << 20), ("1G", 1 << 30),
+         ("900719925474099", 900719925474099)],
     )
     def test_sizes(self, text, size):
         assert report.parse_size(text) == size
         assert report.parse_size(report.format_size(size)) == size
 
-    @pytest.mark.parametrize("text", ["", "K", "-1", "1T", "0.3", "1 2", "1e3", "0x10"])
+    @pytest.mark.parametrize("text", ["", "K", "-1", "1T", "0.3", "1 2", "1e3", "0x10", "9" * 400, "1048577G"])
     def test_what_is_no_size(self, text):
         with pytest.raises(ValueError, match="is no size"):
             report.parse_size(text)
@@ -474,6 +588,23 @@ class TestReport:
     def test_table_aligns_numbers_right_and_words_left(self):
         lines = report.table(("name", "n"), [("a", 5), ("bcdefg", 123.456), ("c", None)]).splitlines()
         assert lines == ["name         n", "------  ------", "a            5", "bcdefg  123.46", "c            -"]
+
+    def test_versions_are_of_what_is_imported(self):
+        """The metapackage cuda-python is not; documents from when it was listed are read all the same."""
+        assert "cuda-python" not in report.versions()
+        saved = json.loads((ROOT / "docs/benchmarks/2026-11-22-4xH200.json").read_text(encoding="utf-8"))
+        machine = saved["machine"]
+        assert "cuda-python" in machine["versions"]
+        assert "cuda-bindings 13.3.1" in report.headline(machine) and "cuda-python" not in report.headline(machine)
+
+    def test_triton_of_a_pytorch_build_is_triton(self, monkeypatch):
+        def version(name):
+            if name == "triton":
+                raise report.metadata.PackageNotFoundError
+            return f"1 {name}"
+
+        monkeypatch.setattr(report.metadata, "version", version)
+        assert report.versions()["triton"] == "1 pytorch-triton"
 
     def test_driver_version(self, tmp_path):
         file = tmp_path / "version"
@@ -561,6 +692,27 @@ class TestDoctor:
         assert document["verdict"] is None
         assert document["environment"]["ALLREDUCE_JIT_PATH"] == "fastest"
 
+    def test_a_switch_that_is_not_understood_is_told(self, monkeypatch):
+        monkeypatch.setenv(V2_SWITCH, "")
+        document = self.examine("v2")
+        assert document["problems"][0].startswith(f"{V2_SWITCH}='' is not understood, so V2 stays on")
+        assert doctor.exit_code(document) == 0
+
+    @pytest.mark.parametrize("module", ["cuda.bindings", "cuda.core", "triton"])
+    def test_what_is_missing_is_told_with_what_it_costs(self, module, monkeypatch):
+        monkeypatch.setattr(doctor, "_importable", lambda name: name != module)
+        (problem,) = self.examine("torch.distributed", gpus=0, code="cpu")["problems"]
+        lost = {"cuda.bindings": "no GPU path at all", "cuda.core": "V2 cannot compile", "triton": "no legacy path"}
+        assert problem.startswith(f"{module.replace('.', '-')} is not installed: {lost[module]}")
+
+    def test_importable(self):
+        assert doctor._importable("json.decoder")
+        assert not doctor._importable("json.nothing") and not doctor._importable("no_such_package.inside")
+
+    def test_notes_are_lines(self):
+        document = self.examine("torch.distributed", probe=lambda device: Caps(device, None, ("nvrtc: not\nfound\n",)))
+        assert "note         nvrtc: not found\n" in doctor.render(document)
+
     def test_command(self, capsys, monkeypatch, tmp_path):
         monkeypatch.setenv("ALLREDUCE_JIT_CACHE_DIR", str(tmp_path))
         pytest.importorskip("allreduce_jit.probe")
@@ -610,7 +762,7 @@ class TestWarmup:
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
         monkeypatch.setattr(warmup, "_open", lambda: None)
         pytest.importorskip("allreduce_jit.compiler")
-        assert cli.main(["warmup"]) == 1
+        assert cli.main(["warmup"]) == 2
         assert "--arch sm_90" in capsys.readouterr().err
 
 

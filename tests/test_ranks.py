@@ -1,6 +1,8 @@
 """Processes per rank: results come back, failures are told and end in time, and nobody is left behind."""
 
+import errno
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -13,8 +15,8 @@ import torch
 import torch.distributed as dist
 
 from allreduce_jit import ranks
-from allreduce_jit.errors import AllReduceError, InputError
-from allreduce_jit.place import NO_MULTICAST
+from allreduce_jit.errors import AllReduceError, InputError, SetupError
+from allreduce_jit.place import NO_MULTICAST, Seat
 
 HERE = Path(__file__).parent
 
@@ -75,6 +77,11 @@ def hang(place, folder):
     return place.rank
 
 
+def greedy(place):
+    assert os.environ["GLOO_SOCKET_IFNAME"] == "lo"
+    torch.empty(1 << 50, dtype=torch.uint8)
+
+
 def unpicklable(place):
     return lambda: place.rank
 
@@ -117,6 +124,47 @@ def test_a_hang_ends_at_the_deadline_and_is_named(tmp_path):
     assert (caught.value.failed, caught.value.unfinished) == ({}, [1])
     assert len(list(tmp_path.iterdir())) == 3
     assert alive(tmp_path) == []
+
+
+def test_out_of_memory_is_one_sentence(monkeypatch):
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "")  # is as good as none to gloo
+    with pytest.raises(ranks.RanksFailed, match=f"(?s)out of memory.*{1 << 50} bytes") as caught:
+        ranks.run(greedy, cpu=1, deadline=100)
+    assert "Traceback" not in str(caught.value)
+
+
+def test_what_is_told_of_an_exception():
+    def told(error):
+        try:
+            raise error
+        except BaseException as caught:
+            return ranks._told(caught)
+
+    assert told(InputError("say what")) == "InputError: say what"
+    assert told(OSError(errno.EMFILE, "Too many open files")) == "[Errno 24] Too many open files"
+    assert told(MemoryError()).endswith(": MemoryError")
+    assert told(OSError(errno.ENOENT, "a slip of ours")).startswith("Traceback")
+    assert told(ValueError("a slip of ours")).startswith("Traceback")
+
+
+def test_too_few_descriptors_are_told_before_anything_starts(monkeypatch):
+    monkeypatch.setattr(ranks, "_start", None)
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (32, before[1]))
+    try:
+        with pytest.raises(SetupError, match="may open 32 files here, 2 ranks need up to 80: raise `ulimit -n`"):
+            ranks.run(add_up, 0, cpu=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_a_process_that_cannot_be_started_is_told(monkeypatch):
+    def refuse(*_):
+        raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    monkeypatch.setattr("multiprocessing.popen_spawn_posix.Popen", refuse)
+    with pytest.raises(SetupError, match="2 ranks cannot be started here: .*Resource temporarily unavailable"):
+        ranks.run(add_up, 0, cpu=2)
 
 
 def test_a_result_that_cannot_be_sent_is_a_failure_not_a_hang():
@@ -188,6 +236,68 @@ def test_under_torchrun_the_deadline_ends_the_process(tmp_path):
     done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, timeout=60)
     assert done.returncode == 1
     assert b"rank 0 did not finish within 3 s" in done.stderr
+
+
+TORCHRUN = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "seat"),
+    [
+        ({}, Seat(1, 1, 2)),
+        ({"RANK": "9", "LOCAL_RANK": "1", "WORLD_SIZE": "16"}, Seat(9, 1, 16)),
+        ({"RANK": " 1 "}, Seat(1, 1, 2)),  # torch reads them with int()
+        ({"RANK": "", "LOCAL_RANK": ""}, None),
+    ],
+)
+def test_what_torchrun_sets(changes, seat):
+    assert Seat.from_env({**TORCHRUN, **changes}) == seat
+
+
+def test_without_a_rank_the_other_variables_mean_nothing():
+    assert Seat.from_env({}) is None
+    assert Seat.from_env({"WORLD_SIZE": "x", "MASTER_ADDR": "elsewhere", "MASTER_PORT": "1"}) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *((name, "") for name in TORCHRUN),
+        *((name, text) for name in ("RANK", "LOCAL_RANK") for text in ("x", "-1", "2", "1.0", "²", "9" * 5000)),
+        *(("WORLD_SIZE", text) for text in ("0", "-2", "two", "1" * 30)),
+        *(("MASTER_PORT", text) for text in ("-1", "65536", "http")),
+    ],
+)
+def test_what_torchrun_never_sets_is_named(name, value, monkeypatch):
+    for key, text in {**TORCHRUN, name: value}.items():
+        monkeypatch.setenv(key, text)
+    for call in (lambda: ranks.run(add_up, 0), lambda: ranks.on_gpus(None, None)):
+        with pytest.raises(InputError, match=rf"\b{name}\b"):
+            call()
+
+
+def test_torchrun_decides_how_many_ranks_there_are(monkeypatch):
+    for name, value in TORCHRUN.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match="3 ranks wanted, torchrun started 2"):
+        ranks.run(add_up, 0, cpu=3)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(InputError, match="shows no CUDA GPU"):
+        ranks.run(add_up, 0, gpus=2)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert ranks.on_gpus(None, None) and ranks.on_gpus(2, None) and not ranks.on_gpus(None, 2)
+
+
+def test_ranks_that_cannot_connect_are_one_sentence():
+    program = (
+        "from allreduce_jit import ranks\nfrom allreduce_jit.errors import SetupError\n"
+        "try: ranks.run(print, deadline=60)\nexcept SetupError as e: print(e)"
+    )
+    env = {**os.environ, **TORCHRUN, "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_PORT": "0"}
+    env |= {"PYTHONPATH": str(HERE.parent), "GLOO_SOCKET_IFNAME": "none0"}
+    done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, timeout=60, text=True)
+    assert done.stdout.startswith("torch.distributed could not connect the ranks: ") and "none0" in done.stdout, done.stderr
+    assert done.stdout.rstrip().endswith("GLOO_SOCKET_IFNAME") and done.stdout.count("\n") == 1
 
 
 def test_more_gpus_than_there_are_is_refused(monkeypatch):

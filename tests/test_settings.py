@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
 import pwd
 from pathlib import Path
@@ -12,16 +13,18 @@ from types import SimpleNamespace
 import pytest
 
 from allreduce_jit import __main__ as cli
-from allreduce_jit import doctor, tuned
+from allreduce_jit import doctor, settings, tuned
 from allreduce_jit.cache import Artifact, KernelCache
 from allreduce_jit.errors import AllReduceError, SettingsError
-from allreduce_jit.settings import PREFIX, V2_SWITCH, VARIABLES, Settings, default_cache_dir
+from allreduce_jit.settings import PREFIX, V2_SWITCH, VARIABLES, Settings, default_cache_dir, misread_switch
 
 HOME = {"HOME": "/home/someone"}
 TRUE = ["1", "true", "True", "TRUE", "yes", "YES", "on", "On", " 1 "]
 FALSE = ["0", "false", "False", "FALSE", "no", "No", "off", "OFF", " off\n"]
+SWITCHED_ON = ["1", "true", "True", "YES", "y", "Y", "on"]
+SWITCHED_OFF = ["0", "false", "FALSE", "No", "n", "N", "off", "Off"]
 VALID = {
-    V2_SWITCH: [(t, True) for t in TRUE] + [(t, False) for t in FALSE],
+    V2_SWITCH: [(t, True) for t in SWITCHED_ON] + [(t, False) for t in SWITCHED_OFF],
     "ALLREDUCE_JIT_TUNING": [(t, True) for t in TRUE] + [(t, False) for t in FALSE],
     "ALLREDUCE_JIT_PDL": [(t, True) for t in TRUE] + [(t, False) for t in FALSE],
     "ALLREDUCE_JIT_PATH": [("auto", "auto"), ("Legacy", "legacy"), (" TORCH ", "torch")],
@@ -33,7 +36,7 @@ VALID = {
 }
 NOT_BOOL = ["", "2", "tru", "enable", "none", "-1"]
 INVALID = {
-    V2_SWITCH: NOT_BOOL,
+    V2_SWITCH: [],
     "ALLREDUCE_JIT_TUNING": NOT_BOOL,
     "ALLREDUCE_JIT_PDL": NOT_BOOL,
     "ALLREDUCE_JIT_PATH": ["", "v2", "nccl", "legacy,torch"],
@@ -57,20 +60,20 @@ def test_the_tables_here_are_complete():
 
 
 def test_defaults():
-    settings = Settings.from_env(HOME)
-    assert settings == dataclasses.replace(Settings(), cache_dir=Path("/home/someone/.cache/allreduce_jit"))
-    assert settings.use_v2 is True and settings.path == "auto" and settings.pdl is True
+    found = Settings.from_env(HOME)
+    assert found == dataclasses.replace(Settings(), cache_dir=Path("/home/someone/.cache/allreduce_jit"))
+    assert found.use_v2 is True and found.path == "auto" and found.pdl is True
     with pytest.raises(dataclasses.FrozenInstanceError):
-        settings.use_v2 = False
+        found.use_v2 = False
 
 
 @pytest.mark.parametrize(("name", "case"), each(VALID))
 def test_valid(name, case):
     text, value = case
     default = Settings.from_env(HOME)
-    settings = Settings.from_env({**HOME, name: text})
-    assert type(getattr(settings, VARIABLES[name][0])) in (type(value), type(Path("x")))
-    assert settings == dataclasses.replace(default, **{VARIABLES[name][0]: value})  # and nothing else changed
+    found = Settings.from_env({**HOME, name: text})
+    assert type(getattr(found, VARIABLES[name][0])) in (type(value), type(Path("x")))
+    assert found == dataclasses.replace(default, **{VARIABLES[name][0]: value})  # and nothing else changed
 
 
 @pytest.mark.parametrize(("name", "text"), each(INVALID))
@@ -96,7 +99,25 @@ def test_other_peoples_variables_are_none_of_our_business():
 
 def test_bools_name_their_choices():
     with pytest.raises(SettingsError, match=r"1, true, yes, on, 0, false, no, off \(any case\)"):
-        Settings.from_env({**HOME, V2_SWITCH: "maybe"})
+        Settings.from_env({**HOME, "ALLREDUCE_JIT_PDL": "maybe"})
+
+
+@pytest.mark.parametrize("text", [*NOT_BOOL, " 0", "0 ", "None", "of"])
+def test_sglangs_switch_is_read_as_sglang_reads_it(text, caplog):
+    """Its EnvField warns of what it cannot parse, the empty string and blanks included, and takes the default."""
+    settings._warn_once.cache_clear()
+    for _ in range(3):
+        assert Settings.from_env({**HOME, V2_SWITCH: text}) == Settings.from_env(HOME)
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING and record.getMessage() == misread_switch({V2_SWITCH: text})
+    assert f"{V2_SWITCH}={text!r} is not understood" in record.getMessage() and "off" in record.getMessage()
+
+
+@pytest.mark.parametrize("text", [None, *SWITCHED_ON, *SWITCHED_OFF])
+def test_a_switch_that_is_understood_warns_of_nothing(text, caplog):
+    env = {} if text is None else {V2_SWITCH: text}
+    Settings.from_env({**HOME, **env})
+    assert misread_switch(env) is None and not caplog.records
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from test_cli import Fake
 
 from allreduce_jit import __main__ as cli
 from allreduce_jit import soak
-from allreduce_jit.errors import PeerTimeout
+from allreduce_jit.errors import InputError, PeerTimeout
 from allreduce_jit.replay import SHORTS
 
 
@@ -117,7 +117,25 @@ def test_text(capsys):
 def test_load_needs_gpus(capsys):
     for option in ("--gemm", "--nccl"):
         code, document = soaked(capsys, option)
-        assert code == 1 and "need GPUs" in document["error"]
+        assert code == 2 and "need GPUs" in document["error"]
+
+
+def test_seconds_beyond_the_deadline_are_refused_at_once(capsys):
+    code, document = soaked(capsys, "--seconds", "200")
+    assert code == 2 and document["error"] == "--seconds 200 would be ended by --deadline 200: raise --deadline"
+
+
+def test_more_ranks_than_stale_sums_can_be_told_apart_for_are_refused():
+    with pytest.raises(InputError, match="17 ranks: .* up to 16"):
+        soak.work(SimpleNamespace(world_size=17, device=torch.device("cpu")), None, None)
+
+
+def test_resources_without_proc(monkeypatch):
+    def missing(folder):
+        raise FileNotFoundError(folder)
+
+    monkeypatch.setattr(soak.os, "listdir", missing)
+    assert soak._resources(SimpleNamespace(device=torch.device("cpu"))) == {}
 
 
 def test_eager_calls_come_again_before_they_are_forgotten():

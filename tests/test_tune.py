@@ -390,13 +390,15 @@ def test_one_run_for_every_number_of_gpus(monkeypatch, capsys, tmp_path):
 
 
 def test_torchruns_ranks_are_one_run(monkeypatch):
-    monkeypatch.setenv("RANK", "1")
+    torchrun = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+    for name, value in torchrun.items():
+        monkeypatch.setenv(name, value)
     assert tune._world_sizes(None) == [None]
 
 
 def test_without_gpus(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    assert cli.main(["tune"]) == 1
+    assert cli.main(["tune"]) == 2
     assert "shows 1 CUDA GPUs" in capsys.readouterr().err
 
 
