@@ -166,17 +166,9 @@ class Communicator:
             route = self._last = self._known(x)
             if route is NOWHERE:
                 return self._all_reduce(x, out)
-        # Freed under the tensor, of which all else is as it was. (One that shrank under a view is seen at its first call only.)
-        if x.untyped_storage().nbytes() < route.nbytes:
-            return self._all_reduce(x, out)
         if out is None:
             out = route.empty()
-        elif out is not x and (
-            not plain(out)
-            or not route.alike(out)
-            or abs(out.data_ptr() - x.data_ptr()) < route.nbytes
-            or out.untyped_storage().nbytes() < route.nbytes
-        ):
+        elif out is not x and (not plain(out) or not route.alike(out) or abs(out.data_ptr() - x.data_ptr()) < route.nbytes):
             return self._all_reduce(x, out)
         route.runner.all_reduce(x, out)
         return out

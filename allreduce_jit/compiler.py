@@ -5,8 +5,11 @@ from __future__ import annotations
 import hashlib
 import importlib.resources
 import logging
+import os
 import re
 import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache as memoise
 
 from . import __version__, toolchain, triton_process
@@ -42,6 +45,17 @@ def build(spec: KernelSpec, arch: str, cache: KernelCache) -> tuple[Artifact, bo
         raise CompileError(f"{spec.name} for {arch}: {type(e).__name__}: {message}") from e
     cache.put(key, artifact)
     return artifact, False
+
+
+def workers(sharing: int = 1) -> int:
+    """How many modules this process compiles at a time, being one of ``sharing`` that do so on this machine."""
+    return max(1, len(os.sched_getaffinity(0)) // sharing)
+
+
+def build_all(jobs: Sequence[tuple[KernelSpec, str]], cache: KernelCache, sharing: int = 1) -> list[tuple[Artifact, bool]]:
+    """``build`` of every (module, architecture), several at a time."""
+    with ThreadPoolExecutor(min(workers(sharing), len(jobs)) or 1) as pool:
+        return list(pool.map(lambda job: build(*job, cache), jobs))
 
 
 def _key(spec: KernelSpec, arch: str) -> str:

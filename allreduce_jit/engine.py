@@ -15,10 +15,11 @@ from dataclasses import dataclass, field
 import torch
 
 from .cache import Artifact, KernelCache, decode, encode
-from .compiler import build
+from .compiler import build_all
 from .driver import Launch, failure, load_module
 from .errors import CommunicatorFailed, Poisoned, SetupError
 from .failure import SIGNATURES, SIGNATURES_AT, Kind, abort_code, explain, heard, last_signed
+from .inputs import raise_no_memory
 from .kernel import DTYPES, KernelSpec, catalogue
 from .memory import LocalState, SideChannel, StagingMemory
 from .plan import PACKET, Layout, Plan
@@ -31,6 +32,9 @@ from .verify import READ_BYTES, verify
 TORCH_DTYPES = {name: getattr(torch, name) for name in DTYPES}
 DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 VERIFY_SECONDS = 10.0
+# Below are offsets into storages that have been freed under their tensors, to which torch gives no address: tensors that are
+# like earlier ones in all else. The driver gives no memory there.
+NO_ADDRESS = 1 << 32
 MAX_SHAPES = 4096  # Control.met of staging.cuh
 # Not a stream object: that takes longer to make than the rest of a call's preparation.
 _current_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
@@ -101,6 +105,8 @@ class Prepared:
             engine._refuse()
         stream = _current_stream(engine._raw_device)
         call = self.step, x.data_ptr(), out.data_ptr()
+        if call[1] < NO_ADDRESS or call[2] < NO_ADDRESS:
+            raise_no_memory(x, out, engine.config.rank)
         lock, order = engine._lock, engine._streams
         try:  # a with statement takes twice as long
             lock.acquire()
@@ -157,13 +163,11 @@ class KernelEngine:
 
     def compile(self, cache: KernelCache) -> list[str]:
         """Build, or fetch from the cache, this rank's share of the modules; returns them in base64."""
-        share = []
-        for spec in self._catalogue()[self.config.rank :: self.config.world_size]:
-            artifact, was_cached = build(spec, self.config.arch, cache)
-            self.cached += was_cached
-            self.compiled += not was_cached
-            share.append(base64.b64encode(encode(spec.name, artifact)).decode())
-        return share
+        share = self._catalogue()[self.config.rank :: self.config.world_size]
+        found = build_all([(spec, self.config.arch) for spec in share], cache, sharing=self.config.world_size)
+        self.cached += sum(was_cached for _, was_cached in found)
+        self.compiled += sum(not was_cached for _, was_cached in found)
+        return [base64.b64encode(encode(spec.name, artifact)).decode() for spec, (artifact, _) in zip(share, found, strict=True)]
 
     def load(self, shares: Sequence[Sequence[str]]) -> None:
         """Load every kernel that a plan can pick, from the shares of all ranks."""

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from .errors import CommunicatorFailed, InputError, PeerLost, PeerTimeout, Poisoned
+from .inputs import memory_problem, raise_no_memory
 from .nccl import Nccl
 
 log = logging.getLogger("allreduce_jit")
@@ -61,6 +62,8 @@ class TorchEngine:
         Raises:
             CommunicatorFailed: a peer's process has ended, or the connection to it is lost.
         """
+        if memory_problem(x) or memory_problem(out):  # freed since a tensor like it was accepted
+            raise_no_memory(x, out, self.rank)
         if self.world_size == 1:
             _copy(x, out)
             return

@@ -83,6 +83,14 @@ def memory_problem(x: torch.Tensor) -> str | None:
     return None
 
 
+def raise_no_memory(x: torch.Tensor, out: torch.Tensor, rank: int) -> NoReturn:
+    """Say which of the two has no memory, one of them having an address where there is none."""
+    problem = memory_problem(x) or f"a tensor at address {x.data_ptr():#x}"
+    if out is not x and (wrong := memory_problem(out)):
+        raise InputError(f"rank {rank}: out is {wrong}")
+    raise InputError(f"rank {rank}: all_reduce was given {problem}")
+
+
 def refuse(x: object, device: torch.device, rank: int) -> NoReturn:
     """Say what is wrong with an input that is no strided tensor with memory on ``device``, or that requires grad."""
     if not isinstance(x, torch.Tensor):

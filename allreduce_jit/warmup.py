@@ -6,6 +6,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -51,16 +52,22 @@ def run(
 
 
 def _build_all(jobs: list[tuple[Any, str]], build: Callable[..., tuple[Any, bool]], cache: Any) -> list[dict[str, Any]]:
-    progress, rows = report.Progress(), []
-    for done, (spec, arch) in enumerate(jobs):
-        progress(f"warmup: {done + 1}/{len(jobs)}  {spec.name} {arch}")
-        start, cached, error = time.perf_counter(), False, None
+    from .compiler import workers
+
+    def row(job: tuple[Any, str]) -> dict[str, Any]:
+        (spec, arch), start, cached, error = job, time.perf_counter(), False, None
         try:
             _, cached = build(spec, arch, cache)
         except Exception as trouble:  # noqa: BLE001 - the other kernels are wanted all the same
             error = f"{type(trouble).__name__}: {trouble}"
         ms = (time.perf_counter() - start) * 1e3
-        rows.append({"name": spec.name, "arch": arch, "cached": cached, "ms": round(ms, 2), "error": error})
+        return {"name": spec.name, "arch": arch, "cached": cached, "ms": round(ms, 2), "error": error}
+
+    progress, rows = report.Progress(), []
+    with ThreadPoolExecutor(workers()) as pool:
+        for found in pool.map(row, jobs):
+            rows.append(found)
+            progress(f"warmup: {len(rows)}/{len(jobs)}  {found['name']} {found['arch']}")
     progress.done()
     return rows
 

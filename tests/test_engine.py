@@ -16,7 +16,7 @@ from allreduce_jit import engine as engines
 from allreduce_jit import streams
 from allreduce_jit.cache import KernelCache
 from allreduce_jit.engine import MAX_SHAPES, EngineConfig, KernelEngine, Step
-from allreduce_jit.errors import AllReduceError, CallMismatch, PeerLost, PeerTimeout, Poisoned
+from allreduce_jit.errors import AllReduceError, CallMismatch, InputError, PeerLost, PeerTimeout, Poisoned
 from allreduce_jit.failure import SIGNATURES, SIGNATURES_AT, Kind, abort_code, tag
 from allreduce_jit.kernel import DTYPES, LEGACY_ALGORITHMS, catalogue, entry, v2_algorithms
 from allreduce_jit.plan import HEADER_BYTES, Layout, Plan
@@ -125,7 +125,10 @@ class Tensor(SimpleNamespace):
         return self.address
 
 
-def fire(one, numel, dtype, source=1 << 20, target=1 << 21):
+X, OUT = 1 << 40, 1 << 41
+
+
+def fire(one, numel, dtype, source=X, target=OUT):
     FakeLaunch.fired = []
     one.all_reduce(Tensor(size=numel, dtype=dtype, address=source), Tensor(size=numel, dtype=dtype, address=target))
     assert {launch.stream for launch in FakeLaunch.fired} == {77}
@@ -148,14 +151,14 @@ def test_v2_launches(monkeypatch, current):
             assert [a.launch for a in args] == list(range(len(args)))
             for launch, a in zip(fired, args, strict=True):
                 done = sum(b.numel for b in args[: a.launch]) * dtype.itemsize
-                assert (a.input, a.output) == ((1 << 20) + done, (1 << 21) + done)
+                assert (a.input, a.output) == (X + done, OUT + done)
                 assert [*a.staging] == [*BASES, 0, 0, 0, 0, 0] and a.own == BASES[1] and a.slots == region.offset >= HEADER_BYTES
                 assert (a.channels, a.control, a.report) == ((1 << 30) + 8 * region.first_channel, 13, 14)
                 assert (a.rank, a.capacity, a.tag) == (1, region.capacity, tag(plan.algorithm, str(dtype)[6:]))
                 assert launch.kernel == entry(plan.algorithm, str(dtype)[6:], 3, True) and launch.pdl
             seen.add(args[0].config)
             assert args[-1].last and fire(one, numel, dtype) and len(one._steps) == len(seen)  # nothing is prepared twice
-            assert all(launch.kernel.endswith("_ragged") for launch in fire(one, numel, dtype, source=(1 << 20) + 4))
+            assert all(launch.kernel.endswith("_ragged") for launch in fire(one, numel, dtype, source=X + 4))
     assert seen == {1, 2, 3, 4}
 
 
@@ -182,7 +185,7 @@ def test_legacy_launches(monkeypatch, current, numel, algorithm):
     assert sum(v["numel"] for v in values) == numel and (len(fired) > 1) == (numel > 10_000_000)
     done = 0
     for launch, v in zip(fired, values, strict=True):
-        assert (v["x"], v["out"]) == ((1 << 20) + 2 * done, (1 << 21) + 2 * done)
+        assert (v["x"], v["out"]) == (X + 2 * done, OUT + 2 * done)
         done += v["numel"]
         assert launch.kernel == ("float16", v["numel"] % 8 == 0) and not launch.pdl
         assert (v["table"], v["staging"], v["slots"]) == (15, BASES[1], region.offset)
@@ -197,7 +200,7 @@ def test_legacy_launches(monkeypatch, current, numel, algorithm):
             data = -(-v["numel"] // block)
         assert launch.grid == data + 1 and data * legacy.BLOCK_BYTES <= v["capacity"] == region.capacity
     assert len(fire(one, numel, torch.float16)) == len(fired) and len(one._steps) == 1
-    assert {launch.kernel for launch in fire(one, numel, torch.float16, source=(1 << 20) + 2)} == {("float16", False)}
+    assert {launch.kernel for launch in fire(one, numel, torch.float16, source=X + 2)} == {("float16", False)}
 
 
 class Plain(KernelEngine):
@@ -267,8 +270,37 @@ def one(monkeypatch, current):
 
 
 def all_reduce(one, numel=4):
-    x = Tensor(size=numel, dtype=torch.float32, address=0)
+    x = Tensor(size=numel, dtype=torch.float32, address=X)
     one.all_reduce(x, x)
+
+
+@pytest.mark.parametrize("start", [0, 4])
+@pytest.mark.parametrize("bad", ["input", "output"])
+def test_memory_that_was_freed_is_no_address(one, bad, start):
+    """Of a tensor whose storage is gone torch makes an address of the offset alone."""
+    gone = torch.ones(12)[start:]
+    gone.untyped_storage().resize_(0)
+    assert gone.data_ptr() == 4 * start
+    fine = SimpleNamespace(data_ptr=lambda: X)
+    step = one.prepared(gone.numel(), torch.float32)
+    with pytest.raises(InputError, match=f"rank 1: .*storage has 0 bytes and {48} are needed"):
+        step.all_reduce(*((gone, gone) if bad == "input" else (Like(gone), gone)))
+    assert not one.log
+    step.all_reduce(fine, fine)
+    assert len(one.log) == 1
+
+
+class Like:
+    """A tensor with memory, like another one."""
+
+    def __init__(self, x):
+        self._x = torch.ones_like(torch.empty(x.shape))
+
+    def __getattr__(self, name):
+        return getattr(self._x, name)
+
+    def data_ptr(self):
+        return X
 
 
 def stopped(one, kind, culprit, by=1, *, sequence=7, algorithm="one_shot", buffer=0):
