@@ -38,7 +38,7 @@ class NotDeterministicError(AllReduceError):
 
 
 class CommunicatorFailed(AllReduceError):
-    """A communicator stopped on all of its ranks; results since then are NaN. Base of the causes below.
+    """A communicator stopped on all of its ranks; results of kernels since then are NaN. Base of the causes below.
 
     Attributes:
         ranks: who caused it, as far as is known.
