@@ -19,6 +19,7 @@ from .kernel import DTYPES
 
 if TYPE_CHECKING:
     from .engine import KernelEngine
+    from .plan import Plan
 
 READ_BYTES = 64 << 10
 VERIFY_BYTES = 64 << 10
@@ -58,7 +59,7 @@ def _kernels(engine: KernelEngine, dtype: torch.dtype, first: bool) -> None:
         for numel in (whole, whole - 1)
         for plan in engine._verification_plans(numel, dtype)
     ]
-    plan = replace(engine._verification_plans(whole, dtype)[-1], chunk=whole // LAUNCHES)
+    plan = several_launches(engine, whole, dtype)
     several = Prepared(engine, engine._step(plan, whole, dtype, config=0), replayed=True)
     if first:
         engine._replays.make(several.step.whole[0][0])
@@ -77,6 +78,11 @@ def _kernels(engine: KernelEngine, dtype: torch.dtype, first: bool) -> None:
         difference = reference.compare(out.cpu(), want.roll(turn)[:numel])
         if difference.wrong:
             raise SetupError(f"rank {rank}: {what} of {numel} {dtype} elements: {difference}")
+
+
+def several_launches(engine: KernelEngine, numel: int, dtype: torch.dtype) -> Plan:
+    """A plan of ``LAUNCHES`` launches, of the algorithm for the largest messages."""
+    return replace(engine._verification_plans(numel, dtype)[-1], chunk=numel // LAUNCHES)
 
 
 def _streams(engine: KernelEngine) -> None:

@@ -716,11 +716,12 @@ def test_too_few_elements_for_a_stream_are_refused():
 @pytest.mark.parametrize("max_ctas", [None, 2, 3, 16, 64])
 def test_verification_stays_inside_the_slots(world_size, staging_mb, max_ctas):
     """The calls that an engine makes while it is built take plans that no table picked."""
-    from allreduce_jit.engine import TORCH_DTYPES, VERIFY_BYTES
+    from allreduce_jit.engine import TORCH_DTYPES
+    from allreduce_jit.verify import VERIFY_BYTES
     from allreduce_jit.v2 import V2Engine
 
     engine = object.__new__(V2Engine)
-    engine.config = SimpleNamespace(world_size=world_size)
+    engine.config = SimpleNamespace(world_size=world_size, max_ctas=max_ctas)
     case = case_of(world_size, staging_mb=staging_mb, max_ctas=max_ctas)
     engine.layout = v2(planning, case)[0]
     for name, dtype in TORCH_DTYPES.items():
