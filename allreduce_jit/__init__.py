@@ -9,11 +9,12 @@ import importlib
 import logging
 from typing import TYPE_CHECKING
 
-__version__ = "0.1.0"
+from .version import __version__
+
 
 _HOMES = {
     "communicator": ("Communicator", "init"),
-    "dropin": (
+    "integrations.sglang": (
         "CustomAllReduceV2",
         "CustomAllreduce",
         "THRESHOLD_2_SHOT_MAP",
@@ -22,7 +23,7 @@ _HOMES = {
         "can_use_custom_all_reduce_with_nvlink",
         "dispatch_custom_allreduce",
     ),
-    "dispatch": ("apply_multi_node_policy", "decide"),
+    "policy.dispatch": ("apply_multi_node_policy", "decide"),
     "errors": (
         "AllReduceError",
         "CallMismatch",
@@ -39,8 +40,8 @@ _HOMES = {
         "SettingsError",
         "SetupError",
     ),
-    "probe": ("Capabilities",),
-    "verdict": ("Path", "Reason", "Verdict"),
+    "machine.probe": ("Capabilities",),
+    "policy.verdict": ("Path", "Reason", "Verdict"),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
@@ -50,8 +51,8 @@ logging.getLogger("allreduce_jit").addHandler(logging.NullHandler())
 
 if TYPE_CHECKING:
     from .communicator import Communicator, init
-    from .dispatch import apply_multi_node_policy, decide
-    from .dropin import (
+    from .policy.dispatch import apply_multi_node_policy, decide
+    from .integrations.sglang import (
         THRESHOLD_2_SHOT_MAP,
         CustomAllReduceV2,
         CustomAllreduce,
@@ -75,8 +76,8 @@ if TYPE_CHECKING:
         SettingsError,
         SetupError,
     )
-    from .probe import Capabilities
-    from .verdict import Path, Reason, Verdict
+    from .machine.probe import Capabilities
+    from .policy.verdict import Path, Reason, Verdict
 
 
 def __getattr__(name: str):

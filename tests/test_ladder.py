@@ -10,10 +10,11 @@ import pytest
 import torch
 from fake_engines import STAGES, fake_gpus, raised, suite
 
-from allreduce_jit import ladder, ranks
+from allreduce_jit.harness import ranks
+from allreduce_jit.setup import ladder
 from allreduce_jit.errors import InputError, PeerTimeout, SettingsError
-from allreduce_jit.ladder import climb
-from allreduce_jit.verdict import Path
+from allreduce_jit.setup.ladder import climb
+from allreduce_jit.policy.verdict import Path
 
 CPU = torch.device("cpu")
 CODES = dict.fromkeys(("construct", "compile", "load", "allocate"), "build-failed") | {"connect": "map-failed", "verify": "verify-failed"}

@@ -14,9 +14,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from allreduce_jit import ranks
+from allreduce_jit.harness import ranks
 from allreduce_jit.errors import AllReduceError, InputError, SetupError
-from allreduce_jit.place import NO_MULTICAST, Seat
+from allreduce_jit.harness.place import NO_MULTICAST, Seat
 
 HERE = Path(__file__).parent
 

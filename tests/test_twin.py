@@ -10,11 +10,11 @@ import pytest
 import torch
 
 import twin
-from allreduce_jit import reference, v2
-from allreduce_jit.engine import VERIFY_BYTES, VERIFY_LAUNCHES
-from allreduce_jit.failure import Kind, abort_code
-from allreduce_jit.kernel import DTYPES, ITEMSIZE, V2_ALGORITHMS
-from allreduce_jit.plan import HEADER_BYTES
+from allreduce_jit.engine import reference, v2
+from allreduce_jit.engine.verify import LAUNCHES, VERIFY_BYTES, several_launches
+from allreduce_jit.engine.failure import Kind, abort_code
+from allreduce_jit.policy.catalogue import DTYPES, ITEMSIZE, V2_ALGORITHMS
+from allreduce_jit.policy.plan import HEADER_BYTES
 from twin import Call, Failed, Program, World, cramped
 
 pytestmark = pytest.mark.skipif(twin.missing() is not None, reason=str(twin.missing()))
@@ -118,8 +118,8 @@ def test_what_construction_runs(objects, world_size, options):
     with World(twin.build(objects, world_size), world_size, **options) as world:
         for dtype in DTYPES if LONG else ["bfloat16"]:
             kind, numel = getattr(torch, dtype), VERIFY_BYTES // ITEMSIZE[dtype]
-            several = world.engines[0]._several_launches(numel, kind)
-            assert len(v2.launches(several, numel, dtype, world_size)) == VERIFY_LAUNCHES
+            several = several_launches(world.engines[0], numel, kind)
+            assert len(v2.launches(several, numel, dtype, world_size)) == LAUNCHES
             plans = [*world.engines[0]._verification_plans(numel, kind), several, several]
             world.plan = lambda call, plans=plans: plans[call.algorithm]
             world.run(Program(world_size, [Call(i, dtype, numel) for i in range(len(plans))], 4), 5, room=256, jitter=0.01, sleep=0)
