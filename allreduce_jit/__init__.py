@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 from .version import __version__
 
-
 _HOMES = {
     "communicator": ("Communicator", "init"),
     "integrations.sglang": (
@@ -51,15 +50,6 @@ logging.getLogger("allreduce_jit").addHandler(logging.NullHandler())
 
 if TYPE_CHECKING:
     from .communicator import Communicator, init
-    from .policy.dispatch import apply_multi_node_policy, decide
-    from .integrations.sglang import (
-        THRESHOLD_2_SHOT_MAP,
-        CustomAllReduceV2,
-        CustomAllreduce,
-        can_use_custom_all_reduce_v2,
-        can_use_custom_all_reduce_with_nvlink,
-        dispatch_custom_allreduce,
-    )
     from .errors import (
         AllReduceError,
         CallMismatch,
@@ -76,7 +66,16 @@ if TYPE_CHECKING:
         SettingsError,
         SetupError,
     )
+    from .integrations.sglang import (
+        THRESHOLD_2_SHOT_MAP,
+        CustomAllreduce,
+        CustomAllReduceV2,
+        can_use_custom_all_reduce_v2,
+        can_use_custom_all_reduce_with_nvlink,
+        dispatch_custom_allreduce,
+    )
     from .machine.probe import Capabilities
+    from .policy.dispatch import apply_multi_node_policy, decide
     from .policy.verdict import Path, Reason, Verdict
 
 

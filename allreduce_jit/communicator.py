@@ -14,17 +14,17 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
-from .setup import groups, nccl
-from .setup.exchange import require_cpu_group, require_group
 from .engine.bounded import within
-from .errors import ClosedError, InputError, NotDeterministicError
 from .engine.fallback import TorchEngine
+from .errors import ClosedError, InputError, NotDeterministicError
 from .inputs import as_device, check_output, likeness, maker, memory_problem, nothing, packed, plain, refuse
+from .machine.watcher import watch
 from .policy.catalogue import DTYPES, ITEMSIZE
-from .setup.ladder import climb
 from .policy.plan import Plan
 from .policy.verdict import Path, Reason
-from .machine.watcher import watch
+from .setup import groups, nccl
+from .setup.exchange import require_cpu_group, require_group
+from .setup.ladder import climb
 
 if TYPE_CHECKING:
     from .engine.base import KernelEngine, Prepared

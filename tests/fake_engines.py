@@ -11,9 +11,9 @@ import torch.distributed as dist
 from fakes import MACHINES, look
 
 from allreduce_jit.engine import reference
-from allreduce_jit.setup import ladder, nccl
 from allreduce_jit.policy.catalogue import ITEMSIZE
 from allreduce_jit.policy.plan import Plan
+from allreduce_jit.setup import ladder, nccl
 
 STAGES = ("construct", "compile", "load", "allocate", "connect", "verify")
 # First number of elements -> algorithm; odd on purpose.

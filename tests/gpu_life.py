@@ -15,8 +15,8 @@ import torch.distributed as dist
 from gpu_work import DTYPES, check, expect_path
 
 import allreduce_jit
-from allreduce_jit.engine import reference
 from allreduce_jit.communicator import Communicator
+from allreduce_jit.engine import reference
 from allreduce_jit.engine.base import DTYPE_NAMES
 from allreduce_jit.engine.memory import LocalState
 from allreduce_jit.policy.plan import v2_shape

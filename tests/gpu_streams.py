@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 from gpu_work import expect_path
 
-from allreduce_jit.engine import reference
 from allreduce_jit.communicator import Communicator
+from allreduce_jit.engine import reference
 from allreduce_jit.engine.streams import PER_THREAD
 
 ALL_CALLS = int(os.environ.get("STREAM_CALLS", "3000"))

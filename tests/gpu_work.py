@@ -14,17 +14,20 @@ import torch.distributed as dist
 
 import allreduce_jit
 from allreduce_jit.bench import bench as benchmark
-from allreduce_jit.bench import competitors as bench_peers, html as bench_page, timing
-from allreduce_jit.cli import soak, tune
-from allreduce_jit.engine import graph_cache as replay, reference, v2
-from allreduce_jit.policy import measured_tables as tuned
+from allreduce_jit.bench import competitors as bench_peers
+from allreduce_jit.bench import html as bench_page
 from allreduce_jit.bench import speed_of_light as light
+from allreduce_jit.bench import timing
+from allreduce_jit.cli import soak, tune
 from allreduce_jit.communicator import Communicator
-from allreduce_jit.engine.driver import Graph
+from allreduce_jit.engine import graph_cache as replay
+from allreduce_jit.engine import reference, v2
 from allreduce_jit.engine.base import DTYPE_NAMES, TORCH_DTYPES
+from allreduce_jit.engine.driver import Graph
+from allreduce_jit.engine.graph_cache import SHORTS
+from allreduce_jit.policy import measured_tables as tuned
 from allreduce_jit.policy.catalogue import V2_ALGORITHMS, v2_algorithms
 from allreduce_jit.policy.plan import v2_shape
-from allreduce_jit.engine.graph_cache import SHORTS
 from allreduce_jit.policy.tables import BLOCKS
 from allreduce_jit.policy.verdict import Path
 
@@ -341,7 +344,8 @@ def without_nvlink(place):
 def failures_step_down(place):
     """One rank that cannot build, map or verify takes all of them down one step, with the reason."""
     from allreduce_jit import errors
-    from allreduce_jit.engine import base as engine, v2
+    from allreduce_jit.engine import base as engine
+    from allreduce_jit.engine import v2
 
     for name, code in (("compile", "build-failed"), ("allocate", "build-failed"), ("connect", "map-failed"), ("verify", "verify-failed")):
         original = getattr(v2.V2Engine, name)

@@ -121,8 +121,8 @@ def _play(rank: int, pipe: Any, job: Job, device: Any) -> None:
     import torch
     import torch.distributed as dist
 
-    from allreduce_jit.setup import exchange as agree
     from allreduce_jit.errors import AllReduceError
+    from allreduce_jit.setup import exchange as agree
 
     module, name = job.make.split(":")
     make = getattr(importlib.import_module(module), name)

@@ -512,7 +512,7 @@ def fork(work) -> int:
 
 
 def main() -> None:
-    import torch  # noqa: F401: the interpreter imports it at the first launch, once here rather than in every rank
+    import torch  # noqa: F401 - the interpreter imports it at the first launch, once here rather than in every rank
     import triton.language as tl
     from triton.runtime import interpreter
 

@@ -21,10 +21,10 @@ import pytest
 
 from allreduce_jit.jit import cache as cache_module
 from allreduce_jit.jit import compiler, store
-from allreduce_jit.machine import files as cache_files
 from allreduce_jit.jit.cache import Artifact, KernelCache, decode, encode
-from allreduce_jit.policy.catalogue import cuda_module
 from allreduce_jit.jit.store import FileStore
+from allreduce_jit.machine import files as cache_files
+from allreduce_jit.policy.catalogue import cuda_module
 
 LONG = os.environ.get("LONG") == "1"
 ROOT = Path(__file__).parent.parent

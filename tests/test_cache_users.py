@@ -20,9 +20,9 @@ from test_cache import KEY, OTHER, SMALL, files
 from test_tune import FACTS, TABLES
 
 from allreduce_jit.cli import main as cli
-from allreduce_jit.policy import measured_tables as tuned
 from allreduce_jit.jit.cache import KernelCache
 from allreduce_jit.jit.store import FileStore
+from allreduce_jit.policy import measured_tables as tuned
 
 ROOT, ALICE, BOB = 0, 65534, 12345
 SECOND = "b" * 64

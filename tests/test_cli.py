@@ -13,11 +13,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from allreduce_jit.cli import main as cli
-from allreduce_jit.bench import bench, competitors as bench_peers, timing
+from allreduce_jit.bench import bench, timing
+from allreduce_jit.bench import competitors as bench_peers
 from allreduce_jit.cli import doctor, selftest, warmup
-from allreduce_jit.harness import ranks, report
+from allreduce_jit.cli import main as cli
 from allreduce_jit.errors import CompileError
+from allreduce_jit.harness import ranks, report
 from allreduce_jit.settings import V2_SWITCH
 
 ROOT = Path(__file__).parent.parent
@@ -329,10 +330,10 @@ class TestBench:
         assert not [n for n in calls if n % timing.ROTATE]
 
     def test_turns_share_all_bursts_out(self):
-        for iters, warmup in ((1, 0), (2, 1), (20, 5), (7, 3)):
-            turns = list(bench._Bench._turns(SimpleNamespace(options=replaced(iters=iters, warmup=warmup))))
+        for iters, least in ((1, 0), (2, 1), (20, 5), (7, 3)):
+            turns = list(bench._Bench._turns(SimpleNamespace(options=replaced(iters=iters, warmup=least))))
             assert sum(timed for timed, _ in turns) == iters and all(timed > 0 for timed, _ in turns)
-            assert sum(warm for _, warm in turns) >= warmup
+            assert sum(warm for _, warm in turns) >= least
 
     def test_a_peer_may_refuse_one_size(self, documents):
         cells = [row["peers"]["good"] for row in documents["bench"]["rows"]]

@@ -24,10 +24,12 @@ from pathlib import Path
 
 import pytest
 
+from allreduce_jit.errors import CompileError
 from allreduce_jit.jit import compiler, triton_process
 from allreduce_jit.jit.cache import KernelCache
 from allreduce_jit.jit.compiler import build
-from allreduce_jit.errors import CompileError
+from allreduce_jit.machine.probe import probe
+from allreduce_jit.machine.sources import SoftwareSource
 from allreduce_jit.policy.catalogue import (
     DTYPES,
     ITEMSIZE,
@@ -38,8 +40,6 @@ from allreduce_jit.policy.catalogue import (
     entry,
     triton_module,
 )
-from allreduce_jit.machine.probe import probe
-from allreduce_jit.machine.sources import SoftwareSource
 
 ARCHS = ("sm_80", "sm_90", "sm_100")
 ALL = [(n, arch) for arch in ARCHS for n in WORLD_SIZES]

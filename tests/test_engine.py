@@ -14,10 +14,10 @@ from test_compile import needs_nvrtc, needs_triton
 
 from allreduce_jit.engine import base as engines
 from allreduce_jit.engine import streams
-from allreduce_jit.jit.cache import KernelCache
 from allreduce_jit.engine.base import MAX_SHAPES, EngineConfig, KernelEngine, Step
-from allreduce_jit.errors import AllReduceError, CallMismatch, InputError, PeerLost, PeerTimeout, Poisoned
 from allreduce_jit.engine.failure import SIGNATURES, SIGNATURES_AT, Kind, abort_code, tag
+from allreduce_jit.errors import AllReduceError, CallMismatch, InputError, PeerLost, PeerTimeout, Poisoned
+from allreduce_jit.jit.cache import KernelCache
 from allreduce_jit.policy.catalogue import DTYPES, LEGACY_ALGORITHMS, catalogue, entry, v2_algorithms
 from allreduce_jit.policy.plan import HEADER_BYTES, Layout, Plan
 from allreduce_jit.settings import Settings
@@ -536,9 +536,9 @@ def test_the_side_channel_may_be_used_while_a_graph_is_captured(monkeypatch):
 @pytest.mark.parametrize("channel_bytes", [4, 8])
 def test_local_state_has_its_channels_behind_the_control_block(monkeypatch, channel_bytes):
     pytest.importorskip("cuda.bindings.driver")
-    from allreduce_jit.engine import memory
-
     from cuda.bindings import driver
+
+    from allreduce_jit.engine import memory
 
     report, start, stored = ctypes.create_string_buffer(memory.REPORT_BYTES), 1 << 40, []
 

@@ -7,7 +7,6 @@ import struct
 
 import pytest
 
-from allreduce_jit.errors import CallMismatch, CommunicatorFailed, ConcurrentUse, PeerLost, PeerTimeout, Poisoned
 from allreduce_jit.engine.failure import (
     LEGACY_NUMBERS,
     SIGNATURES,
@@ -18,6 +17,7 @@ from allreduce_jit.engine.failure import (
     heard,
     tag,
 )
+from allreduce_jit.errors import CallMismatch, CommunicatorFailed, ConcurrentUse, PeerLost, PeerTimeout, Poisoned
 from allreduce_jit.policy.catalogue import DTYPES, V2_ALGORITHMS
 
 ALGORITHMS = [*V2_ALGORITHMS, *LEGACY_NUMBERS]

@@ -6,7 +6,6 @@ import os
 import signal
 import threading
 import time
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,13 +13,12 @@ import torch.distributed as dist
 from fake_engines import FakeNccl, fake_gpus, raised, suite
 
 import allreduce_jit
-from allreduce_jit.harness import ranks
-
 from allreduce_jit.engine.bounded import within
-from allreduce_jit.errors import CommunicatorFailed, InputError, PeerLost, PeerTimeout, Poisoned
 from allreduce_jit.engine.fallback import TorchEngine
-from allreduce_jit.setup import nccl
+from allreduce_jit.errors import CommunicatorFailed, InputError, PeerLost, PeerTimeout, Poisoned
+from allreduce_jit.harness import ranks
 from allreduce_jit.policy.verdict import Path
+from allreduce_jit.setup import nccl
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda:0")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pkgutil
 import re
 import subprocess
 import sys
@@ -13,12 +14,13 @@ from types import SimpleNamespace
 import pytest
 from fakes import MACHINES, FakeDriver, Tripwire, look, look_all, record, sources
 
+import allreduce_jit
+from allreduce_jit.errors import InputError
 from allreduce_jit.machine import probe as probe_module
 from allreduce_jit.machine import sources as probe_sources
+from allreduce_jit.machine.probe import Capabilities, both, probe
 from allreduce_jit.policy.dispatch import Path as Rung
 from allreduce_jit.policy.dispatch import decide
-from allreduce_jit.errors import InputError
-from allreduce_jit.machine.probe import Capabilities, both, probe
 from allreduce_jit.settings import Settings
 
 HEIGHT = {Rung.TORCH: 0, Rung.LEGACY: 1, Rung.V2: 2}

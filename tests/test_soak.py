@@ -12,8 +12,8 @@ from test_cli import Fake
 
 from allreduce_jit.cli import main as cli
 from allreduce_jit.cli import soak
-from allreduce_jit.errors import InputError, PeerTimeout
 from allreduce_jit.engine.graph_cache import SHORTS
+from allreduce_jit.errors import InputError, PeerTimeout
 
 
 class Flawed(Fake):

@@ -6,8 +6,8 @@ import pytest
 from fake_driver import FakeDriver, capture_info
 
 from allreduce_jit.engine import streams
-from allreduce_jit.errors import AllReduceError
 from allreduce_jit.engine.streams import MAX_CAPTURES, PER_THREAD, StreamOrder
+from allreduce_jit.errors import AllReduceError
 
 
 class Gpu:

@@ -19,16 +19,16 @@ from hypothesis import strategies as st
 
 from allreduce_jit.cli import main as cli
 from allreduce_jit.cli import tune
-from allreduce_jit.harness import ranks
-from allreduce_jit.policy import measured_tables as tuned
 from allreduce_jit.communicator import Communicator
 from allreduce_jit.engine.base import EngineConfig
 from allreduce_jit.errors import InputError
+from allreduce_jit.harness import ranks
+from allreduce_jit.policy import measured_tables as tuned
 from allreduce_jit.policy.catalogue import ITEMSIZE, WORLD_SIZES, v2_algorithms
-from allreduce_jit.setup.ladder import climb
 from allreduce_jit.policy.plan import v2_layout, v2_plan
-from allreduce_jit.settings import Settings
 from allreduce_jit.policy.tables import BLOCKS, KIB, MIB, NEVER, STREAM_FROM, V2_TABLES, Band, bands_from_json, bands_to_json
+from allreduce_jit.settings import Settings
+from allreduce_jit.setup.ladder import climb
 
 CPU = torch.device("cpu")
 CACHE = "ALLREDUCE_JIT_CACHE_DIR"

@@ -8,8 +8,8 @@ import torch
 
 from allreduce_jit.engine import reference
 from allreduce_jit.engine.failure import Kind, tag
-from allreduce_jit.policy.catalogue import V2_ALGORITHMS
 from allreduce_jit.engine.memory import LocalState
+from allreduce_jit.policy.catalogue import V2_ALGORITHMS
 from allreduce_jit.policy.plan import WARP, v2_shape
 
 pytestmark = pytest.mark.gpus(1)

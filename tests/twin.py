@@ -27,8 +27,8 @@ import torch
 
 from allreduce_jit.engine import reference, v2
 from allreduce_jit.engine.base import MAX_SHAPES
-from allreduce_jit.policy.catalogue import ITEMSIZE, V2_ALGORITHMS, cuda_module, v2_algorithms
 from allreduce_jit.engine.memory import REPORT_BYTES, LocalState
+from allreduce_jit.policy.catalogue import ITEMSIZE, V2_ALGORITHMS, cuda_module, v2_algorithms
 from allreduce_jit.policy.plan import HEADER_BYTES, MAX_BLOCK, PACKET, WARP, Layout, Plan, v2_shape
 from allreduce_jit.policy.tables import NEVER, Band
 

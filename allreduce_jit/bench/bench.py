@@ -13,12 +13,14 @@ from typing import Any
 
 import torch
 
-from . import html as bench_page, speed_of_light as floor, timing
-from ..harness import ranks, report
 from ..engine import reference
-from .competitors import Peer, Unavailable, agreed, open_peers
 from ..errors import InputError
+from ..harness import ranks, report
 from ..harness.place import Place
+from . import html as bench_page
+from . import speed_of_light as floor
+from . import timing
+from .competitors import Peer, Unavailable, agreed, open_peers
 
 DTYPES = {"float": torch.float32, "half": torch.float16, "bfloat16": torch.bfloat16}
 _EVER_NEW = "ever_new", "ever_new_with_out"  # fields of a row

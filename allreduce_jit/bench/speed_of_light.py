@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 
+from ..errors import PeerTimeout, SetupError
+from ..harness.place import Place
+from ..policy.catalogue import KernelSpec
 from . import timing
 from .competitors import agreed
-from ..errors import PeerTimeout, SetupError
-from ..policy.catalogue import KernelSpec
-from ..harness.place import Place
 
 EGRESS_BYTES = 256 << 20  # that each rank stores in one kernel: its start and end are half a percent of it
 FLAGS = 200  # exchanges in one timed burst
@@ -125,10 +125,10 @@ class _Probe:
 
     def allocate(self) -> str:
         """Build, load and allocate; returns the handle for the peers."""
-        from ..jit.cache import KernelCache
-        from ..jit.compiler import build
         from ..engine.driver import load_module
         from ..engine.memory import StagingMemory
+        from ..jit.cache import KernelCache
+        from ..jit.compiler import build
         from ..settings import Settings
 
         torch.cuda.synchronize(self.place.device)  # the driver's calls need a context, and do not make one

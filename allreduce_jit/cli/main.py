@@ -10,7 +10,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 from ..errors import AllReduceError, InputError, SettingsError
 from ..harness.report import parse_size, prepare_streams
@@ -27,7 +27,7 @@ _DTYPES = {name: name for name in ("float", "half", "bfloat16")} | {
     "bf16": "bfloat16",
 }
 _Init = Callable[..., Any]
-_Command = Callable[[argparse.Namespace, Optional[_Init]], int]
+_Command = Callable[[argparse.Namespace, _Init | None], int]
 
 
 def main(argv: list[str] | None = None, *, init: _Init | None = None) -> int:
@@ -165,43 +165,43 @@ def _gpu_arguments(parser: argparse.ArgumentParser, where: Any, text: str) -> No
 
 
 def _selftest(args: argparse.Namespace, init: _Init | None) -> int:
-    from .cli import selftest
+    from . import selftest
 
     return selftest.run(args, init)
 
 
 def _soak(args: argparse.Namespace, init: _Init | None) -> int:
-    from .cli import soak
+    from . import soak
 
     return soak.run(args, init)
 
 
 def _doctor(args: argparse.Namespace, init: _Init | None) -> int:
-    from .cli import doctor
+    from . import doctor
 
     return doctor.run(args)
 
 
 def _bench(args: argparse.Namespace, init: _Init | None) -> int:
-    from .bench import bench
+    from ..bench import bench
 
     return bench.run(args, init)
 
 
 def _tune(args: argparse.Namespace, init: _Init | None) -> int:
-    from .cli import tune
+    from . import tune
 
     return tune.run(args)
 
 
 def _warmup(args: argparse.Namespace, init: _Init | None) -> int:
-    from .cli import warmup
+    from . import warmup
 
     return warmup.run(args)
 
 
 def _cache(args: argparse.Namespace, init: _Init | None) -> int:
-    from .cli import warmup
+    from . import warmup
 
     return warmup.run_cache(args)
 

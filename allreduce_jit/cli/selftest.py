@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from ..harness import ranks, report
 from ..bench import timing
 from ..engine import reference
+from ..harness import ranks, report
 from ..harness.place import Place
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

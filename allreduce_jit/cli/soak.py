@@ -25,10 +25,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..harness import report
 from ..bench import timing
 from ..engine import reference
 from ..errors import AllReduceError, InputError
+from ..harness import report
 from ..harness.place import Place
 
 MODULUS = 17

@@ -12,17 +12,17 @@ from typing import Any
 
 import torch
 
-from ..harness import ranks, report
 from ..bench import timing
 from ..engine import reference
-from ..policy import measured_tables as tuned
 from ..errors import InputError
-from ..policy.catalogue import ITEMSIZE, V2_ALGORITHMS, WORLD_SIZES, v2_algorithms
-from ..setup.ladder import climb
+from ..harness import ranks, report
 from ..harness.place import Place, Seat
+from ..policy import measured_tables as tuned
+from ..policy.catalogue import ITEMSIZE, V2_ALGORITHMS, WORLD_SIZES, v2_algorithms
 from ..policy.plan import MAX_BLOCK, v2_layout, v2_shape
 from ..policy.tables import BLOCKS, NEVER, STREAM_FROM, V2_TABLES, Band, Bands
 from ..policy.verdict import Path
+from ..setup.ladder import climb
 
 SIZES = tuple(1 << shift for shift in range(10, 27))  # 1 KB to 64 MB
 MARGIN = 0.02  # what is that close to the fastest is as good: no reason for another band

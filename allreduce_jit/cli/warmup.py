@@ -10,9 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from ..errors import InputError
 from ..harness import report
 from ..policy import measured_tables as tuned
-from ..errors import InputError
 from ..settings import Settings
 
 PATHS = ("v2", "legacy")

@@ -14,19 +14,19 @@ from dataclasses import dataclass, field
 
 import torch
 
+from ..errors import CommunicatorFailed, Poisoned, SetupError
+from ..inputs import raise_no_memory
 from ..jit.cache import Artifact, KernelCache, decode, encode
 from ..jit.compiler import build_all
-from .driver import Launch, failure, load_module
-from ..errors import CommunicatorFailed, Poisoned, SetupError
-from .failure import SIGNATURES, SIGNATURES_AT, Kind, abort_code, explain, heard, last_signed
-from ..inputs import raise_no_memory
 from ..policy.catalogue import DTYPES, KernelSpec, catalogue
-from .memory import LocalState, SideChannel, StagingMemory
 from ..policy.plan import PACKET, Layout, Plan
-from .graph_cache import Replays, replayed
-from ..settings import Settings
-from .streams import PER_THREAD, StreamOrder
 from ..policy.tables import Bands
+from ..settings import Settings
+from .driver import Launch, failure, load_module
+from .failure import SIGNATURES, SIGNATURES_AT, Kind, abort_code, explain, heard, last_signed
+from .graph_cache import Replays, replayed
+from .memory import LocalState, SideChannel, StagingMemory
+from .streams import PER_THREAD, StreamOrder
 from .verify import READ_BYTES, verify
 
 TORCH_DTYPES = {name: getattr(torch, name) for name in DTYPES}

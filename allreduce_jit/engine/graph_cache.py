@@ -13,8 +13,8 @@ import logging
 from dataclasses import dataclass, field
 from typing import Any
 
-from .driver import Graph, Launch
 from ..errors import AllReduceError
+from .driver import Graph, Launch
 
 log = logging.getLogger("allreduce_jit")
 

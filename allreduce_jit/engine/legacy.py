@@ -7,12 +7,12 @@ from collections.abc import Sequence
 
 import torch
 
-from .driver import Launch
-from .base import DTYPE_NAMES, EngineConfig, KernelEngine, Step
-from .failure import tag
 from ..policy.catalogue import ITEMSIZE
 from ..policy.plan import PACKET, Plan, ceil_div, legacy_layout, legacy_part, legacy_plan, legacy_shape
 from ..triton_kernels.legacy import BLOCK_BYTES, NUM_WARPS, signature
+from .base import DTYPE_NAMES, EngineConfig, KernelEngine, Step
+from .driver import Launch
+from .failure import tag
 
 THREADS = 32 * NUM_WARPS
 

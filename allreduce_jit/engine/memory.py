@@ -12,8 +12,8 @@ from collections.abc import Sequence
 
 from cuda.bindings import driver
 
-from .driver import beside_captures, call
 from ..policy.plan import HEADER_BYTES
+from .driver import beside_captures, call
 
 GRANULARITY = 2 << 20  # allocations of whole 2 MiB pages share no page with anything else
 REPORT_BYTES = 64

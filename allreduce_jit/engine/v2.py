@@ -8,11 +8,11 @@ from typing import NamedTuple
 
 import torch
 
-from .driver import Launch
-from .base import DTYPE_NAMES, EngineConfig, KernelEngine, Step
-from .failure import tag
 from ..policy.catalogue import ITEMSIZE, V2_ALGORITHMS, KernelSpec, catalogue, entry
 from ..policy.plan import MAX_BLOCK, PACKET, RESIDENT_PACKETS, Plan, ceil_div, v2_bands, v2_layout, v2_plan, v2_shape
+from .base import DTYPE_NAMES, EngineConfig, KernelEngine, Step
+from .driver import Launch
+from .failure import tag
 
 
 class Args(ctypes.Structure):

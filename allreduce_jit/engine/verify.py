@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from . import reference
 from ..errors import SetupError
 from ..policy.catalogue import DTYPES
+from . import reference
 
 if TYPE_CHECKING:
     from ..policy.plan import Plan

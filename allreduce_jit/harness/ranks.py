@@ -197,7 +197,7 @@ def _child(pipe: connection.Connection, job: _Job, rank: int, work: Callable[...
         store = dist.TCPStore("127.0.0.1", job.port, is_master=False)
         with joined(device, job.deadline, store=store, rank=rank, world_size=world_size) as place:
             pipe.send((True, work(place, *args)))
-    except BaseException as error:
+    except BaseException as error:  # noqa: BLE001 - the parent must hear of it
         pipe.send((False, _told(error)))
         # No destructors: with a peer gone, tearing a process group down can wait for ever.
         os._exit(1)

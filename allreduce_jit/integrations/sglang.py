@@ -13,12 +13,12 @@ from collections.abc import Collection, Iterator
 import torch
 import torch.distributed as dist
 
-from ..setup.exchange import require_cpu_group
 from ..communicator import Communicator
 from ..inputs import as_device
-from ..setup.ladder import survey, v2_is_on
 from ..policy.tables import V2_TABLES, two_shot_above
 from ..policy.verdict import Path
+from ..setup.exchange import require_cpu_group
+from ..setup.ladder import survey, v2_is_on
 
 log = logging.getLogger("allreduce_jit")
 

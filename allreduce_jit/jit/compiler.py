@@ -12,12 +12,12 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache as memoise
 
-from ..machine import toolchain
-from . import triton_process
-from ..version import __version__
-from .cache import Artifact, KernelCache
 from ..errors import CompileError
+from ..machine import toolchain
 from ..policy.catalogue import KernelSpec
+from ..version import __version__
+from . import triton_process
+from .cache import Artifact, KernelCache
 
 log = logging.getLogger("allreduce_jit")
 

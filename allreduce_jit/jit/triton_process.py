@@ -19,9 +19,9 @@ from multiprocessing.spawn import get_executable
 from pathlib import Path
 from typing import Any
 
-from .cache import Artifact
 from ..errors import CompileError
 from ..policy.catalogue import ITEMSIZE, KernelSpec
+from .cache import Artifact
 
 _START = (
     "import json, sys; job = json.load(sys.stdin); sys.path[:] = job['path']; "

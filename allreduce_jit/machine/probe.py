@@ -163,7 +163,7 @@ class _Probe:
             return None
         try:
             return getattr(getattr(self.sources, source), method)(*args)
-        except Exception as e:  # whatever a driver or a binding of any version throws is one more fact
+        except Exception as e:  # noqa: BLE001 - whatever a driver or a binding of any version throws is one more fact
             call = f"{source}.{method}({', '.join(map(str, args))})"
             self.problems[f"{call}: {type(e).__name__}: {e}"] = None
             return None

@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..version import __version__
 from ..machine import files
-from .catalogue import DTYPES
 from ..machine.probe import Capabilities
+from ..version import __version__
+from .catalogue import DTYPES
 from .tables import Bands, bands_from_json, bands_to_json
 
 log = logging.getLogger("allreduce_jit")

@@ -6,9 +6,9 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from .exchange import TIMEOUT_S, missing
 from ..errors import SettingsError
 from ..settings import Settings
+from .exchange import TIMEOUT_S, missing
 
 
 def has_backend(group: dist.ProcessGroup, what: str) -> bool:

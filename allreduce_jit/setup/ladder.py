@@ -14,17 +14,17 @@ from dataclasses import asdict, dataclass, field, replace
 import torch
 import torch.distributed as dist
 
-from ..version import __version__
-from ..policy import measured_tables as tuned
-from .exchange import all_gather_json
-from ..policy.dispatch import decide
 from ..errors import CommunicatorFailed, InputError, SettingsError
-from ..policy.catalogue import WORLD_SIZES
 from ..machine.probe import Capabilities, probe
-from ..settings import Settings
+from ..machine.watcher import Process
+from ..policy import measured_tables as tuned
+from ..policy.catalogue import WORLD_SIZES
+from ..policy.dispatch import decide
 from ..policy.tables import Bands
 from ..policy.verdict import Path, Reason, Verdict
-from ..machine.watcher import Process
+from ..settings import Settings
+from ..version import __version__
+from .exchange import all_gather_json
 
 log = logging.getLogger("allreduce_jit")
 
