@@ -34,7 +34,7 @@ from ..harness.place import Place
 MODULUS = 17
 LARGEST_SUM = 256  # integers up to it are exact in bf16
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-FEW = 40  # eager calls in turn: those that come again are launched in another way if there are not too many (replay.py)
+FEW = 40  # eager calls in turn: those that come again are launched in another way if there are not too many (engine.graph_cache)
 MANY, REPLAYS = 1000, 50
 _SLEEP_CYCLES = 30_000_000  # for the host to enqueue all timed calls meanwhile; else its pauses would count as latency
 _SHOWN = 20

@@ -194,7 +194,7 @@ class KernelEngine:
                 raise SetupError(f"rank {self.config.rank} reads wrong bytes from the memory of rank {rank}")
 
     def verify(self) -> None:
-        """Prove with real traffic what calls will rely on, before the first one; see ``verify.py``."""
+        """Prove with real traffic what calls will rely on, before the first one; see ``engine.verify``."""
         self.state.set_deadlines(VERIFY_SECONDS, VERIFY_SECONDS)
         verify(self)
         settings = self.config.settings
