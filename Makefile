@@ -1,5 +1,6 @@
 # make run: the main job (selftest) on whatever this machine has.  make test: all tests it can run.
 # make proofs: in full what make test cuts short of the proofs about the kernels (docs/verification.md).
+# make lint: ruff, as pyproject.toml configures it.
 PYTHON ?= python3
 VENV := .venv
 
@@ -8,7 +9,7 @@ pytest = parallel=; if [ ! -e /dev/nvidia0 ] && $(VENV)/bin/python -c "import xd
 		parallel="-n 2 --dist $(1)"; fi; \
 	$(VENV)/bin/python -m pytest $$parallel
 
-.PHONY: run test proofs clean
+.PHONY: run test proofs lint clean
 
 run: $(VENV)/ready
 	$(VENV)/bin/python -m allreduce_jit selftest
@@ -19,6 +20,9 @@ test: $(VENV)/ready
 proofs: $(VENV)/ready
 	@export LONG=1 TWIN_COLLECTIVES=50000; $(call pytest,worksteal) -m long \
 		tests/test_spin.py tests/test_twin.py tests/test_compile.py tests/test_legacy_protocol.py
+
+lint: $(VENV)/ready
+	$(VENV)/bin/python -m ruff check .
 
 $(VENV)/ready: pyproject.toml setup.sh
 	PYTHON="$(PYTHON)" ./setup.sh $(VENV)

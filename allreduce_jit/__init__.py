@@ -9,11 +9,11 @@ import importlib
 import logging
 from typing import TYPE_CHECKING
 
-__version__ = "0.1.0"
+from .version import __version__
 
 _HOMES = {
     "communicator": ("Communicator", "init"),
-    "dropin": (
+    "integrations.sglang": (
         "CustomAllReduceV2",
         "CustomAllreduce",
         "THRESHOLD_2_SHOT_MAP",
@@ -22,7 +22,7 @@ _HOMES = {
         "can_use_custom_all_reduce_with_nvlink",
         "dispatch_custom_allreduce",
     ),
-    "dispatch": ("apply_multi_node_policy", "decide"),
+    "policy.dispatch": ("apply_multi_node_policy", "decide"),
     "errors": (
         "AllReduceError",
         "CallMismatch",
@@ -39,8 +39,8 @@ _HOMES = {
         "SettingsError",
         "SetupError",
     ),
-    "probe": ("Capabilities",),
-    "verdict": ("Path", "Reason", "Verdict"),
+    "machine.probe": ("Capabilities",),
+    "policy.verdict": ("Path", "Reason", "Verdict"),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
@@ -50,15 +50,6 @@ logging.getLogger("allreduce_jit").addHandler(logging.NullHandler())
 
 if TYPE_CHECKING:
     from .communicator import Communicator, init
-    from .dispatch import apply_multi_node_policy, decide
-    from .dropin import (
-        THRESHOLD_2_SHOT_MAP,
-        CustomAllReduceV2,
-        CustomAllreduce,
-        can_use_custom_all_reduce_v2,
-        can_use_custom_all_reduce_with_nvlink,
-        dispatch_custom_allreduce,
-    )
     from .errors import (
         AllReduceError,
         CallMismatch,
@@ -75,8 +66,17 @@ if TYPE_CHECKING:
         SettingsError,
         SetupError,
     )
-    from .probe import Capabilities
-    from .verdict import Path, Reason, Verdict
+    from .integrations.sglang import (
+        THRESHOLD_2_SHOT_MAP,
+        CustomAllreduce,
+        CustomAllReduceV2,
+        can_use_custom_all_reduce_v2,
+        can_use_custom_all_reduce_with_nvlink,
+        dispatch_custom_allreduce,
+    )
+    from .machine.probe import Capabilities
+    from .policy.dispatch import apply_multi_node_policy, decide
+    from .policy.verdict import Path, Reason, Verdict
 
 
 def __getattr__(name: str):

@@ -14,20 +14,20 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
-from . import groups, nccl
-from .agree import require_cpu_group, require_group
-from .bounded import within
+from .engine.bounded import within
+from .engine.fallback import TorchEngine
 from .errors import ClosedError, InputError, NotDeterministicError
-from .fallback import TorchEngine
 from .inputs import as_device, check_output, likeness, maker, memory_problem, nothing, packed, plain, refuse
-from .kernel import DTYPES, ITEMSIZE
-from .ladder import climb
-from .plan import Plan
-from .verdict import Path, Reason
-from .watcher import watch
+from .machine.watcher import watch
+from .policy.catalogue import DTYPES, ITEMSIZE
+from .policy.plan import Plan
+from .policy.verdict import Path, Reason
+from .setup import groups, nccl
+from .setup.exchange import require_cpu_group, require_group
+from .setup.ladder import climb
 
 if TYPE_CHECKING:
-    from .engine import KernelEngine, Prepared
+    from .engine.base import KernelEngine, Prepared
 
 log = logging.getLogger("allreduce_jit")
 

@@ -1,7 +1,7 @@
 """What can go wrong, as few exceptions as callers can tell apart.
 
 Each message says what happened, on which rank or device, and what to do.
-A machine that cannot run a path is no error: that is a ``Reason`` (see ``dispatch``).
+A machine that cannot run a path is no error: that is a ``Reason`` (see ``policy.verdict``).
 """
 
 

@@ -23,7 +23,7 @@ def _tensor_guards() -> type | None:
         unlike = (x.double(), x[:1], x.view(3, 2), x.view(6), torch.empty(3, 2).t(), x.to("meta"), torch._neg_view(x),
                   torch.empty(2, 3, requires_grad=True))  # fmt: skip
         return guards if check(x) and check(torch.empty(2, 3)) and not any(map(check, unlike)) else None
-    except Exception:
+    except Exception:  # noqa: BLE001 - no public names: whatever has become of them
         return None
 
 
@@ -134,7 +134,7 @@ def _quick_empty(kind: str) -> Callable[..., torch.Tensor] | None:
         quick = getattr(torch._C._dynamo.guards, f"_empty_strided_{kind}")
         alike, made = likeness(torch.empty(2, 3, dtype=torch.bfloat16, device=kind)), quick((2, 3), (3, 1), torch.bfloat16)
         return quick if plain(made) and alike(made) else None
-    except Exception:
+    except Exception:  # noqa: BLE001 - no public names: whatever has become of them
         return None
 
 

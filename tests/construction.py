@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 
-from allreduce_jit import ranks
+from allreduce_jit.harness import ranks
 
 
 def build(place):

@@ -48,7 +48,7 @@ def made(kind: Any) -> Any:
 
 
 class FakeDriver:
-    """``call`` takes the place of ``allreduce_jit.driver.call`` in the modules it is put into.
+    """``call`` takes the place of ``allreduce_jit.engine.driver.call`` in the modules it is put into.
 
     Attributes:
         log: (name, *arguments) of every call, handles as ints.

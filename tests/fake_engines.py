@@ -10,9 +10,10 @@ import torch
 import torch.distributed as dist
 from fakes import MACHINES, look
 
-from allreduce_jit import ladder, nccl, reference
-from allreduce_jit.kernel import ITEMSIZE
-from allreduce_jit.plan import Plan
+from allreduce_jit.engine import reference
+from allreduce_jit.policy.catalogue import ITEMSIZE
+from allreduce_jit.policy.plan import Plan
+from allreduce_jit.setup import ladder, nccl
 
 STAGES = ("construct", "compile", "load", "allocate", "connect", "verify")
 # First number of elements -> algorithm; odd on purpose.

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from allreduce_jit.probe import Capabilities, probe
-from allreduce_jit.probe_sources import Sources
+from allreduce_jit.machine.probe import Capabilities, probe
+from allreduce_jit.machine.sources import Sources
 
 MACHINES = {f.stem: json.loads(f.read_text()) for f in sorted((Path(__file__).parent / "machines").glob("*.json"))}
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from multiprocessing import connection
 from typing import Any
 
-PRELOAD = ["torch", "torch.distributed", "torch.distributed.distributed_c10d", "allreduce_jit", "allreduce_jit.ladder"]
+PRELOAD = ["torch", "torch.distributed", "torch.distributed.distributed_c10d", "allreduce_jit", "allreduce_jit.setup.ladder"]
 
 
 @dataclass

@@ -15,12 +15,12 @@ import torch.distributed as dist
 from gpu_work import DTYPES, check, expect_path
 
 import allreduce_jit
-from allreduce_jit import reference
 from allreduce_jit.communicator import Communicator
-from allreduce_jit.engine import DTYPE_NAMES
-from allreduce_jit.memory import LocalState
-from allreduce_jit.plan import v2_shape
-from allreduce_jit.verdict import Path
+from allreduce_jit.engine import reference
+from allreduce_jit.engine.base import DTYPE_NAMES
+from allreduce_jit.engine.memory import LocalState
+from allreduce_jit.policy.plan import v2_shape
+from allreduce_jit.policy.verdict import Path
 
 DEADLINE_S = 1.5
 PATHS = (Path.V2, Path.LEGACY)
@@ -303,7 +303,7 @@ class VirtualMemory:
     def __init__(self, device):
         from cuda.bindings import driver
 
-        from allreduce_jit.driver import call
+        from allreduce_jit.engine.driver import call
 
         self.driver, self.call = driver, call
         self.prop = driver.CUmemAllocationProp()

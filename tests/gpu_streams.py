@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 from gpu_work import expect_path
 
-from allreduce_jit import reference
 from allreduce_jit.communicator import Communicator
-from allreduce_jit.streams import PER_THREAD
+from allreduce_jit.engine import reference
+from allreduce_jit.engine.streams import PER_THREAD
 
 ALL_CALLS = int(os.environ.get("STREAM_CALLS", "3000"))
 SIZES = (1024, 300_001)  # a small one and one that takes long: if nothing orders them, they meet

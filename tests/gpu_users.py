@@ -14,9 +14,10 @@ from gpu_life import DEADLINE_S, PATHS, VirtualMemory, build, deadlines
 from gpu_work import check, expect_path
 
 import allreduce_jit
-from allreduce_jit import engine, reference
 from allreduce_jit.communicator import Communicator
-from allreduce_jit.verdict import Path
+from allreduce_jit.engine import base as engine
+from allreduce_jit.engine import reference
+from allreduce_jit.policy.verdict import Path
 
 
 def without_memory(place):

@@ -13,17 +13,23 @@ import torch
 import torch.distributed as dist
 
 import allreduce_jit
-from allreduce_jit import bench as benchmark
-from allreduce_jit import bench_page, bench_peers, reference, replay, soak, timing, tune, tuned, v2
-from allreduce_jit import floor as light
+from allreduce_jit.bench import bench as benchmark
+from allreduce_jit.bench import competitors as bench_peers
+from allreduce_jit.bench import html as bench_page
+from allreduce_jit.bench import speed_of_light as light
+from allreduce_jit.bench import timing
+from allreduce_jit.cli import soak, tune
 from allreduce_jit.communicator import Communicator
-from allreduce_jit.driver import Graph
-from allreduce_jit.engine import DTYPE_NAMES, TORCH_DTYPES
-from allreduce_jit.kernel import V2_ALGORITHMS, v2_algorithms
-from allreduce_jit.plan import v2_shape
-from allreduce_jit.replay import SHORTS
-from allreduce_jit.tuning import BLOCKS
-from allreduce_jit.verdict import Path
+from allreduce_jit.engine import graph_cache as replay
+from allreduce_jit.engine import reference, v2
+from allreduce_jit.engine.base import DTYPE_NAMES, TORCH_DTYPES
+from allreduce_jit.engine.driver import Graph
+from allreduce_jit.engine.graph_cache import SHORTS
+from allreduce_jit.policy import measured_tables as tuned
+from allreduce_jit.policy.catalogue import V2_ALGORITHMS, v2_algorithms
+from allreduce_jit.policy.plan import v2_shape
+from allreduce_jit.policy.tables import BLOCKS
+from allreduce_jit.policy.verdict import Path
 
 DTYPES = list(TORCH_DTYPES.values())
 SIZES = [0, 1, 2, 3, 7, 8, 9, 63, 64, 65, 511, 512, 4095, 4097, 32_768, 99_991, 262_144, 1_000_003, (1 << 22) + 1, 1 << 24]
@@ -316,7 +322,7 @@ def dropin(place, name, disabled):
 
 def without_nvlink(place):
     """Forced capability: NVLink denied, so legacy takes over, captured and replayed."""
-    from allreduce_jit import ladder
+    from allreduce_jit.setup import ladder
 
     real = ladder.probe
 
@@ -337,7 +343,9 @@ def without_nvlink(place):
 
 def failures_step_down(place):
     """One rank that cannot build, map or verify takes all of them down one step, with the reason."""
-    from allreduce_jit import engine, errors, v2
+    from allreduce_jit import errors
+    from allreduce_jit.engine import base as engine
+    from allreduce_jit.engine import v2
 
     for name, code in (("compile", "build-failed"), ("allocate", "build-failed"), ("connect", "map-failed"), ("verify", "verify-failed")):
         original = getattr(v2.V2Engine, name)

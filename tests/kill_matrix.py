@@ -36,7 +36,7 @@ NOTICE_S = 1.0
 CALLS = 20  # of a graph
 CLOSE_S = 10.0
 PATIENCE_S = 20.0  # beyond the deadline, before a survivor counts as hanging
-PRELOAD = [*forked.PRELOAD, "allreduce_jit.communicator", "allreduce_jit.engine", "allreduce_jit.v2", "cuda.bindings.driver"]
+PRELOAD = [*forked.PRELOAD, "allreduce_jit.communicator", "allreduce_jit.engine.base", "allreduce_jit.engine.v2", "cuda.bindings.driver"]
 
 
 @dataclass(frozen=True)
@@ -121,8 +121,8 @@ def _play(rank: int, pipe: Any, job: Job, device: Any) -> None:
     import torch
     import torch.distributed as dist
 
-    from allreduce_jit import agree
     from allreduce_jit.errors import AllReduceError
+    from allreduce_jit.setup import exchange as agree
 
     module, name = job.make.split(":")
     make = getattr(importlib.import_module(module), name)

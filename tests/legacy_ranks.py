@@ -26,8 +26,8 @@ from pathlib import Path
 
 import numpy as np
 
-from allreduce_jit.failure import SIGNATURES, SIGNATURES_AT, Kind, abort_code, tag
-from allreduce_jit.plan import HEADER_BYTES
+from allreduce_jit.engine.failure import SIGNATURES, SIGNATURES_AT, Kind, abort_code, tag
+from allreduce_jit.policy.plan import HEADER_BYTES
 
 KERNELS = {"one_shot": "legacy_one_shot", "two_shot": "legacy_two_shot"}
 WORDS = {"float32": np.uint32, "float16": np.uint16, "bfloat16": np.uint16}
@@ -512,7 +512,7 @@ def fork(work) -> int:
 
 
 def main() -> None:
-    import torch  # noqa: F401: the interpreter imports it at the first launch, once here rather than in every rank
+    import torch  # noqa: F401 - the interpreter imports it at the first launch, once here rather than in every rank
     import triton.language as tl
     from triton.runtime import interpreter
 

@@ -12,12 +12,13 @@ import statistics
 import torch
 
 import allreduce_jit
-from allreduce_jit import ranks, reference
-from allreduce_jit.cache import KernelCache
-from allreduce_jit.compiler import build
-from allreduce_jit.driver import Launch, load_module
-from allreduce_jit.engine import DTYPE_NAMES
-from allreduce_jit.kernel import V2_ALGORITHMS, cuda_module, entry
+from allreduce_jit.engine import reference
+from allreduce_jit.engine.base import DTYPE_NAMES
+from allreduce_jit.engine.driver import Launch, load_module
+from allreduce_jit.harness import ranks
+from allreduce_jit.jit.cache import KernelCache
+from allreduce_jit.jit.compiler import build
+from allreduce_jit.policy.catalogue import V2_ALGORITHMS, cuda_module, entry
 
 SIZES = (1 << 10, 64 << 10, 1 << 20)
 CALLS, ROUNDS = 200, 15

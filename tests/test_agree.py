@@ -10,8 +10,8 @@ import pytest
 torch = pytest.importorskip("torch")
 dist = pytest.importorskip("torch.distributed")
 
-from allreduce_jit.agree import all_gather_json, require_cpu_group  # noqa: E402
 from allreduce_jit.errors import InputError, InputTypeError  # noqa: E402
+from allreduce_jit.setup.exchange import all_gather_json, require_cpu_group  # noqa: E402
 
 RANKS = 3
 

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from allreduce_jit import bench, bench_page, floor
+from allreduce_jit.bench import bench
+from allreduce_jit.bench import html as bench_page
+from allreduce_jit.bench import speed_of_light as floor
 
 RECORDED = Path(__file__).parent.parent / "docs" / "benchmarks" / "2026-11-21-4xH200.json"
 H200 = floor.Floor(flag_us=1.51, flag_serial_us=1.91, empty_us=0.54, empty_serial_us=0.81, egress_gbs=352.0)

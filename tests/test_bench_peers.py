@@ -8,8 +8,8 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
-from allreduce_jit import bench_peers
-from allreduce_jit.bench_peers import FlashInfer, Sglang, Unavailable
+from allreduce_jit.bench import competitors as bench_peers
+from allreduce_jit.bench.competitors import FlashInfer, Sglang, Unavailable
 
 PLACE = SimpleNamespace(rank=1, world_size=4, device=torch.device("cpu"), control="control")
 

@@ -16,10 +16,10 @@ from pathlib import Path
 
 import pytest
 
-from allreduce_jit import compiler
-from allreduce_jit.cache import Artifact, KernelCache, decode, encode
-from allreduce_jit.kernel import catalogue, cuda_module, triton_module
-from allreduce_jit.store import FileStore
+from allreduce_jit.jit import compiler
+from allreduce_jit.jit.cache import Artifact, KernelCache, decode, encode
+from allreduce_jit.jit.store import FileStore
+from allreduce_jit.policy.catalogue import catalogue, cuda_module, triton_module
 
 KEY = "a" * 64
 SMALL = Artifact("one_shot_ws2", "sm_90", 128, 2048, b"\x7fELF" + bytes(range(48)))

@@ -19,12 +19,12 @@ from pathlib import Path
 
 import pytest
 
-from allreduce_jit import cache as cache_module
-from allreduce_jit import compiler, store
-from allreduce_jit import files as cache_files
-from allreduce_jit.cache import Artifact, KernelCache, decode, encode
-from allreduce_jit.kernel import cuda_module
-from allreduce_jit.store import FileStore
+from allreduce_jit.jit import cache as cache_module
+from allreduce_jit.jit import compiler, store
+from allreduce_jit.jit.cache import Artifact, KernelCache, decode, encode
+from allreduce_jit.jit.store import FileStore
+from allreduce_jit.machine import files as cache_files
+from allreduce_jit.policy.catalogue import cuda_module
 
 LONG = os.environ.get("LONG") == "1"
 ROOT = Path(__file__).parent.parent
@@ -251,7 +251,7 @@ def test_every_call_may_fail_in_every_way(tmp_path, monkeypatch, caplog, name, w
 
 IN_NAMESPACE = """
 import logging, os, sys
-from allreduce_jit.cache import Artifact, KernelCache
+from allreduce_jit.jit.cache import Artifact, KernelCache
 root, what = sys.argv[1:]
 messages = []
 logging.getLogger("allreduce_jit").addHandler(type("H", (logging.Handler,), {"emit": lambda s, r: messages.append(r)})())

@@ -19,10 +19,10 @@ import pytest
 from test_cache import KEY, OTHER, SMALL, files
 from test_tune import FACTS, TABLES
 
-from allreduce_jit import __main__ as cli
-from allreduce_jit import tuned
-from allreduce_jit.cache import KernelCache
-from allreduce_jit.store import FileStore
+from allreduce_jit.cli import main as cli
+from allreduce_jit.jit.cache import KernelCache
+from allreduce_jit.jit.store import FileStore
+from allreduce_jit.policy import measured_tables as tuned
 
 ROOT, ALICE, BOB = 0, 65534, 12345
 SECOND = "b" * 64

@@ -13,9 +13,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from allreduce_jit import __main__ as cli
-from allreduce_jit import bench, bench_peers, doctor, ranks, report, selftest, timing, warmup
+from allreduce_jit.bench import bench, timing
+from allreduce_jit.bench import competitors as bench_peers
+from allreduce_jit.cli import doctor, selftest, warmup
+from allreduce_jit.cli import main as cli
 from allreduce_jit.errors import CompileError
+from allreduce_jit.harness import ranks, report
 from allreduce_jit.settings import V2_SWITCH
 
 ROOT = Path(__file__).parent.parent
@@ -327,10 +330,10 @@ class TestBench:
         assert not [n for n in calls if n % timing.ROTATE]
 
     def test_turns_share_all_bursts_out(self):
-        for iters, warmup in ((1, 0), (2, 1), (20, 5), (7, 3)):
-            turns = list(bench._Bench._turns(SimpleNamespace(options=replaced(iters=iters, warmup=warmup))))
+        for iters, least in ((1, 0), (2, 1), (20, 5), (7, 3)):
+            turns = list(bench._Bench._turns(SimpleNamespace(options=replaced(iters=iters, warmup=least))))
             assert sum(timed for timed, _ in turns) == iters and all(timed > 0 for timed, _ in turns)
-            assert sum(warm for _, warm in turns) >= warmup
+            assert sum(warm for _, warm in turns) >= least
 
     def test_a_peer_may_refuse_one_size(self, documents):
         cells = [row["peers"]["good"] for row in documents["bench"]["rows"]]
@@ -493,7 +496,7 @@ class TestExitCodes:
 
 def test_help_needs_no_torch():
     program = (
-        "import sys, contextlib\nfrom allreduce_jit.__main__ import main\n"
+        "import sys, contextlib\nfrom allreduce_jit.cli.main import main\n"
         "with contextlib.suppress(SystemExit): main(['bench', '--help'])\n"
         "sys.exit('torch' in sys.modules)"
     )
@@ -549,7 +552,7 @@ class TestStreams:
         env = {**os.environ, "PYTHONPATH": str(ROOT), "ALLREDUCE_JIT_PATH": "fastest"}
         done = subprocess.run(command, env=env, stdout=subprocess.PIPE, timeout=100)
         assert done.returncode == 2 and json.loads(done.stdout)["ok"] is False
-        program = "from allreduce_jit.report import prepare_streams as p; p(); import os; print(os.open('/', os.O_RDONLY))"
+        program = "from allreduce_jit.harness.report import prepare_streams as p; p(); import os; print(os.open('/', os.O_RDONLY))"
         command = ["sh", "-c", 'exec "$@" <&- 2>&-', "sh", sys.executable, "-c", program]
         done = subprocess.run(command, env=env, stdout=subprocess.PIPE, timeout=100)
         assert int(done.stdout) > 2
@@ -715,9 +718,9 @@ class TestDoctor:
 
     def test_command(self, capsys, monkeypatch, tmp_path):
         monkeypatch.setenv("ALLREDUCE_JIT_CACHE_DIR", str(tmp_path))
-        pytest.importorskip("allreduce_jit.probe")
-        pytest.importorskip("allreduce_jit.dispatch")
-        pytest.importorskip("allreduce_jit.cache")
+        pytest.importorskip("allreduce_jit.machine.probe")
+        pytest.importorskip("allreduce_jit.policy.dispatch")
+        pytest.importorskip("allreduce_jit.jit.cache")
         code = cli.main(["doctor", "--json"])
         document = json.loads(capsys.readouterr().out)
         assert code == doctor.exit_code(document)
@@ -761,13 +764,13 @@ class TestWarmup:
     def test_without_a_gpu_the_architecture_must_be_named(self, capsys, monkeypatch):
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
         monkeypatch.setattr(warmup, "_open", lambda: None)
-        pytest.importorskip("allreduce_jit.compiler")
+        pytest.importorskip("allreduce_jit.jit.compiler")
         assert cli.main(["warmup"]) == 2
         assert "--arch sm_90" in capsys.readouterr().err
 
 
 def test_cache_commands(tmp_path, capsys, monkeypatch):
-    pytest.importorskip("allreduce_jit.cache")
+    pytest.importorskip("allreduce_jit.jit.cache")
     monkeypatch.setenv("ALLREDUCE_JIT_CACHE_DIR", str(tmp_path / "cache"))
     assert cli.main(["cache", "path"]) == 0
     assert capsys.readouterr().out.splitlines()[0] == str(tmp_path / "cache")

@@ -21,14 +21,17 @@ from hypothesis import strategies as st
 from torch._subclasses import FakeTensorMode
 
 import allreduce_jit
-from allreduce_jit import communicator, groups, inputs, ranks, reference
+from allreduce_jit import communicator, inputs
 from allreduce_jit.communicator import Communicator, stretches
+from allreduce_jit.engine import reference
 from allreduce_jit.errors import ClosedError, InputError, InputTypeError, NotDeterministicError, SettingsError
+from allreduce_jit.harness import ranks
 from allreduce_jit.inputs import as_device, likeness
-from allreduce_jit.kernel import ITEMSIZE
-from allreduce_jit.plan import legacy_layout, legacy_plan, v2_layout, v2_plan
-from allreduce_jit.tuning import V2_TABLES
-from allreduce_jit.verdict import Path
+from allreduce_jit.policy.catalogue import ITEMSIZE
+from allreduce_jit.policy.plan import legacy_layout, legacy_plan, v2_layout, v2_plan
+from allreduce_jit.policy.tables import V2_TABLES
+from allreduce_jit.policy.verdict import Path
+from allreduce_jit.setup import groups
 
 CPU = torch.device("cpu")
 KERNEL_DTYPES = [torch.float32, torch.float16, torch.bfloat16]

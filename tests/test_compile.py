@@ -24,11 +24,13 @@ from pathlib import Path
 
 import pytest
 
-from allreduce_jit import compiler, triton_process
-from allreduce_jit.cache import KernelCache
-from allreduce_jit.compiler import build
 from allreduce_jit.errors import CompileError
-from allreduce_jit.kernel import (
+from allreduce_jit.jit import compiler, triton_process
+from allreduce_jit.jit.cache import KernelCache
+from allreduce_jit.jit.compiler import build
+from allreduce_jit.machine.probe import probe
+from allreduce_jit.machine.sources import SoftwareSource
+from allreduce_jit.policy.catalogue import (
     DTYPES,
     ITEMSIZE,
     V2_ALGORITHMS,
@@ -38,8 +40,6 @@ from allreduce_jit.kernel import (
     entry,
     triton_module,
 )
-from allreduce_jit.probe import probe
-from allreduce_jit.probe_sources import SoftwareSource
 
 ARCHS = ("sm_80", "sm_90", "sm_100")
 ALL = [(n, arch) for arch in ARCHS for n in WORLD_SIZES]
@@ -147,7 +147,7 @@ def check_module(tmp_path, spec, artifact):
 
 
 def check_resources(usage, what, world_size, arch):
-    from allreduce_jit.v2 import Args
+    from allreduce_jit.engine.v2 import Args
 
     assert usage["STACK"] == usage["LOCAL"] == 0  # nothing spilled, no array in local memory
     assert usage["CONSTANT[0]"] == PARAMETERS_AT[arch] + ctypes.sizeof(Args)
@@ -242,7 +242,7 @@ def test_the_check_sees_a_planted_mistake(monkeypatch, tmp_path, algorithm, inst
     ("algorithm", "world_size", "most"), [("one_shot", 4, 64), ("two_shot", 8, 128), ("two_shot_wide", 4, 128)]
 )
 def test_the_budget_of_registers(algorithm, world_size, most):
-    from allreduce_jit.v2 import Args
+    from allreduce_jit.engine.v2 import Args
 
     usage = {"REG": most, "STACK": 0, "LOCAL": 0, "CONSTANT[0]": PARAMETERS_AT["sm_90"] + ctypes.sizeof(Args)}
     check_resources(usage, V2_ALGORITHMS[algorithm], world_size, "sm_90")
@@ -384,9 +384,9 @@ def process_state():
 
 
 COMPILE = """
-from allreduce_jit.cache import KernelCache
-from allreduce_jit.compiler import build
-from allreduce_jit.kernel import cuda_module, triton_module
+from allreduce_jit.jit.cache import KernelCache
+from allreduce_jit.jit.compiler import build
+from allreduce_jit.policy.catalogue import cuda_module, triton_module
 spec = {"cuda": cuda_module("one_shot", 2), "triton": triton_module("one_shot", 2, "float32", True)}[language]
 print(len(build(spec, "sm_90", KernelCache(None))[0].cubin) > 1000)
 """
@@ -512,10 +512,10 @@ def test_nvrtc_of_a_wheel_anywhere_on_the_path(found):
             sys.exit(f"NVRTC {{nvrtc.nvrtcVersion()}} is the system's")
         except Exception:
             pass
-        from allreduce_jit import compiler, triton_process
+        from allreduce_jit.jit import compiler, triton_process
         if not {found}:
             sys.path = []
-        from allreduce_jit.probe import probe
+        from allreduce_jit.machine.probe import probe
         seen = probe("cpu").software.nvrtc
         print(compiler._version("cuda"), seen)
     """)

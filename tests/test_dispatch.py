@@ -13,11 +13,11 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from allreduce_jit import dispatch
-from allreduce_jit.dispatch import apply_multi_node_policy, decide
 from allreduce_jit.errors import InputError
+from allreduce_jit.policy import dispatch
+from allreduce_jit.policy.dispatch import apply_multi_node_policy, decide
+from allreduce_jit.policy.verdict import CODES, Path, Reason, Verdict
 from allreduce_jit.settings import V2_SWITCH, Settings
-from allreduce_jit.verdict import CODES, Path, Reason, Verdict
 
 AUTO, OFF = Settings(), Settings(use_v2=False)
 LEGACY, TORCH = Settings(path="legacy"), Settings(path="torch")

@@ -10,7 +10,7 @@ import pytest
 from fake_driver import FakeDriver, capture_info, documented, driver
 
 import allreduce_jit
-from allreduce_jit import streams
+from allreduce_jit.engine import streams
 
 SOURCES = sorted(Path(allreduce_jit.__file__).parent.rglob("*.py"))
 

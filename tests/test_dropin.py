@@ -16,12 +16,15 @@ import torch.distributed as dist
 from fake_engines import LIMIT, fake_gpus, raised, suite
 
 import allreduce_jit
-from allreduce_jit import CustomAllreduce, CustomAllReduceV2, dispatch_custom_allreduce, dropin, ladder, ranks
-from allreduce_jit.dropin import can_use_custom_all_reduce_v2, can_use_custom_all_reduce_with_nvlink
+from allreduce_jit import CustomAllreduce, CustomAllReduceV2, dispatch_custom_allreduce
 from allreduce_jit.errors import ClosedError, InputError, SettingsError
+from allreduce_jit.harness import ranks
+from allreduce_jit.integrations import sglang as dropin
+from allreduce_jit.integrations.sglang import can_use_custom_all_reduce_v2, can_use_custom_all_reduce_with_nvlink
+from allreduce_jit.policy.tables import V2_TABLES
+from allreduce_jit.policy.verdict import Path
 from allreduce_jit.settings import V2_SWITCH
-from allreduce_jit.tuning import V2_TABLES
-from allreduce_jit.verdict import Path
+from allreduce_jit.setup import ladder
 
 CPU = torch.device("cpu")
 NVLINK, PCIE, NO_P2P = "h200-x4", "a100-pcie-x4", "rtx4090-x2"

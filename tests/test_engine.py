@@ -12,14 +12,14 @@ import torch
 from fake_driver import FakeDriver, capture_info
 from test_compile import needs_nvrtc, needs_triton
 
-from allreduce_jit import engine as engines
-from allreduce_jit import streams
-from allreduce_jit.cache import KernelCache
-from allreduce_jit.engine import MAX_SHAPES, EngineConfig, KernelEngine, Step
+from allreduce_jit.engine import base as engines
+from allreduce_jit.engine import streams
+from allreduce_jit.engine.base import MAX_SHAPES, EngineConfig, KernelEngine, Step
+from allreduce_jit.engine.failure import SIGNATURES, SIGNATURES_AT, Kind, abort_code, tag
 from allreduce_jit.errors import AllReduceError, CallMismatch, InputError, PeerLost, PeerTimeout, Poisoned
-from allreduce_jit.failure import SIGNATURES, SIGNATURES_AT, Kind, abort_code, tag
-from allreduce_jit.kernel import DTYPES, LEGACY_ALGORITHMS, catalogue, entry, v2_algorithms
-from allreduce_jit.plan import HEADER_BYTES, Layout, Plan
+from allreduce_jit.jit.cache import KernelCache
+from allreduce_jit.policy.catalogue import DTYPES, LEGACY_ALGORITHMS, catalogue, entry, v2_algorithms
+from allreduce_jit.policy.plan import HEADER_BYTES, Layout, Plan
 from allreduce_jit.settings import Settings
 
 BASES = [1 << 32, 2 << 32, 3 << 32]
@@ -73,7 +73,7 @@ def built(cls, world_size, monkeypatch, **changes):
 @needs_nvrtc
 @pytest.mark.parametrize("max_ctas", [None, 8])
 def test_v2_ranks_share_the_work(monkeypatch, max_ctas):
-    from allreduce_jit.v2 import V2Engine
+    from allreduce_jit.engine.v2 import V2Engine
 
     for one in built(V2Engine, 3, monkeypatch, max_ctas=max_ctas):
         algorithms = v2_algorithms(3, narrow=max_ctas is not None)
@@ -84,7 +84,7 @@ def test_v2_ranks_share_the_work(monkeypatch, max_ctas):
 
 @needs_triton
 def test_legacy_ranks_share_the_work(monkeypatch):
-    from allreduce_jit.legacy import LegacyEngine
+    from allreduce_jit.engine.legacy import LegacyEngine
 
     for one in built(LegacyEngine, 2, monkeypatch):
         assert len(one._catalogue()) == len(catalogue("legacy", 2))
@@ -136,7 +136,7 @@ def fire(one, numel, dtype, source=X, target=OUT):
 
 
 def test_v2_launches(monkeypatch, current):
-    from allreduce_jit import v2
+    from allreduce_jit.engine import v2
 
     one = bound(v2.V2Engine, v2, monkeypatch)
     one._kernels = {e: e for spec in catalogue("v2", 3) for e in spec.entries}
@@ -174,7 +174,7 @@ def legacy_values(launch, algorithm):
 @pytest.mark.parametrize(("numel", "algorithm"), [(1000, "one_shot"), (1003, "one_shot"), (10_000_003, "two_shot")])
 def test_legacy_launches(monkeypatch, current, numel, algorithm):
     pytest.importorskip("triton")
-    from allreduce_jit import legacy
+    from allreduce_jit.engine import legacy
 
     algorithm = f"legacy_{algorithm}"
     one = bound(legacy.LegacyEngine, legacy, monkeypatch, deterministic=True)
@@ -438,7 +438,7 @@ def test_calls_on_a_default_stream_of_a_thread_are_recorded_there(one, current):
 
 def test_a_launch_hands_over_what_its_arguments_hold_at_that_moment(monkeypatch):
     pytest.importorskip("cuda.bindings.driver")
-    from allreduce_jit import driver
+    from allreduce_jit.engine import driver
 
     seen = []
 
@@ -476,7 +476,7 @@ def test_a_launch_hands_over_what_its_arguments_hold_at_that_moment(monkeypatch)
 def test_a_module_is_loaded_once_for_each_context(monkeypatch):
     """Modules stay, so that communicators that come and go must not bring new ones each time."""
     pytest.importorskip("cuda.bindings.driver")
-    from allreduce_jit import driver
+    from allreduce_jit.engine import driver
 
     calls, context = [], 7
 
@@ -498,8 +498,8 @@ def test_the_side_channel_may_be_used_while_a_graph_is_captured(monkeypatch):
     pytest.importorskip("cuda.bindings.driver")
     from cuda.bindings import driver
 
-    from allreduce_jit import driver as calls
-    from allreduce_jit import memory
+    from allreduce_jit.engine import driver as calls
+    from allreduce_jit.engine import memory
 
     modes, host = driver.CUstreamCaptureMode, ctypes.create_string_buffer(memory.SideChannel.NBYTES)
     here = SimpleNamespace(mode=modes.CU_STREAM_CAPTURE_MODE_GLOBAL, contexts=0, copied=0)
@@ -536,9 +536,9 @@ def test_the_side_channel_may_be_used_while_a_graph_is_captured(monkeypatch):
 @pytest.mark.parametrize("channel_bytes", [4, 8])
 def test_local_state_has_its_channels_behind_the_control_block(monkeypatch, channel_bytes):
     pytest.importorskip("cuda.bindings.driver")
-    from allreduce_jit import memory
-
     from cuda.bindings import driver
+
+    from allreduce_jit.engine import memory
 
     report, start, stored = ctypes.create_string_buffer(memory.REPORT_BYTES), 1 << 40, []
 

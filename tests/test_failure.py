@@ -7,8 +7,7 @@ import struct
 
 import pytest
 
-from allreduce_jit.errors import CallMismatch, CommunicatorFailed, ConcurrentUse, PeerLost, PeerTimeout, Poisoned
-from allreduce_jit.failure import (
+from allreduce_jit.engine.failure import (
     LEGACY_NUMBERS,
     SIGNATURES,
     Kind,
@@ -18,7 +17,8 @@ from allreduce_jit.failure import (
     heard,
     tag,
 )
-from allreduce_jit.kernel import DTYPES, V2_ALGORITHMS
+from allreduce_jit.errors import CallMismatch, CommunicatorFailed, ConcurrentUse, PeerLost, PeerTimeout, Poisoned
+from allreduce_jit.policy.catalogue import DTYPES, V2_ALGORITHMS
 
 ALGORITHMS = [*V2_ALGORITHMS, *LEGACY_NUMBERS]
 IN_PLACE = 1 << 15

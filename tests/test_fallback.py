@@ -6,7 +6,6 @@ import os
 import signal
 import threading
 import time
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,11 +13,12 @@ import torch.distributed as dist
 from fake_engines import FakeNccl, fake_gpus, raised, suite
 
 import allreduce_jit
-from allreduce_jit import nccl, ranks
-from allreduce_jit.bounded import within
+from allreduce_jit.engine.bounded import within
+from allreduce_jit.engine.fallback import TorchEngine
 from allreduce_jit.errors import CommunicatorFailed, InputError, PeerLost, PeerTimeout, Poisoned
-from allreduce_jit.fallback import TorchEngine
-from allreduce_jit.verdict import Path
+from allreduce_jit.harness import ranks
+from allreduce_jit.policy.verdict import Path
+from allreduce_jit.setup import nccl
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda:0")
 
@@ -147,7 +147,7 @@ def test_words_of_torch_for_bad_arguments_stay(group, monkeypatch):
     for text, kind in (("[gloo/transport/tcp/pair.cc:538] Connection closed by peer [127.0.0.1]:9", CommunicatorFailed),
                        ("Timed out waiting 1000ms for recv operation to complete", PeerTimeout)):  # fmt: skip
         engine = TorchEngine(group, CPU, 0, 2, "gloo")
-        monkeypatch.setattr("allreduce_jit.fallback._WATCHER_S", 0.05)
+        monkeypatch.setattr("allreduce_jit.engine.fallback._WATCHER_S", 0.05)
 
         def lost(*arguments, text=text, **more):
             raise RuntimeError(text)

@@ -10,8 +10,9 @@ import pytest
 import torch
 from test_compile import PARAMETERS_AT, compile_one, entries_of, needs_nvrtc, nvrtc_archs, opcodes, resources
 
-from allreduce_jit import compiler, floor
-from allreduce_jit.kernel import WORLD_SIZES, catalogue
+from allreduce_jit.bench import speed_of_light as floor
+from allreduce_jit.jit import compiler
+from allreduce_jit.policy.catalogue import WORLD_SIZES, catalogue
 
 H200 = floor.Floor(flag_us=1.51, flag_serial_us=1.91, empty_us=0.54, empty_serial_us=0.81, egress_gbs=352.0)
 

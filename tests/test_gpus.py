@@ -7,8 +7,8 @@ import kill_matrix
 import pytest
 from test_readme import torchrun
 
-from allreduce_jit import ranks
-from allreduce_jit.verdict import Path
+from allreduce_jit.harness import ranks
+from allreduce_jit.policy.verdict import Path
 
 WORLDS = [pytest.param(n, marks=pytest.mark.gpus(n), id=f"{n} GPUs") for n in (2, 3, 4, 8)]
 

@@ -15,7 +15,9 @@ import torch.distributed as dist
 from fake_engines import fake_gpus
 from kill_matrix import DEEDS, PHASES, Case, matrix
 
-from allreduce_jit import errors, ladder, watcher
+from allreduce_jit import errors
+from allreduce_jit.machine import watcher
+from allreduce_jit.setup import ladder
 
 
 class StandIn:

@@ -10,10 +10,11 @@ import pytest
 import torch
 from fake_engines import STAGES, fake_gpus, raised, suite
 
-from allreduce_jit import ladder, ranks
 from allreduce_jit.errors import InputError, PeerTimeout, SettingsError
-from allreduce_jit.ladder import climb
-from allreduce_jit.verdict import Path
+from allreduce_jit.harness import ranks
+from allreduce_jit.policy.verdict import Path
+from allreduce_jit.setup import ladder
+from allreduce_jit.setup.ladder import climb
 
 CPU = torch.device("cpu")
 CODES = dict.fromkeys(("construct", "compile", "load", "allocate"), "build-failed") | {"connect": "map-failed", "verify": "verify-failed"}
@@ -31,7 +32,10 @@ def agreed(place, found):
     return verdict.path, [r.code for r in verdict.reasons], [r.rank for r in verdict.reasons]
 
 
-def where(place, who, *keys, error=RuntimeError("planted")):
+PLANTED = RuntimeError("planted")
+
+
+def where(place, who, *keys, error=PLANTED):
     """``fails`` of this rank: the stages ``keys``, if it is one of ``who``."""
     return dict.fromkeys(keys, error) if place.rank in who else {}
 

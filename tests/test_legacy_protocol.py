@@ -5,15 +5,14 @@ import os
 import random
 from collections.abc import Sequence
 
+import legacy_ranks
 import numpy as np
 import pytest
 import torch
-
-import legacy_ranks
 from legacy_ranks import Call, Scenario
 
+from allreduce_jit.engine.failure import explain, heard
 from allreduce_jit.errors import CallMismatch, ConcurrentUse, PeerLost, PeerTimeout, Poisoned
-from allreduce_jit.failure import explain, heard
 
 WORLDS = range(2, 9)
 DTYPES = tuple(legacy_ranks.WORDS)

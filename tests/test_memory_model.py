@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import re
 
-import pytest
-
 import litmus
+import pytest
 from litmus import CASES, OURS, PTX_CUH, PUBLISHED, SIGNALS, Case, ptx_functions, solve, verdict
 from ptx_model import Program
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.metadata
 import json
 import os
@@ -77,7 +78,9 @@ print(all(getattr(allreduce_jit, name) is not None for name in allreduce_jit.__a
 
 
 def submodules():
-    return [module.name for module in pkgutil.iter_modules(allreduce_jit.__path__) if module.name != "__main__"]
+    """Of all rooms, by their names within the package."""
+    found = pkgutil.walk_packages(allreduce_jit.__path__, "allreduce_jit.")
+    return [module.name.removeprefix("allreduce_jit.") for module in found if not module.name.endswith("__main__")]
 
 
 def test_public_names_stay_what_they_are():
@@ -96,6 +99,31 @@ print(json.dumps([same, modules]))
     assert json.loads(run(code)) == [True, []]
 
 
+# In the order of the data flow: each may import those further down, and nothing else of ours.
+ROOMS = ["__main__", "cli", "bench", "harness", "__init__", "integrations", "communicator", "setup", "engine", "jit", "policy",
+         "machine", "inputs", "settings", "errors", "version"]  # fmt: skip
+KERNELS = {"cuda_kernels", "triton_kernels"}
+
+
+def arrows():
+    """(module, its room, the room of what it imports) of every import inside the package."""
+    root = Path(allreduce_jit.__file__).parent
+    for path in root.rglob("*.py"):
+        here = path.relative_to(root).with_suffix("").parts
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                base = here[: len(here) - node.level]
+                names = [(*base, *node.module.split("."))] if node.module else [(*base, alias.name) for alias in node.names]
+                for name in names:
+                    yield "/".join(here), here[0], "__init__" if name[0] in allreduce_jit.__all__ else name[0]
+
+
+def test_imports_point_downwards():
+    found = [arrow for arrow in arrows() if arrow[2] not in KERNELS]
+    assert {room for _, room, _ in found} | {other for _, _, other in found} == set(ROOMS)
+    assert not [arrow for arrow in found if arrow[1] != arrow[2] and ROOMS.index(arrow[2]) < ROOMS.index(arrow[1])]
+
+
 def test_public_names():
     assert allreduce_jit.__all__ == sorted(set(allreduce_jit.__all__))
     assert set(allreduce_jit.__all__) <= set(dir(allreduce_jit))
@@ -112,7 +140,7 @@ def test_public_names():
 def test_type_checkers_see_the_same_names():
     """The lazy table and the imports under TYPE_CHECKING tell the same."""
     source = Path(allreduce_jit.__file__).read_text().split("if TYPE_CHECKING:\n")[1].split("\n\n\n")[0]
-    imported = re.findall(r"from \.(\w+) import (\([^)]*\)|[^\n]*)", source)
+    imported = re.findall(r"from \.([\w.]+) import (\([^)]*\)|[^\n]*)", source)
     found = {name: module for module, names in imported for name in re.findall(r"\w+", names)}
     assert found == {name: allreduce_jit._HOME[name] for name in allreduce_jit.__all__}
 
@@ -174,7 +202,12 @@ def sources():
     """Files of the package in this tree, as the wheel should name them."""
     homes = {"allreduce_jit": "allreduce_jit", "kernels/cuda": "allreduce_jit/cuda_kernels"}
     homes["kernels/triton"] = "allreduce_jit/triton_kernels"
-    return {f"{home}/{path.name}" for folder, home in homes.items() for path in (ROOT / folder).iterdir() if path.is_file()}
+    return {
+        f"{home}/{path.relative_to(ROOT / folder)}"
+        for folder, home in homes.items()
+        for path in (ROOT / folder).rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
 
 
 def test_wheel(wheel):
@@ -184,12 +217,12 @@ def test_wheel(wheel):
         assert {name.split("/")[0] for name in names} == {"allreduce_jit"}  # no `kernels`, which is Hugging Face's
         assert {Path(name).suffix for name in names} == {".py", ".cu", ".cuh", ".typed"}
         entry_points = next(name for name in archive.namelist() if name.endswith("entry_points.txt"))
-        assert "allreduce-jit = allreduce_jit.__main__:main" in archive.read(entry_points).decode()
+        assert "allreduce-jit = allreduce_jit.cli.main:main" in archive.read(entry_points).decode()
 
 
 USE = """
 import importlib.resources, importlib.util, sys
-import allreduce_jit.kernel, allreduce_jit.plan
+import allreduce_jit.policy.catalogue, allreduce_jit.policy.plan
 from allreduce_jit.cuda_kernels import __file__ as where
 files = sorted(f.name for f in importlib.resources.files("allreduce_jit.cuda_kernels").iterdir() if not f.name.startswith("__"))
 legacy = importlib.util.find_spec("allreduce_jit.triton_kernels.legacy").origin

@@ -22,13 +22,20 @@ pytest.importorskip("hypothesis")
 import hypothesis
 from hypothesis import strategies as st
 
-from allreduce_jit import plan as planning
-from allreduce_jit import v2 as v2_path
-from allreduce_jit.kernel import DTYPES, ITEMSIZE, WORLD_SIZES, catalogue, entry, v2_algorithms
-from allreduce_jit.settings import Settings
-from allreduce_jit.tuning import (
-    BLOCKS, LEGACY_TABLES, NEVER, STREAM_FROM, V2_TABLES, Band, bands_from_json, bands_to_json,
+from allreduce_jit.engine import v2 as v2_path
+from allreduce_jit.policy import plan as planning
+from allreduce_jit.policy.catalogue import DTYPES, ITEMSIZE, WORLD_SIZES, catalogue, entry, v2_algorithms
+from allreduce_jit.policy.tables import (
+    BLOCKS,
+    LEGACY_TABLES,
+    NEVER,
+    STREAM_FROM,
+    V2_TABLES,
+    Band,
+    bands_from_json,
+    bands_to_json,
 )  # fmt: skip
+from allreduce_jit.settings import Settings
 
 PACKET, WARP, HEADER = 16, 32, 4096
 DEFAULT_STAGING = Settings().staging_mb << 20
@@ -154,7 +161,8 @@ def launches(f, case):
 
 def packets_of(algorithm, numel, case):
     """Of the launch, or of each rank's part of it."""
-    return -(-(-(-numel * ITEMSIZE[case.dtype] // PACKET)) // parts_of(algorithm, case.world_size))
+    whole = -(-numel * ITEMSIZE[case.dtype] // PACKET)
+    return -(-whole // parts_of(algorithm, case.world_size))
 
 
 def legacy(f, case, block_bytes=BLOCK_BYTES):
@@ -632,7 +640,7 @@ def test_every_property_has_a_mistake_that_it_finds():
 
 DIGEST = """
 import hashlib, sys
-from allreduce_jit import plan as p
+from allreduce_jit.policy import plan as p
 lines = []
 for n in range(2, 9):
     for dtype in ("float32", "float16", "bfloat16"):
@@ -716,9 +724,9 @@ def test_too_few_elements_for_a_stream_are_refused():
 @pytest.mark.parametrize("max_ctas", [None, 2, 3, 16, 64])
 def test_verification_stays_inside_the_slots(world_size, staging_mb, max_ctas):
     """The calls that an engine makes while it is built take plans that no table picked."""
-    from allreduce_jit.engine import TORCH_DTYPES
-    from allreduce_jit.verify import VERIFY_BYTES
-    from allreduce_jit.v2 import V2Engine
+    from allreduce_jit.engine.base import TORCH_DTYPES
+    from allreduce_jit.engine.v2 import V2Engine
+    from allreduce_jit.engine.verify import VERIFY_BYTES
 
     engine = object.__new__(V2Engine)
     engine.config = SimpleNamespace(world_size=world_size, max_ctas=max_ctas)
@@ -740,8 +748,8 @@ def test_verification_stays_inside_the_slots(world_size, staging_mb, max_ctas):
 def test_legacy_launches_cover_the_tensor(world_size, monkeypatch):
     """The launches that the engine itself makes of a plan, without a GPU."""
     pytest.importorskip("triton")
-    from allreduce_jit import legacy as legacy_path
-    from allreduce_jit.engine import TORCH_DTYPES
+    from allreduce_jit.engine import legacy as legacy_path
+    from allreduce_jit.engine.base import TORCH_DTYPES
 
     launched = []
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pkgutil
 import re
 import subprocess
 import sys
@@ -13,12 +14,13 @@ from types import SimpleNamespace
 import pytest
 from fakes import MACHINES, FakeDriver, Tripwire, look, look_all, record, sources
 
-from allreduce_jit import probe as probe_module
-from allreduce_jit import probe_sources
-from allreduce_jit.dispatch import Path as Rung
-from allreduce_jit.dispatch import decide
+import allreduce_jit
 from allreduce_jit.errors import InputError
-from allreduce_jit.probe import Capabilities, both, probe
+from allreduce_jit.machine import probe as probe_module
+from allreduce_jit.machine import sources as probe_sources
+from allreduce_jit.machine.probe import Capabilities, both, probe
+from allreduce_jit.policy.dispatch import Path as Rung
+from allreduce_jit.policy.dispatch import decide
 from allreduce_jit.settings import Settings
 
 HEIGHT = {Rung.TORCH: 0, Rung.LEGACY: 1, Rung.V2: 2}
@@ -184,7 +186,7 @@ def test_a_recording_judges_like_the_machine():
 
 REAL = """
 import json, sys
-from allreduce_jit.probe import probe
+from allreduce_jit.machine.probe import probe
 caps = probe("cuda:0")
 assert not {"torch", "triton"} & set(sys.modules), "the probe must not import them"
 print(json.dumps(caps.to_json()))
@@ -208,9 +210,10 @@ def test_the_real_machine():
 
 def test_warnings_as_errors_change_nothing():
     """Neither an import of ours nor a look warns."""
-    names = [path.stem for path in Path(probe_module.__file__).parent.glob("*.py") if path.stem != "__main__"]
-    code = f"import importlib\nfor name in {names}: importlib.import_module('allreduce_jit.' + name)\n"
-    code += "from allreduce_jit.probe import probe\nprint(*probe('cuda:0').problems, sep='\\n')"
+    found = pkgutil.walk_packages(allreduce_jit.__path__, "allreduce_jit.")
+    names = [module.name for module in found if not module.name.endswith("__main__")]
+    code = f"import importlib\nfor name in {names}: importlib.import_module(name)\n"
+    code += "from allreduce_jit.machine.probe import probe\nprint(*probe('cuda:0').problems, sep='\\n')"
     seen = [subprocess.run([sys.executable, *options, "-c", code], capture_output=True, text=True, check=True).stdout
             for options in ([], ["-W", "error"])]  # fmt: skip
     assert len(names) > 30 and seen[0] == seen[1]

@@ -14,9 +14,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from allreduce_jit import ranks
 from allreduce_jit.errors import AllReduceError, InputError, SetupError
-from allreduce_jit.place import NO_MULTICAST, Seat
+from allreduce_jit.harness import ranks
+from allreduce_jit.harness.place import NO_MULTICAST, Seat
 
 HERE = Path(__file__).parent
 
@@ -174,7 +174,7 @@ def test_a_result_that_cannot_be_sent_is_a_failure_not_a_hang():
 
 @pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGKILL])
 def test_nobody_outlives_the_parent(tmp_path, end):
-    program = "from test_ranks import hang; from allreduce_jit import ranks; ranks.run(hang, {!r}, cpu=2)"
+    program = "from test_ranks import hang; from allreduce_jit.harness import ranks; ranks.run(hang, {!r}, cpu=2)"
     folder, errors = tmp_path / "noted", tmp_path / "stderr"
     folder.mkdir()
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)])}
@@ -215,7 +215,7 @@ def test_two_runs_at_once_do_not_meet():
 def test_under_torchrun_its_ranks_are_used(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
-        "from test_ranks import add_up; from allreduce_jit import ranks\n"
+        "from test_ranks import add_up; from allreduce_jit.harness import ranks\n"
         "o = ranks.run(add_up, 5)\n"
         "open(f'{__file__}.{o.rank}', 'w').write(str(o.value['sum']))\n"
     )
@@ -227,7 +227,7 @@ def test_under_torchrun_its_ranks_are_used(tmp_path):
 
 def test_under_torchrun_the_deadline_ends_the_process(tmp_path):
     program = (
-        "import time, threading; from allreduce_jit import ranks\n"
+        "import time, threading; from allreduce_jit.harness import ranks\n"
         "def work(place): time.sleep(600)\n"
         "ranks.run(work, deadline=3)"
     )
@@ -290,7 +290,7 @@ def test_torchrun_decides_how_many_ranks_there_are(monkeypatch):
 
 def test_ranks_that_cannot_connect_are_one_sentence():
     program = (
-        "from allreduce_jit import ranks\nfrom allreduce_jit.errors import SetupError\n"
+        "from allreduce_jit.harness import ranks\nfrom allreduce_jit.errors import SetupError\n"
         "try: ranks.run(print, deadline=60)\nexcept SetupError as e: print(e)"
     )
     env = {**os.environ, **TORCHRUN, "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_PORT": "0"}

@@ -14,14 +14,15 @@ pytest.importorskip("cuda.bindings.driver")
 
 from fake_driver import FakeDriver, capture_info
 
-from allreduce_jit import driver, replay, streams, v2, verify
-from allreduce_jit import engine as engines
-from allreduce_jit.engine import EngineConfig
+from allreduce_jit.engine import base as engines
+from allreduce_jit.engine import driver, streams, v2, verify
+from allreduce_jit.engine import graph_cache as replay
+from allreduce_jit.engine.base import EngineConfig
+from allreduce_jit.engine.graph_cache import FEWEST, LARGEST, LONGS, MOST, SHORTS, replayed
+from allreduce_jit.engine.v2 import Args, V2Engine
 from allreduce_jit.errors import AllReduceError
-from allreduce_jit.kernel import ITEMSIZE, entry, v2_algorithms
-from allreduce_jit.replay import FEWEST, LARGEST, LONGS, MOST, SHORTS, replayed
+from allreduce_jit.policy.catalogue import ITEMSIZE, entry, v2_algorithms
 from allreduce_jit.settings import Settings
-from allreduce_jit.v2 import Args, V2Engine
 
 X, OUT, ELSEWHERE = 1 << 40, 1 << 41, 1 << 42
 ALL = SHORTS + LONGS

@@ -12,10 +12,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from allreduce_jit import __main__ as cli
-from allreduce_jit import doctor, settings, tuned
-from allreduce_jit.cache import Artifact, KernelCache
+from allreduce_jit import settings
+from allreduce_jit.cli import doctor
+from allreduce_jit.cli import main as cli
 from allreduce_jit.errors import AllReduceError, SettingsError
+from allreduce_jit.jit.cache import Artifact, KernelCache
+from allreduce_jit.policy import measured_tables as tuned
 from allreduce_jit.settings import PREFIX, V2_SWITCH, VARIABLES, Settings, default_cache_dir, misread_switch
 
 HOME = {"HOME": "/home/someone"}

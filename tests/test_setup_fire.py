@@ -20,9 +20,10 @@ import torch
 import torch.distributed as dist
 from fake_engines import fake_gpus
 
-from allreduce_jit import agree, groups, ladder
 from allreduce_jit.errors import AllReduceError, InputError, PeerTimeout
-from allreduce_jit.verdict import Path
+from allreduce_jit.policy.verdict import Path
+from allreduce_jit.setup import exchange as agree
+from allreduce_jit.setup import groups, ladder
 
 CPU = torch.device("cpu")
 N = 3

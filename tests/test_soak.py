@@ -10,10 +10,10 @@ import pytest
 import torch
 from test_cli import Fake
 
-from allreduce_jit import __main__ as cli
-from allreduce_jit import soak
+from allreduce_jit.cli import main as cli
+from allreduce_jit.cli import soak
+from allreduce_jit.engine.graph_cache import SHORTS
 from allreduce_jit.errors import InputError, PeerTimeout
-from allreduce_jit.replay import SHORTS
 
 
 class Flawed(Fake):

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 from fake_driver import FakeDriver, capture_info
 
-from allreduce_jit import streams
+from allreduce_jit.engine import streams
+from allreduce_jit.engine.streams import MAX_CAPTURES, PER_THREAD, StreamOrder
 from allreduce_jit.errors import AllReduceError
-from allreduce_jit.streams import MAX_CAPTURES, PER_THREAD, StreamOrder
 
 
 class Gpu:

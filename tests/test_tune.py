@@ -17,16 +17,18 @@ pytest.importorskip("hypothesis")
 import hypothesis
 from hypothesis import strategies as st
 
-from allreduce_jit import __main__ as cli
-from allreduce_jit import ranks, tune, tuned
+from allreduce_jit.cli import main as cli
+from allreduce_jit.cli import tune
 from allreduce_jit.communicator import Communicator
-from allreduce_jit.engine import EngineConfig
+from allreduce_jit.engine.base import EngineConfig
 from allreduce_jit.errors import InputError
-from allreduce_jit.kernel import ITEMSIZE, WORLD_SIZES, v2_algorithms
-from allreduce_jit.ladder import climb
-from allreduce_jit.plan import v2_layout, v2_plan
+from allreduce_jit.harness import ranks
+from allreduce_jit.policy import measured_tables as tuned
+from allreduce_jit.policy.catalogue import ITEMSIZE, WORLD_SIZES, v2_algorithms
+from allreduce_jit.policy.plan import v2_layout, v2_plan
+from allreduce_jit.policy.tables import BLOCKS, KIB, MIB, NEVER, STREAM_FROM, V2_TABLES, Band, bands_from_json, bands_to_json
 from allreduce_jit.settings import Settings
-from allreduce_jit.tuning import BLOCKS, KIB, MIB, NEVER, STREAM_FROM, V2_TABLES, Band, bands_from_json, bands_to_json
+from allreduce_jit.setup.ladder import climb
 
 CPU = torch.device("cpu")
 CACHE = "ALLREDUCE_JIT_CACHE_DIR"
@@ -354,7 +356,7 @@ def test_a_disk_that_is_full_is_a_problem_not_a_crash(tmp_path, monkeypatch):
 
 
 def test_an_engine_has_a_table_per_dtype_and_room_for_all():
-    from allreduce_jit.v2 import V2Engine
+    from allreduce_jit.engine.v2 import V2Engine
 
     config = EngineConfig(0, 4, torch.device("cuda", 0), "sm_90", True, False, Settings(), tuned=TABLES)
     engine = V2Engine(config)

@@ -8,14 +8,14 @@ from functools import partial
 
 import pytest
 import torch
-
 import twin
-from allreduce_jit import reference, v2
-from allreduce_jit.verify import LAUNCHES, VERIFY_BYTES, several_launches
-from allreduce_jit.failure import Kind, abort_code
-from allreduce_jit.kernel import DTYPES, ITEMSIZE, V2_ALGORITHMS
-from allreduce_jit.plan import HEADER_BYTES
 from twin import Call, Failed, Program, World, cramped
+
+from allreduce_jit.engine import reference, v2
+from allreduce_jit.engine.failure import Kind, abort_code
+from allreduce_jit.engine.verify import LAUNCHES, VERIFY_BYTES, several_launches
+from allreduce_jit.policy.catalogue import DTYPES, ITEMSIZE, V2_ALGORITHMS
+from allreduce_jit.policy.plan import HEADER_BYTES
 
 pytestmark = pytest.mark.skipif(twin.missing() is not None, reason=str(twin.missing()))
 

@@ -9,12 +9,12 @@ import torch
 
 pytest.importorskip("cuda.bindings.driver")
 
-from allreduce_jit import v2
-from allreduce_jit.engine import MAX_SHAPES, EngineConfig
-from allreduce_jit.kernel import ITEMSIZE, V2_ALGORITHMS, entry, v2_algorithms
-from allreduce_jit.plan import PACKET, Plan, v2_shape
+from allreduce_jit.engine import v2
+from allreduce_jit.engine.base import MAX_SHAPES, EngineConfig
+from allreduce_jit.engine.v2 import V2Engine, launches
+from allreduce_jit.policy.catalogue import ITEMSIZE, V2_ALGORITHMS, entry, v2_algorithms
+from allreduce_jit.policy.plan import PACKET, Plan, v2_shape
 from allreduce_jit.settings import Settings
-from allreduce_jit.v2 import V2Engine, launches
 
 
 class FakeLaunch:

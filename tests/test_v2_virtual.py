@@ -6,11 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from allreduce_jit import reference
-from allreduce_jit.failure import Kind, tag
-from allreduce_jit.kernel import V2_ALGORITHMS
-from allreduce_jit.memory import LocalState
-from allreduce_jit.plan import WARP, v2_shape
+from allreduce_jit.engine import reference
+from allreduce_jit.engine.failure import Kind, tag
+from allreduce_jit.engine.memory import LocalState
+from allreduce_jit.policy.catalogue import V2_ALGORITHMS
+from allreduce_jit.policy.plan import WARP, v2_shape
 
 pytestmark = pytest.mark.gpus(1)
 

@@ -10,13 +10,13 @@ import torch
 
 pytest.importorskip("cuda.bindings.driver")
 
-from allreduce_jit import verify
-from allreduce_jit.engine import EngineConfig
+from allreduce_jit.engine import verify
+from allreduce_jit.engine.base import EngineConfig
+from allreduce_jit.engine.v2 import V2Engine, launches
 from allreduce_jit.errors import SetupError
-from allreduce_jit.kernel import V2_ALGORITHMS
-from allreduce_jit.plan import PACKET, RESIDENT_PACKETS
+from allreduce_jit.policy.catalogue import V2_ALGORITHMS
+from allreduce_jit.policy.plan import PACKET, RESIDENT_PACKETS
 from allreduce_jit.settings import Settings
-from allreduce_jit.v2 import V2Engine, launches
 
 WORLDS = range(2, 9)
 CPU = torch.device("cpu")
@@ -53,9 +53,10 @@ def test_two_calls_of_each_full_plan_use_every_slot_of_v2(world_size, staging_mb
 @pytest.mark.parametrize("world_size", WORLDS)
 def test_two_calls_of_each_full_plan_use_every_slot_of_legacy(world_size, staging_mb):
     pytest.importorskip("triton")
-    from allreduce_jit.legacy import LegacyEngine
-    from allreduce_jit.plan import legacy_part
     from allreduce_jit.triton_kernels.legacy import BLOCK_BYTES
+
+    from allreduce_jit.engine.legacy import LegacyEngine
+    from allreduce_jit.policy.plan import legacy_part
 
     one = engine(LegacyEngine, world_size, staging_mb)
     plans = one._full_plans()

@@ -20,9 +20,9 @@ from pathlib import Path
 
 import pytest
 
-from allreduce_jit import watcher
-from allreduce_jit.probe import probe
-from allreduce_jit.watcher import Process, watch
+from allreduce_jit.machine import watcher
+from allreduce_jit.machine.probe import probe
+from allreduce_jit.machine.watcher import Process, watch
 
 ROOT = Path(__file__).parent.parent
 LATENCY_S = 0.1  # on an idle machine; tests take the best of several, since this one may be busy
@@ -179,7 +179,7 @@ def test_what_means_another_process_is_never_watched(sleepers, told, caplog, fie
 
 def test_another_pid_namespace_is_refused():
     """Two real namespaces: the same number, another process."""
-    program = "import json, dataclasses; from allreduce_jit.watcher import Process; print(json.dumps(dataclasses.asdict(Process.own())))"
+    program = "import json, dataclasses; from allreduce_jit.machine.watcher import Process; print(json.dumps(dataclasses.asdict(Process.own())))"
     found = subprocess.run(
         ["unshare", "--user", "--map-root-user", "--pid", "--fork", "--mount-proc", sys.executable, "-c", program],
         capture_output=True, text=True, cwd=ROOT,
@@ -415,7 +415,7 @@ def test_fork(sleepers, told):
 EXIT = """
 import os, subprocess, sys, time
 from dataclasses import replace
-from allreduce_jit import watcher
+from allreduce_jit.machine import watcher
 peer = subprocess.Popen(["sleep", "5"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 handle = watcher.watch({1: replace(watcher.Process.own(), pid=peer.pid, started=watcher._start_ticks(peer.pid))}, print)
 MORE

@@ -25,12 +25,12 @@ from unittest import mock
 
 import torch
 
-from allreduce_jit import reference, v2
-from allreduce_jit.engine import MAX_SHAPES
-from allreduce_jit.kernel import ITEMSIZE, V2_ALGORITHMS, cuda_module, v2_algorithms
-from allreduce_jit.memory import REPORT_BYTES, LocalState
-from allreduce_jit.plan import HEADER_BYTES, MAX_BLOCK, PACKET, WARP, Layout, Plan, v2_shape
-from allreduce_jit.tuning import NEVER, Band
+from allreduce_jit.engine import reference, v2
+from allreduce_jit.engine.base import MAX_SHAPES
+from allreduce_jit.engine.memory import REPORT_BYTES, LocalState
+from allreduce_jit.policy.catalogue import ITEMSIZE, V2_ALGORITHMS, cuda_module, v2_algorithms
+from allreduce_jit.policy.plan import HEADER_BYTES, MAX_BLOCK, PACKET, WARP, Layout, Plan, v2_shape
+from allreduce_jit.policy.tables import NEVER, Band
 
 HERE = Path(__file__).parent / "twin"
 KERNELS = Path(__file__).parent.parent / "kernels" / "cuda"

@@ -4,17 +4,17 @@ import ctypes
 
 import torch
 
-from allreduce_jit.cache import KernelCache
-from allreduce_jit.compiler import build
-from allreduce_jit.driver import Launch, load_module
-from allreduce_jit.engine import DTYPE_NAMES
-from allreduce_jit.failure import Kind, abort_code, tag
-from allreduce_jit.kernel import cuda_module, entry, v2_algorithms
-from allreduce_jit.memory import LocalState
-from allreduce_jit.plan import HEADER_BYTES, PACKET, v2_layout
+from allreduce_jit.engine.base import DTYPE_NAMES
+from allreduce_jit.engine.driver import Launch, load_module
+from allreduce_jit.engine.failure import Kind, abort_code, tag
+from allreduce_jit.engine.memory import LocalState
+from allreduce_jit.engine.v2 import Args, V2Engine, launches
+from allreduce_jit.jit.cache import KernelCache
+from allreduce_jit.jit.compiler import build
+from allreduce_jit.policy.catalogue import cuda_module, entry, v2_algorithms
+from allreduce_jit.policy.plan import HEADER_BYTES, PACKET, v2_layout
+from allreduce_jit.policy.tables import Band
 from allreduce_jit.settings import Settings
-from allreduce_jit.tuning import Band
-from allreduce_jit.v2 import Args, V2Engine, launches
 
 
 def algorithms(world_size: int) -> list[str]:

@@ -1,0 +1,356 @@
+"""``allreduce-jit bench``: nccl-tests' table for our all-reduce, with its competitors to the right."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..engine import reference
+from ..errors import InputError
+from ..harness import ranks, report
+from ..harness.place import Place
+from . import html as bench_page
+from . import speed_of_light as floor
+from . import timing
+from .competitors import Peer, Unavailable, agreed, open_peers
+
+DTYPES = {"float": torch.float32, "half": torch.float16, "bfloat16": torch.bfloat16}
+_EVER_NEW = "ever_new", "ever_new_with_out"  # fields of a row
+EVER_NEW_UP_TO = 1 << 20  # bytes: beyond, the GPU is waited for
+ALIGNED = 256  # elements
+_TURNS = 3  # at everybody, one after the other: what drifts during a row drifts for all
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to measure; ``mode`` is ``graph``, ``eager`` or ``both``, ``max_bytes`` None = by device."""
+
+    min_bytes: int
+    max_bytes: int | None
+    factor: int
+    iters: int
+    warmup: int
+    dtype: str
+    check: bool
+    mode: str
+    peers: tuple[str, ...]
+    seed: int
+    max_ctas: int | None = None
+
+    def sizes(self, device: torch.device) -> list[int]:
+        """Bytes of every row: whole elements, growing by ``factor``."""
+        found, size = [], max(1, self.min_bytes)
+        itemsize = DTYPES[self.dtype].itemsize
+        last = self.max_bytes if self.max_bytes is not None else (64 if device.type == "cuda" else 1) << 20
+        while size <= last or not found:
+            found.append(max(itemsize, size // itemsize * itemsize))
+            size *= self.factor
+        return list(dict.fromkeys(found))
+
+
+def run(args: argparse.Namespace, init: Callable[..., Any] | None = None) -> int:
+    """Measure (or read), print, and return the exit code: 1 if any element was wrong."""
+    if args.source is not None:
+        documents = _read(args.source)
+        written = _publish(args, documents)
+        return 0 if written and all(document["ok"] for document in documents) else 1
+    if args.max_bytes is not None and args.max_bytes < args.min_bytes:
+        raise InputError("the last size (-e, --max-bytes) is smaller than the first (-b, --min-bytes)")
+    options = Options(
+        min_bytes=args.min_bytes,
+        max_bytes=args.max_bytes,
+        factor=args.factor,
+        iters=args.iters,
+        warmup=args.warmup,
+        dtype=args.dtype,
+        check=bool(args.check),
+        mode=args.mode,
+        peers=args.peers,
+        seed=args.seed,
+        max_ctas=args.max_ctas,
+    )
+    outcome = ranks.run(work, options, init, gpus=args.gpus, cpu=args.cpu, deadline=args.deadline)
+    written = outcome.rank != 0 or _publish(args, [outcome.value])
+    return 0 if written and outcome.value["ok"] else 1
+
+
+def _publish(args: argparse.Namespace, documents: list[dict[str, Any]]) -> bool:
+    """Write the page and print; whether the page, if wanted, was written. What was measured is printed in any case."""
+    written = True
+    if args.html is not None:
+        try:
+            args.html.write_text(bench_page.page(documents), encoding="utf-8")
+        except OSError as e:
+            written = False
+            print(f"allreduce-jit bench: cannot write {args.html}: {e.strerror}", file=sys.stderr)
+    if args.json:
+        print(json.dumps(documents[0] if len(documents) == 1 else documents, indent=2))
+    elif args.source is None or args.html is None:
+        print("\n\n".join(map(render, documents)))
+    return written
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    """The documents of ``--json`` in a file: one, a list, or the values of an object (``docs/benchmarks``)."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise InputError(f"cannot read {path}: {e}") from e
+    several = value if isinstance(value, list) else [value, *value.values()] if isinstance(value, dict) else []
+    found = [d for d in several if isinstance(d, dict) and {"rows", "peers", "communicator"} <= d.keys()]
+    if not found:
+        raise InputError(f"{path} holds no document of 'bench --json'")
+    return found
+
+
+def work(place: Place, options: Options, init: Callable[..., Any] | None) -> dict[str, Any]:
+    """One rank's part; every rank returns the same numbers."""
+    if init is None:
+        from .. import init
+    few = {} if options.max_ctas is None else {"max_ctas": options.max_ctas}
+    with init(device=place.device, **few) as communicator:
+        communicator.warmup()
+        light, no_light = floor.measure(place, communicator)
+        bench = _Bench(place, communicator, options, light)
+        try:
+            rows = [bench.row(mode, size) for mode in bench.modes() for size in bench.sizes]
+        finally:
+            bench.progress.done()
+        bench.close()
+        wrong = sum(row["wrong"] or 0 for row in rows)
+        return {
+            "ok": wrong == 0,
+            "machine": report.machine(),
+            "communicator": communicator.describe(),
+            "options": asdict(options),
+            "unit": "µs per call: p50 and p99 over bursts on each rank, then the slowest rank; 1 GB = 1e9 bytes",
+            "multicast": "off",
+            "floor": light.to_json() if light else {"reason": no_light},
+            "peers": {peer.name: None for peer in bench.peers} | bench.missing,
+            "rows": rows,
+            "wrong": wrong,
+            "average_busbw_gbs": sum(row["busbw_gbs"] for row in rows) / len(rows) if rows else 0.0,
+        }
+
+
+class _Bench:
+    def __init__(self, place: Place, communicator: Any, options: Options, light: floor.Floor | None):
+        self.place, self.communicator, self.options, self.floor = place, communicator, options, light
+        self.dtype = DTYPES[options.dtype]
+        self.progress = report.Progress(place.rank == 0)
+        self.sizes = options.sizes(place.device)
+        self.barrier = timing.device_barrier(place, communicator)
+        self.peers, self.missing = open_peers(place, list(options.peers), timing.ROTATE, self.sizes[-1])
+
+    def modes(self) -> list[str]:
+        """What was asked for, but eager alone where nothing can be captured."""
+        if not timing.capturable(self.place, self.communicator):
+            return ["eager"]
+        return ["graph", "eager"] if self.options.mode == "both" else [self.options.mode]
+
+    def row(self, mode: str, nbytes: int) -> dict[str, Any]:
+        numel, n = nbytes // self.dtype.itemsize, self.place.world_size
+        self.progress(f"bench: {mode} {report.format_size(nbytes)}")
+        plan = self.communicator.plan(numel, self.dtype)
+        sources = [
+            reference.values(self.options.seed + i, self.place.rank, numel, self.dtype, self.place.device)
+            for i in range(timing.ROTATE)
+        ]
+        ours, besides, peers = self._times(mode, numel, sources)
+        sol_us = self.floor.sol_us(nbytes, n) if self.floor else None
+        algbw = nbytes / ours.p50_us / 1e3
+        return {
+            "mode": mode,
+            "bytes": nbytes,
+            "count": numel,
+            "dtype": self.options.dtype,
+            "redop": "sum",
+            "path": report.word(plan.path),
+            "algorithm": plan.algorithm,
+            **asdict(ours),
+            **besides,
+            "sol_us": sol_us,
+            "sol_ratio": ours.p50_us / sol_us if sol_us else None,
+            "algbw_gbs": algbw,
+            "busbw_gbs": algbw * 2 * (n - 1) / n,
+            "wrong": self._wrong(numel, report.word(plan.path)) if self.options.check else None,
+            "peers": peers,
+        }
+
+    def _times(
+        self, mode: str, numel: int, sources: list[torch.Tensor]
+    ) -> tuple[timing.Timing, dict[str, Any], dict[str, Any]]:
+        """Ours, what the row says besides, and every peer: its timing or its reason.
+
+        Besides: calls in a burst; and of eager calls ours with an output that is given (in a graph nobody allocates), and
+        both ways with ever new addresses, as a model in eager mode has them.
+        """
+        all_reduce, inputs = self.communicator.all_reduce, [source.clone() for source in sources]
+        ours = {"new": timing.Workload(all_reduce, inputs, sources)}
+        if mode == "eager":
+            out = torch.empty_like(inputs[0])
+            ours["with_out"] = timing.Workload(lambda x: all_reduce(x, out=out), inputs, sources)
+            if inputs[0].nbytes <= EVER_NEW_UP_TO:
+                ours |= self._ever_new(inputs)
+        graphs = [timing.record(load, self.communicator.capture) if mode == "graph" else None for load in ours.values()]
+        ready, reasons = {}, {}
+        for peer in self.peers:
+            ready[peer.name], reasons[peer.name] = self._prepared(peer, mode, numel, sources)
+        samples: list[list[float]] = [[] for _ in ours]
+        theirs: dict[str, list[float]] = {peer.name: [] for peer in self.peers}
+        for counts in self._turns():
+            for mine, load, graph in zip(samples, ours.values(), graphs):
+                mine += self._samples(mode, load, graph, counts)
+            for name, times in theirs.items():
+                if reasons[name] is None:
+                    more, reasons[name] = agreed(self.place, lambda: self._samples(mode, *ready[name], counts))
+                    times += more or []
+        summary = {name: timing.slowest(self.place, mine) for name, mine in zip(ours, samples)}
+        peers = {
+            name: {"reason": reasons[name]} if reasons[name] else asdict(timing.slowest(self.place, times))
+            for name, times in theirs.items()
+        }
+        besides = {name: asdict(summary[name]) if name in summary else None for name in ("with_out", *_EVER_NEW)}
+        return summary["new"], {"calls": ours["new"].calls, **besides}, peers
+
+    def _ever_new(self, inputs: list[torch.Tensor]) -> dict[str, timing.Workload]:
+        """Bursts in which no two calls have the same addresses."""
+        numel, calls = inputs[0].numel(), timing.Workload(lambda x: x, inputs, []).calls
+        step = -(-numel // ALIGNED) * ALIGNED  # as an allocator would place them
+        rows = torch.empty(2, calls * step, dtype=self.dtype, device=self.place.device)
+        many, outputs = ([row[i * step :][:numel] for i in range(calls)] for row in rows)
+        for i, x in enumerate(many):
+            x.copy_(inputs[i % len(inputs)])
+        turn, all_reduce = cycle(outputs), self.communicator.all_reduce
+        loads = timing.Workload(all_reduce, many, []), timing.Workload(lambda x: all_reduce(x, out=next(turn)), many, [])
+        return dict(zip(_EVER_NEW, loads))
+
+    def _turns(self) -> Iterator[tuple[int, int]]:
+        """(timed bursts, bursts of warm-up) of every turn."""
+        iters, turns = self.options.iters, min(_TURNS, self.options.iters)
+        for turn in range(turns):
+            yield iters * (turn + 1) // turns - iters * turn // turns, -(-self.options.warmup // turns)
+
+    def _samples(self, mode: str, load: timing.Workload, graph: Any, counts: tuple[int, int]) -> list[float]:
+        if mode == "eager":
+            return timing.eager(self.place, load, *counts, self.barrier)
+        return timing.replays(self.place, load, graph, *counts, self.barrier)
+
+    def _wrong(self, numel: int, path: str) -> int:
+        """Wrong elements on all ranks together, in a call of its own."""
+        place, seed = self.place, self.options.seed
+        kind = reference.INTEGERS if path == "torch.distributed" else reference.RANDOM
+        mine = reference.values(
+            seed, place.rank, numel, self.dtype, place.device, kind=kind, world_size=place.world_size
+        )
+        want = reference.expected(seed, place.world_size, numel, self.dtype, place.device, kind=kind)
+        return sum(place.gather(reference.compare(self.communicator.all_reduce(mine), want).wrong))
+
+    def _prepared(
+        self, peer: Peer, mode: str, numel: int, sources: list[torch.Tensor]
+    ) -> tuple[tuple[timing.Workload, Any] | None, str | None]:
+        """What to time of this peer, or why it cannot do this size; in steps that all ranks take alike."""
+        load = timing.Workload(peer.call, peer.tensors(numel, self.dtype), sources)
+        want = self.communicator.all_reduce(sources[0]) if self.options.check else None
+
+        def trial() -> None:
+            load.refill()
+            result = peer.call(load.inputs[0])
+            self.place.synchronize()
+            if want is not None:
+                _check_roughly(result, want, self.place.world_size)
+
+        graph = None
+        _, trouble = agreed(self.place, trial)
+        if trouble is None and mode == "graph":
+            graph, trouble = agreed(self.place, lambda: timing.record(load, peer.capture))
+        return (load, graph), trouble
+
+    def close(self) -> None:
+        for peer in self.peers:
+            agreed(self.place, peer.close)
+
+
+def _check_roughly(result: torch.Tensor, want: torch.Tensor, world_size: int) -> None:
+    """A peer may add and round in its own way, but a call that goes wrong must not look fast."""
+    allowed = 16 * world_size * torch.finfo(want.dtype).eps  # the addends are below 4
+    off = float((result.reshape(-1).float() - want.float()).abs().max())
+    if not off <= allowed:
+        raise Unavailable(f"wrong sums: off by up to {off:.3g}, and rounding explains {allowed:.3g}")
+
+
+def render(document: dict[str, Any]) -> str:
+    """The tables as text."""
+    facts = document["communicator"]
+    lines = [
+        f"# {report.headline(document['machine'])}",
+        f"# {facts['world_size']} ranks, path {facts['path']}; {'; '.join(report.reasons(facts['reasons']))}",
+        f"# {document['unit']}; NVLink multicast {document['multicast']}",
+        f"# {_speed_of_light(document)}",
+    ]
+    peers = document["peers"].items()
+    lines += [f"# peer {name}: {'ok' if why is None else 'unavailable: ' + why}" for name, why in peers]
+    names = [name for name, why in peers if why is None]
+    for mode in dict.fromkeys(row["mode"] for row in document["rows"]):
+        rows = [row for row in document["rows"] if row["mode"] == mode]
+        columns = _columns(rows, names)
+        cells = ([cell(row) for cell in columns.values()] for row in rows)
+        headers = [header.split("/")[-1] for header in columns]
+        lines += ["", f"# {mode}", report.table(headers, cells)]
+        if any(row.get("ever_new") for row in rows):
+            lines.append("# *: no two calls of a burst with the same addresses; otherwise a few that come again and again")
+        lines += _refusals(rows)
+    verdict = "OK" if document["ok"] else "FAILED"
+    average = document["average_busbw_gbs"]
+    lines += ["", f"# Out of bounds values : {document['wrong']} {verdict}"]
+    return "\n".join([*lines, f"# Avg bus bandwidth    : {average:.4g} GB/s"])
+
+
+def _speed_of_light(document: dict[str, Any]) -> str:
+    """The floor of a document in one line, or why it has none."""
+    light = document.get("floor", {"reason": "not measured"})
+    if "reason" in light:
+        return f"no SoL: {light['reason']}"
+    return (
+        f"SoL: t_flag {light['flag_us']:.2f} µs + min((n-1)·S/BW, t_hop {light['hop_us']:.2f} µs + 2(n-1)/n·S/BW), "
+        f"BW {light['egress_gbs']:.1f} GB/s, measured in this run"
+    )
+
+
+def _columns(rows: list[dict[str, Any]], names: list[str]) -> dict[str, Callable[[dict[str, Any]], Any]]:
+    """Header (what stands before a slash keeps it apart from others) → the cell of a row."""
+    columns: dict[str, Callable[[dict[str, Any]], Any]] = {
+        "size": lambda row: row["bytes"],
+        "count": lambda row: row["count"],
+        "type": lambda row: row["dtype"],
+        "redop": lambda row: row["redop"],
+        "algorithm": lambda row: row["algorithm"],
+        "time": lambda row: row["p50_us"],
+        "p99": lambda row: row["p99_us"],
+        "algbw": lambda row: row["algbw_gbs"],
+        "busbw": lambda row: row["busbw_gbs"],
+        "#wrong": lambda row: "N/A" if row["wrong"] is None else row["wrong"],
+    }
+    for header, field in (("out=", "with_out"), ("new/time*", "ever_new"), ("new/out=*", "ever_new_with_out")):
+        if any(row.get(field) for row in rows):
+            columns[header] = lambda row, field=field: (row.get(field) or {}).get("p50_us")
+    if any(row.get("sol_us") for row in rows):
+        columns["SoL"] = lambda row: row["sol_us"]
+        columns["xSoL"] = lambda row: row["sol_ratio"]
+    for name in names:
+        columns[name] = lambda row, name=name: row["peers"][name].get("p50_us")
+        columns[f"{name}/p99"] = lambda row, name=name: row["peers"][name].get("p99_us")
+    return columns
+
+
+def _refusals(rows: list[dict[str, Any]]) -> list[str]:
+    texts = {f"# - {name}: {r['reason']}": None for row in rows for name, r in row["peers"].items() if "reason" in r}
+    return list(texts)

@@ -1,0 +1,1 @@
+"""What runs calls: kernels of ours, or torch.distributed."""

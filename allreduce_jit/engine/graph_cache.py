@@ -1,0 +1,105 @@
+"""Eager calls that come again are launched as CUDA graphs.
+
+Small ones as a graph of one kernel: the host takes 2 µs less to launch it again than to launch the kernel, and 1 µs more to aim
+it at another call first; the GPU takes some 2 µs longer to run it. Large ones as a graph of all their launches, each of
+which takes the GPU 1.5 µs less there, and the host next to nothing (docs/performance.md). A gain where calls come again with the
+same addresses, as an allocator has it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..errors import AllReduceError
+from .driver import Graph, Launch
+
+log = logging.getLogger("allreduce_jit")
+
+LARGEST = 1 << 20  # bytes of a call of one launch
+FEWEST, MOST = 16, 48  # launches of a call of several; with fewer there was little to gain, and on 2 GPUs something to lose
+SHORTS, LONGS = 64, 8  # graphs of one kernel and of MOST, of a communicator
+
+Call = tuple[Any, int, int]  # an engine's Step, and the addresses of input and output
+
+
+def replayed(launches: int, nbytes: int) -> bool:
+    """Whether calls of so many launches and bytes are launched as graphs when they come again."""
+    return nbytes <= LARGEST if launches == 1 else FEWEST <= launches <= MOST
+
+
+@dataclass(slots=True)
+class _Ring:
+    """Graphs that take turns; ``calls``: what each is aimed at."""
+
+    graphs: list[Graph] = field(default_factory=list)
+    calls: list[Call | None] = field(default_factory=list)
+    next: int = 0
+
+
+class Replays:
+    """The graphs of one engine, each aimed at one call, under its lock.
+
+    Attributes:
+        ready: what launches a call again.
+        stream: where they are launched.
+    """
+
+    def __init__(self) -> None:
+        self.ready: dict[Call, Graph] = {}
+        self.stream = ctypes.c_void_p()
+        self._short, self._long = _Ring(), _Ring()
+        self._seen: set[Call] = set()
+
+    def make(self, launch: Launch) -> None:
+        """Make all graphs, of any launch; none is run. Later the driver would wait for all that is in flight on this GPU."""
+        try:
+            for ring, graphs, kernels in ((self._short, SHORTS, 1), (self._long, LONGS, MOST)):
+                for _ in range(graphs):
+                    ring.graphs.append(Graph([launch] * kernels, self.stream))
+                    ring.calls.append(None)
+        except AllReduceError as e:
+            self._refuse(e)
+
+    def __bool__(self) -> bool:
+        return bool(self._short.graphs)
+
+    def aim(self, call: Call) -> Graph | None:
+        """A graph for ``call``, taken from the call that has had one for longest. None if the call has not come before, or if
+        the driver refuses."""
+        if not self:
+            return None
+        if call not in self._seen:
+            # So short a memory that many calls in turn do not take the graphs from each other.
+            if len(self._seen) >= SHORTS:
+                self._seen.clear()
+            self._seen.add(call)
+            return None
+        self._seen.remove(call)
+        step, source, target = call
+        launches = list(step.launches(source, target))
+        ring = self._short if len(launches) == 1 else self._long
+        turn = ring.next
+        ring.next = (turn + 1) % len(ring.graphs)
+        graph = ring.graphs[turn]
+        self.ready.pop(ring.calls[turn], None)
+        ring.calls[turn] = None
+        try:
+            graph.aim(launches)
+        except AllReduceError as e:
+            self._refuse(e)
+            return None
+        ring.calls[turn], self.ready[call] = call, graph
+        return graph
+
+    def _refuse(self, error: AllReduceError) -> None:
+        self.close()
+        log.warning("eager calls are launched as kernels, which takes longer: %s", error)
+
+    def close(self) -> None:
+        self.ready.clear()
+        for ring in (self._short, self._long):
+            while ring.graphs:
+                ring.graphs.pop().close()

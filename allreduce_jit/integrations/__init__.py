@@ -1,0 +1,1 @@
+"""Other projects' names and contracts over our communicator."""

@@ -1,0 +1,1 @@
+"""From a module of the catalogue to machine code, kept on disk."""

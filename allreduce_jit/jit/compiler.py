@@ -1,0 +1,116 @@
+"""KernelSpec + architecture -> cubin. Nothing else in the package knows a compiler."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.resources
+import logging
+import os
+import re
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache as memoise
+
+from ..errors import CompileError
+from ..machine import toolchain
+from ..policy.catalogue import KernelSpec
+from ..version import __version__
+from . import triton_process
+from .cache import Artifact, KernelCache
+
+log = logging.getLogger("allreduce_jit")
+
+TRITON_ARCHS = ("sm_80", "sm_86", "sm_87", "sm_89", "sm_90", "sm_100", "sm_120")
+_INCLUDE = re.compile(r'^#include "([^"]+)"\n', re.M)
+
+
+def build(spec: KernelSpec, arch: str, cache: KernelCache) -> tuple[Artifact, bool]:
+    """The compiled module for ``arch`` (``sm_90``, ...), and whether it came from the cache.
+
+    Needs no GPU and no driver.
+
+    Raises:
+        CompileError: the compiler is missing or refuses the source; the message holds its log.
+    """
+    front = {"cuda": _nvrtc, "triton": _triton}[spec.language]
+    try:
+        key = _key(spec, arch)
+        artifact = cache.get(key)
+        if artifact is not None:
+            return artifact, True
+        artifact = front(spec, arch)
+    except CompileError:
+        raise
+    except Exception as e:  # noqa: BLE001 - compilers raise what they like
+        message = str(e).rstrip("\0 \n")  # NVRTC's log ends in a NUL
+        raise CompileError(f"{spec.name} for {arch}: {type(e).__name__}: {message}") from e
+    cache.put(key, artifact)
+    return artifact, False
+
+
+def workers(sharing: int = 1) -> int:
+    """How many modules this process compiles at a time, being one of ``sharing`` that do so on this machine."""
+    return max(1, len(os.sched_getaffinity(0)) // sharing)
+
+
+def build_all(jobs: Sequence[tuple[KernelSpec, str]], cache: KernelCache, sharing: int = 1) -> list[tuple[Artifact, bool]]:
+    """``build`` of every (module, architecture), several at a time."""
+    with ThreadPoolExecutor(min(workers(sharing), len(jobs)) or 1) as pool:
+        return list(pool.map(lambda job: build(*job, cache), jobs))
+
+
+def _key(spec: KernelSpec, arch: str) -> str:
+    text = _cuda_source(spec.source) if spec.language == "cuda" else _triton_source()
+    parts = (__version__, repr(spec), arch, _version(spec.language), text)  # the version: for options set here
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+@memoise
+def _version(language: str) -> str:
+    name = {"cuda": "NVRTC", "triton": "Triton"}[language]
+    try:
+        version = toolchain.nvrtc() if language == "cuda" else toolchain.triton()
+    except Exception as e:  # noqa: BLE001
+        raise CompileError(f"no {name} on this machine: {e}") from e
+    if version is None:
+        raise CompileError(f"no {name} on this machine: there is no package {language} in {', '.join(map(str, sys.path))}")
+    return f"{name.lower()} {version}"
+
+
+@memoise
+def _cuda_source(filename: str) -> str:
+    """The file with its includes put in place, each once: NVRTC then needs no include path."""
+    seen: set[str] = set()
+
+    def expand(name: str) -> str:
+        if name in seen:
+            return ""
+        seen.add(name)
+        text = importlib.resources.files("allreduce_jit.cuda_kernels").joinpath(name).read_text()
+        text = text.replace("#pragma once\n", "")
+        return _INCLUDE.sub(lambda m: expand(m[1]), text)
+
+    return expand(filename)
+
+
+def _nvrtc(spec: KernelSpec, arch: str) -> Artifact:
+    from cuda.core import Program, ProgramOptions
+
+    options = ProgramOptions(
+        name=spec.source, arch=arch, std="c++17", define_macro=[(k, str(v)) for k, v in spec.constants]
+    )
+    cubin = Program(_cuda_source(spec.source), "c++", options).compile("cubin").code
+    return Artifact(spec.name, arch, 0, 0, bytes(cubin))
+
+
+@memoise
+def _triton_source() -> str:
+    return importlib.resources.files("allreduce_jit.triton_kernels").joinpath("legacy.py").read_text()
+
+
+def _triton(spec: KernelSpec, arch: str) -> Artifact:
+    # Triton's LLVM does not refuse an architecture that it does not know: it aborts the process.
+    if arch not in TRITON_ARCHS:
+        raise CompileError(f"Triton is not known to compile for {arch}, only for {', '.join(TRITON_ARCHS)}")
+    return triton_process.compile(spec, arch)

@@ -1,0 +1,1 @@
+"""Pure: the same inputs give the same answer on every rank."""

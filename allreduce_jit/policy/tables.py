@@ -1,0 +1,118 @@
+"""The tables that ``plan`` reads. Tuning changes speed only, never a bit of a result.
+
+Measured on H200 at 2 to 4 ranks (docs/performance.md). At 5 to 8 estimated: one-shot sends (n-1) S bytes and two-shot
+2 (n-1) / n S in one hop more, so they change places at S ~ 1 / ((n-1) (1 - 2/n)), on from where they do at 3 and 4.
+Two-shot goes as far as one launch of it does: to 8 MiB at 3 and 4 ranks, to 7 at more.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .catalogue import V2_ALGORITHMS, v2_algorithms
+
+KIB = 1 << 10
+MIB = 1 << 20
+NEVER = 1 << 62
+BLOCKS = (32, 64, 128, 256, 512)
+STREAM_FROM = 64 * KIB  # an algorithm that streams takes two launches at least, of a warp of packets each
+
+
+@dataclass(frozen=True)
+class Band:
+    """Messages of up to ``up_to`` bytes run ``algorithm`` in blocks of ``block`` threads."""
+
+    up_to: int
+    algorithm: str
+    block: int
+
+
+Bands = tuple[Band, ...]  # by growing size; the last one has no end
+
+
+def _bands(one_shot_up_to: int, two_shot_up_to: int) -> Bands:
+    return (
+        Band(16 * KIB, "one_shot", 64),
+        Band(one_shot_up_to, "one_shot", 32),
+        Band(two_shot_up_to, "two_shot", 32),
+        Band(NEVER, "two_shot_stream", 512),
+    )
+
+
+V2_TABLES: dict[int, Bands] = {
+    2: (Band(128 * KIB, "one_shot", 64), Band(8 * MIB, "one_shot", 128), Band(NEVER, "one_shot", 512)),
+    3: _bands(384 * KIB, 8 * MIB),
+    4: _bands(192 * KIB, 8 * MIB),
+    5: _bands(112 * KIB, 7 * MIB),
+    6: _bands(80 * KIB, 7 * MIB),
+    7: _bands(64 * KIB, 7 * MIB),
+    8: _bands(48 * KIB, 7 * MIB),
+}
+
+
+def bands_to_json(bands: Bands) -> list[dict[str, object]]:
+    return [{**vars(band), "up_to": None if band.up_to == NEVER else band.up_to} for band in bands]
+
+
+def bands_from_json(world_size: int, value: object) -> Bands:
+    """What ``bands_to_json`` wrote, held against all that plans and kernels rely on.
+
+    Raises:
+        ValueError: what is wrong with it.
+    """
+    if not isinstance(value, list) or not value:
+        raise ValueError(f"expected a list of bands, got {value!r}")
+    names = v2_algorithms(world_size)
+    bands: list[Band] = []
+    for i, entry in enumerate(value):
+        if not isinstance(entry, dict) or entry.keys() != {"up_to", "algorithm", "block"}:
+            raise ValueError(f"band {i} is {entry!r}: expected up_to, algorithm and block")
+        up_to, name, block = entry["up_to"], entry["algorithm"], entry["block"]
+        begin = bands[-1].up_to if bands else 0
+        last = i == len(value) - 1
+        if up_to is not None if last else type(up_to) is not int or not begin < up_to < NEVER:
+            raise ValueError(f"band {i} ends at {up_to!r}: expected growing whole bytes, and null in the last band")
+        if name not in names:
+            raise ValueError(f"band {i}: algorithm {name!r} is none of {', '.join(names)}")
+        if bands and names.index(name) < names.index(bands[-1].algorithm):
+            raise ValueError(f"band {i}: {name} after {bands[-1].algorithm}: expected the order {', '.join(names)}")
+        if V2_ALGORITHMS[name].stream and begin < STREAM_FROM:
+            raise ValueError(f"band {i}: {name} from {begin} bytes on: it takes messages above {STREAM_FROM}")
+        if type(block) is not int or block not in BLOCKS:
+            raise ValueError(f"band {i}: blocks of {block!r} threads: expected one of {BLOCKS}")
+        bands.append(Band(NEVER if last else up_to, name, block))
+    return tuple(bands)
+
+
+def two_shot_above(bands: Bands) -> int:
+    """Largest message in bytes that one-shot takes."""
+    return max(band.up_to for band in bands if band.algorithm == "one_shot")
+
+
+@dataclass(frozen=True)
+class LegacyTable:
+    """The same for the legacy path.
+
+    Attributes:
+        two_shot_from: bytes from which two-shot runs.
+        nvlink_limit: bytes above which NCCL is expected to win on NVLink.
+        pcie_limit: the same where some pair has no NVLink.
+
+    Measured at 2 ranks on NVLink, beside NCCL at its best (docs/performance.md): there NCCL wins nowhere, once the copy before
+    its in-place call counts. Estimated otherwise.
+    """
+
+    two_shot_from: int
+    nvlink_limit: int
+    pcie_limit: int
+
+
+LEGACY_TABLES = {
+    2: LegacyTable(1 * MIB, NEVER, 512 * KIB),
+    3: LegacyTable(512 * KIB, 8 * MIB, 512 * KIB),
+    4: LegacyTable(256 * KIB, 8 * MIB, 512 * KIB),
+    5: LegacyTable(192 * KIB, 8 * MIB, 256 * KIB),
+    6: LegacyTable(128 * KIB, 8 * MIB, 256 * KIB),
+    7: LegacyTable(128 * KIB, 8 * MIB, 256 * KIB),
+    8: LegacyTable(128 * KIB, 8 * MIB, 256 * KIB),
+}

@@ -1,0 +1,1 @@
+"""All ranks agree on a path and build it."""
