@@ -17,9 +17,7 @@ from ..engine import reference
 from ..errors import InputError
 from ..harness import ranks, report
 from ..harness.place import Place
-from . import html as bench_page
-from . import speed_of_light as floor
-from . import timing
+from . import html, speed_of_light, timing
 from .competitors import Peer, Unavailable, agreed, open_peers
 
 DTYPES = {"float": torch.float32, "half": torch.float16, "bfloat16": torch.bfloat16}
@@ -87,7 +85,7 @@ def _publish(args: argparse.Namespace, documents: list[dict[str, Any]]) -> bool:
     written = True
     if args.html is not None:
         try:
-            args.html.write_text(bench_page.page(documents), encoding="utf-8")
+            args.html.write_text(html.page(documents), encoding="utf-8")
         except OSError as e:
             written = False
             print(f"allreduce-jit bench: cannot write {args.html}: {e.strerror}", file=sys.stderr)
@@ -118,7 +116,7 @@ def work(place: Place, options: Options, init: Callable[..., Any] | None) -> dic
     few = {} if options.max_ctas is None else {"max_ctas": options.max_ctas}
     with init(device=place.device, **few) as communicator:
         communicator.warmup()
-        light, no_light = floor.measure(place, communicator)
+        light, no_light = speed_of_light.measure(place, communicator)
         bench = _Bench(place, communicator, options, light)
         try:
             rows = [bench.row(mode, size) for mode in bench.modes() for size in bench.sizes]
@@ -142,7 +140,7 @@ def work(place: Place, options: Options, init: Callable[..., Any] | None) -> dic
 
 
 class _Bench:
-    def __init__(self, place: Place, communicator: Any, options: Options, light: floor.Floor | None):
+    def __init__(self, place: Place, communicator: Any, options: Options, light: speed_of_light.Floor | None):
         self.place, self.communicator, self.options, self.floor = place, communicator, options, light
         self.dtype = DTYPES[options.dtype]
         self.progress = report.Progress(place.rank == 0)

@@ -17,7 +17,7 @@ from ..engine import reference
 from ..errors import InputError
 from ..harness import ranks, report
 from ..harness.place import Place, Seat
-from ..policy import measured_tables as tuned
+from ..policy import measured_tables
 from ..policy.catalogue import ITEMSIZE, V2_ALGORITHMS, WORLD_SIZES, v2_algorithms
 from ..policy.plan import MAX_BLOCK, v2_layout, v2_shape
 from ..policy.tables import BLOCKS, NEVER, STREAM_FROM, V2_TABLES, Band, Bands
@@ -84,7 +84,7 @@ def work(place: Place, meter: Callable[[Place, str], Meter]) -> dict[str, Any]:
     file = problem = None
     if place.rank == 0:
         try:
-            file = str(tuned.save(cache_dir, facts, tables, microseconds=microseconds))
+            file = str(measured_tables.save(cache_dir, facts, tables, microseconds=microseconds))
         except OSError as e:
             problem = f"the table could not be kept: {e}"
     file, problem = place.gather((file, problem))[0]
@@ -94,7 +94,7 @@ def work(place: Place, meter: Callable[[Place, str], Meter]) -> dict[str, Any]:
         "problem": problem,
         "path": file,
         "fingerprint": facts,
-        "tables": tuned.tables_to_json(tables),
+        "tables": measured_tables.tables_to_json(tables),
         "microseconds": microseconds,
         "seconds": round(time.perf_counter() - started, 3),
     }
@@ -169,7 +169,7 @@ class Meter:
             raise InputError(f"only V2 has tables, and {place.world_size} ranks cannot have it here: {reasons}")
         self.place, self.algorithm, self.engine = place, algorithm, ladder.engine
         self.staging_bytes = ladder.settings.staging_mb << 20
-        self.fingerprint = tuned.fingerprint(ladder.capabilities[0], place.world_size)
+        self.fingerprint = measured_tables.fingerprint(ladder.capabilities[0], place.world_size)
         self.cache_dir = ladder.settings.cache_dir
         self._one = torch.ones(2, 1, device=place.device).unbind()  # the barrier's input and output
         self._data: tuple[tuple[str, int] | None, list[torch.Tensor]] = (None, [])

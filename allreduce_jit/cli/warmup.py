@@ -12,7 +12,7 @@ from typing import Any
 
 from ..errors import InputError
 from ..harness import report
-from ..policy import measured_tables as tuned
+from ..policy import measured_tables
 from ..settings import Settings
 
 PATHS = ("v2", "legacy")
@@ -98,13 +98,13 @@ def run_cache(args: argparse.Namespace) -> int:
         entries = document["entries"] = [{"name": name, "bytes": size} for name, size in cache.entries()]
         lines.append(report.table(("kernel", "bytes"), [tuple(entry.values()) for entry in entries]))
         lines.append(f"{len(entries)} kernels, {sum(entry['bytes'] for entry in entries)} bytes")
-        refused = cache.refused() + tuned.refused(cache.directory)
+        refused = cache.refused() + measured_tables.refused(cache.directory)
         document["refused"] = [{"file": file, "why": why} for file, why in refused]
-        document["tables"] = sorted({*map(str, tuned.entries(cache.directory))} - {file for file, _ in refused})
+        document["tables"] = sorted({*map(str, measured_tables.entries(cache.directory))} - {file for file, _ in refused})
         lines += [f"{len(document['tables'])} tables of allreduce-jit tune", *document["tables"]]
         lines += [f"not used: {file}: {why}" for file, why in refused]
     else:
-        document["removed"], document["tables_removed"] = cache.clear(), tuned.clear(cache.directory)
+        document["removed"], document["tables_removed"] = cache.clear(), measured_tables.clear(cache.directory)
         lines.append(f"{document['removed']} kernels removed from {document['directory'] or 'no directory'}")
         lines.append(f"{document['tables_removed']} tables of allreduce-jit tune removed")
     print(json.dumps(document, indent=2) if args.json else "\n".join(lines))

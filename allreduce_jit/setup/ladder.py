@@ -17,7 +17,7 @@ import torch.distributed as dist
 from ..errors import CommunicatorFailed, InputError, SettingsError
 from ..machine.probe import Capabilities, probe
 from ..machine.watcher import Process
-from ..policy import measured_tables as tuned
+from ..policy import measured_tables
 from ..policy.catalogue import WORLD_SIZES
 from ..policy.dispatch import decide
 from ..policy.tables import Bands
@@ -75,7 +75,7 @@ def survey(group: dist.ProcessGroup, device: torch.device, use_v2: bool | None =
     facts = {"capabilities": seen.to_json(), "staging_mb": settings.staging_mb, "tuning": settings.tuning}
     facts |= {"process": asdict(Process.own()), "tuned": None}  # all ranks send the same fields
     if dist.get_rank(group) == 0 and settings.tuning:
-        facts["tuned"] = tuned.load(settings.cache_dir, tuned.fingerprint(seen, dist.get_world_size(group)))
+        facts["tuned"] = measured_tables.load(settings.cache_dir, measured_tables.fingerprint(seen, dist.get_world_size(group)))
     payload = {"problem": problem, "request": request, "choice": choice, **facts}
     answers = _exchange(group, payload, settings.setup_timeout_s)
     _raise_first_problem(answers)
@@ -99,7 +99,7 @@ def _tuned(answers: list[dict]) -> tuple[dict[str, Bands] | None, str | None]:
     found = answers[0]["tuned"]
     if found and all(answer["tuning"] for answer in answers):
         try:
-            return tuned.tables_from_json(len(answers), found["tables"]), found["path"]
+            return measured_tables.tables_from_json(len(answers), found["tables"]), found["path"]
         except (KeyError, TypeError, ValueError) as e:
             log.warning("rank 0's tuned table is ignored: %s", e)
     return None, None
