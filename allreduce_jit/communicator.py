@@ -17,7 +17,7 @@ import torch.distributed as dist
 from .engine.bounded import within
 from .engine.fallback import TorchEngine
 from .errors import ClosedError, InputError, NotDeterministicError
-from .inputs import as_device, check_output, likeness, maker, memory_problem, nothing, packed, plain, refuse
+from .inputs import as_device, check_output, maker, memory_problem, never_matches, packed, plain, refuse, tensor_guard
 from .machine.watcher import watch
 from .policy.catalogue import DTYPES, ITEMSIZE
 from .policy.plan import Plan
@@ -45,18 +45,18 @@ class Route:
     """Who runs calls of one shape and dtype.
 
     Attributes:
-        alike: whether a plain tensor is like one that has passed every check, so that it need not; a no says nothing.
+        matches: whether a plain tensor is like one that has passed every check, so that it need not; a no says nothing.
         empty: makes such a tensor on the current device.
         nbytes: size of such a tensor.
     """
 
     runner: Prepared | TorchEngine | None
-    alike: Callable[[torch.Tensor], bool]
+    matches: Callable[[torch.Tensor], bool]
     empty: Callable[[], torch.Tensor] | None
     nbytes: int
 
 
-NOWHERE = Route(None, nothing, None, 0)
+NO_ROUTE = Route(None, never_matches, None, 0)
 
 
 def init(
@@ -117,7 +117,7 @@ class Communicator:
         self._engine = self._torch = self._watch = None
         self._runners: dict[tuple[int, torch.dtype], Prepared | TorchEngine] = {}  # by number of elements
         self._routes: dict[tuple[torch.Size, torch.dtype], Route] = {}  # of tensors that can be told by one call
-        self._last = NOWHERE  # most calls are like the one before
+        self._last = NO_ROUTE  # most calls are like the one before
         self.group = group
         if not groups.has_backend(group, "cpu:"):
             if not create_groups:
@@ -162,13 +162,13 @@ class Communicator:
                 return self.all_reduce(x, out)
         route = self._last
         # ``plain`` here as well: calling it takes as long as all of this line.
-        if type(x) is not _Tensor or x.layout is not _STRIDED or x.is_nested or not route.alike(x):
+        if type(x) is not _Tensor or x.layout is not _STRIDED or x.is_nested or not route.matches(x):
             route = self._last = self._known(x)
-            if route is NOWHERE:
+            if route is NO_ROUTE:
                 return self._all_reduce(x, out)
         if out is None:
             out = route.empty()
-        elif out is not x and (not plain(out) or not route.alike(out) or abs(out.data_ptr() - x.data_ptr()) < route.nbytes):
+        elif out is not x and (not plain(out) or not route.matches(out) or abs(out.data_ptr() - x.data_ptr()) < route.nbytes):
             return self._all_reduce(x, out)
         route.runner.all_reduce(x, out)
         return out
@@ -254,7 +254,7 @@ class Communicator:
         if local:
             for part in parts:
                 part.abort()
-        self._closed, self._last = True, NOWHERE
+        self._closed, self._last = True, NO_ROUTE
         if self._watch is not None:
             self._watch.close()
         self._engine = self._torch = None
@@ -392,17 +392,17 @@ class Communicator:
 
     def _known(self, x: object) -> Route:
         """The route of tensors like ``x``, if one was accepted before."""
-        route = self._routes.get((x.shape, x.dtype), NOWHERE) if plain(x) else NOWHERE
-        return route if route.alike(x) else NOWHERE
+        route = self._routes.get((x.shape, x.dtype), NO_ROUTE) if plain(x) else NO_ROUTE
+        return route if route.matches(x) else NO_ROUTE
 
     def _route(self, x: torch.Tensor) -> Route:
         """Who runs a call with ``x``, accepted and contiguous."""
         route = self._known(x)
-        if route is NOWHERE:
+        if route is NO_ROUTE:
             numel, dtype = x.numel(), x.dtype
             runner = self._runners.get((numel, dtype)) or self._runner(numel, dtype)
-            route = Route(runner, likeness(x), maker(x), numel * dtype.itemsize)
-            if route.alike(x):
+            route = Route(runner, tensor_guard(x), maker(x), numel * dtype.itemsize)
+            if route.matches(x):
                 _remember(self._routes, (x.shape, dtype), route)
         return route
 

@@ -30,8 +30,8 @@ def _tensor_guards() -> type | None:
 _Guards = _tensor_guards()
 
 
-def nothing(x: torch.Tensor) -> bool:
-    """A likeness that nothing has."""
+def never_matches(x: torch.Tensor) -> bool:
+    """The guard of no tensor."""
     return False
 
 
@@ -112,7 +112,7 @@ def plain(x: object) -> bool:
     return type(x) is torch.Tensor and x.layout is torch.strided and not x.is_nested
 
 
-def likeness(x: torch.Tensor) -> Callable[[torch.Tensor], bool]:
+def tensor_guard(x: torch.Tensor) -> Callable[[torch.Tensor], bool]:
     """Tells whether a plain tensor (and only such: the process ends where strides cannot be had) is like ``x``: with the same
     dtype, device, sizes, strides, and bits for conjugation and negation, without grad. One call of torch's, where looking at each
     of them costs as much as a launch.
@@ -120,7 +120,7 @@ def likeness(x: torch.Tensor) -> Callable[[torch.Tensor], bool]:
     A no may be wrong (in another inference mode), a yes is not.
     """
     if _Guards is None or x.requires_grad or not plain(x):
-        return nothing
+        return never_matches
     return _Guards(x, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
 
 
@@ -132,7 +132,7 @@ def _quick_empty(kind: str) -> Callable[..., torch.Tensor] | None:
     """
     try:
         quick = getattr(torch._C._dynamo.guards, f"_empty_strided_{kind}")
-        alike, made = likeness(torch.empty(2, 3, dtype=torch.bfloat16, device=kind)), quick((2, 3), (3, 1), torch.bfloat16)
+        alike, made = tensor_guard(torch.empty(2, 3, dtype=torch.bfloat16, device=kind)), quick((2, 3), (3, 1), torch.bfloat16)
         return quick if plain(made) and alike(made) else None
     except Exception:  # noqa: BLE001 - no public names: whatever has become of them
         return None

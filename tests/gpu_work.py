@@ -160,7 +160,7 @@ def repeated(place, path, many_launches=False):
               (600_001, torch.bfloat16), (16_000_000, torch.bfloat16)]  # fmt: skip
     with allreduce_jit.init(device=place.device, deterministic=True) as comm:
         expect_path(comm, path)
-        ready, graph = comm._engine._replays.ready, torch.cuda.CUDAGraph()
+        ready, graph = comm._engine._graph_cache.ready, torch.cuda.CUDAGraph()
         verified = set(ready)
         side, urgent = torch.cuda.Stream(place.device), torch.cuda.Stream(place.device, priority=-1)
         # Every second pair lies off a packet's border.

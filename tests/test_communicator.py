@@ -26,7 +26,7 @@ from allreduce_jit.communicator import Communicator, stretches
 from allreduce_jit.engine import reference
 from allreduce_jit.errors import ClosedError, InputError, InputTypeError, NotDeterministicError, SettingsError
 from allreduce_jit.harness import ranks
-from allreduce_jit.inputs import as_device, likeness
+from allreduce_jit.inputs import as_device, tensor_guard
 from allreduce_jit.policy.catalogue import ITEMSIZE
 from allreduce_jit.policy.plan import legacy_layout, legacy_plan, v2_layout, v2_plan
 from allreduce_jit.policy.tables import V2_TABLES
@@ -507,9 +507,9 @@ def test_pending_results_and_distributed_tensors(world_of_one):
             assert comm.all_reduce(pending.wait()).tolist() == [1.0] * 3
 
 
-def test_likeness():
+def test_tensor_guard():
     def fits_of(x):
-        alike = likeness(x)
+        alike = tensor_guard(x)
         return lambda y: inputs.plain(y) and alike(y)
 
     x = torch.ones(4, 6)
@@ -542,7 +542,7 @@ def test_guards_that_are_not_what_they_were_are_not_used(monkeypatch, check):
     monkeypatch.setattr(torch._C._dynamo.guards, "TensorGuards", other)
     assert inputs._tensor_guards() is None
     monkeypatch.setattr(inputs, "_Guards", None)
-    assert not inputs.likeness(torch.ones(2))(torch.ones(2))
+    assert not inputs.tensor_guard(torch.ones(2))(torch.ones(2))
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (0, 3), (4, 6), (1, 2, 3, 1)])

@@ -90,7 +90,7 @@ def test_half_a_signature_is_none():
 def test_a_timeout_of_ones_own():
     error = why(abort_code(Kind.TIMEOUT, 2, 1))
     assert type(error) is PeerTimeout and error.ranks == (2,)
-    assert "rank 1: rank 1 waited for 1.5 s in vain for rank 2 in call 7 (two_shot, bfloat16, scatter); its process lives" in str(error)
+    assert "rank 1: rank 1 timed out after 1.5 s waiting for rank 2 in call 7 (two_shot, bfloat16, scatter); its process lives" in str(error)
     report = error.report
     assert {k: report[k] for k in ("kind", "culprit", "found_by", "rank", "sequence", "channel", "waited_ms")} == {
         "kind": "timeout", "culprit": 2, "found_by": 1, "rank": 1, "sequence": 7, "channel": 5, "waited_ms": 1500}
@@ -101,7 +101,7 @@ def test_a_timeout_of_somebody_elses():
     """The call that this rank was in is not the one of which it was told."""
     error = why(abort_code(Kind.TIMEOUT, 2, 3))
     assert type(error) is PeerTimeout and error.ranks == (2,)
-    assert "rank 1: rank 3 waited in vain for rank 2; its process lives (rank 3 told rank 1)" in str(error)
+    assert "rank 1: rank 3 timed out waiting for rank 2; its process lives (rank 3 told rank 1)" in str(error)
     assert "call 7" not in str(error) and error.report["sequence"] == 7
 
 

@@ -124,7 +124,7 @@ def no_rung_below(place):
 
 
 def who_waited_in_vain_is_not_to_blame(place):
-    error = RuntimeError("wrong bytes") if place.rank == 2 else PeerTimeout("waited in vain for rank 2")
+    error = RuntimeError("wrong bytes") if place.rank == 2 else PeerTimeout("waited waiting for rank 2")
     with fake_gpus(place.control, fails={("v2", "verify"): error}):
         found = climb(place.control, CPU)
     assert agreed(place, found) == (Path.LEGACY, ["verify-failed"], [2])

@@ -53,7 +53,7 @@ class FakeGraph:
         self.kernels, self.stream, self.what = len(launches), stream, None
         FakeGraph.alive += 1
 
-    def aim(self, launches):
+    def update(self, launches):
         if self.refuses:
             raise AllReduceError("graph update: not supported")
         assert 1 <= len(launches) <= self.kernels and (len(launches) == 1) == (self.kernels == 1)
@@ -89,7 +89,7 @@ def here(monkeypatch):
     FakeDriver(monkeypatch, streams, cuStreamGetCaptureInfo=lambda stream: capture_info(None),
                cuStreamGetPriority=lambda stream: here.priority.get(stream, 0))  # fmt: skip
     one._streams = streams.StreamOrder()
-    one._replays.make(None)
+    one._graph_cache.make(None)
     assert FakeGraph.alive == ALL
     return here
 
@@ -165,7 +165,7 @@ def test_large_calls_take_turns_with_the_same_graphs(here):
             for calls in found:
                 launched = [what[1:] for what in calls if what != ("aim",)]
                 assert launched == [(k, n, x + 16 * i, out - OUT + ELSEWHERE, s) for k, n, x, out, s in as_kernels]
-            assert len(here.engine._replays.ready) == 1 + (LONGS if turn else min(i + 1, LONGS))
+            assert len(here.engine._graph_cache.ready) == 1 + (LONGS if turn else min(i + 1, LONGS))
     assert FakeGraph.alive == ALL and ran(here) == small  # which have graphs of their own
 
 
@@ -228,11 +228,11 @@ def test_ever_new_calls_take_turns_with_the_same_graphs(here):
         for i in range(SHORTS + 1):
             found = [ran(here, source=X + 16 * i) for _ in range(3)]
             assert [kinds(f) for f in found] == FIRST and {f[-1][3] for f in found} == {X + 16 * i}
-            assert len(here.engine._replays.ready) == (SHORTS if turn else min(i + 1, SHORTS))
+            assert len(here.engine._graph_cache.ready) == (SHORTS if turn else min(i + 1, SHORTS))
     assert [kinds(ran(here, source=X + 16 * i)) for i in range(1, SHORTS + 1)] == [AGAIN] * SHORTS
     assert FakeGraph.alive == ALL
     for i in range(3 * SHORTS):  # addresses that do not come again take nobody's
-        assert kinds(ran(here, target=ELSEWHERE + 16 * i)) == KERNEL and len(here.engine._replays._seen) <= SHORTS
+        assert kinds(ran(here, target=ELSEWHERE + 16 * i)) == KERNEL and len(here.engine._graph_cache._seen) <= SHORTS
     assert [kinds(ran(here, source=X + 16 * i)) for i in range(1, SHORTS + 1)] == [AGAIN] * SHORTS
     here.engine.memory = here.engine.state = None
     here.engine.close()
@@ -256,9 +256,9 @@ def test_where_graphs_cannot_be_made_calls_are_kernels(here, monkeypatch, caplog
         made.append(FakeGraph(launches, stream))
         return made[-1]
 
-    here.engine._replays.close()
+    here.engine._graph_cache.close()
     monkeypatch.setattr(replay, "Graph", make)
-    here.engine._replays.make(None)
+    here.engine._graph_cache.make(None)
     assert len(made) == most and not FakeGraph.alive
     assert [kinds(ran(here)) for _ in range(3)] == [KERNEL] * 3
     (record,) = caplog.records
@@ -276,8 +276,8 @@ def test_what_verification_launches(here, monkeypatch, caplog, can):
             raise AllReduceError("cuGraphInstantiate: out of memory")
         return FakeGraph(launches, stream)
 
-    one._replays.close()
-    one._replays = replay.Replays()
+    one._graph_cache.close()
+    one._graph_cache = replay.GraphCache()
     one.config = replace(one.config, device=torch.device("cpu"))
     one.state.set_deadlines = lambda usual, first: None
     monkeypatch.setattr(replay, "Graph", make)
@@ -386,10 +386,10 @@ def test_a_graph_is_what_the_arguments_held_when_it_was_aimed(monkeypatch):
     assert log == [("cuGraphCreate", 0), ("add", 77, *as_first), ("cuGraphInstantiate", 77, 0)]
     assert here.mode is modes.CU_STREAM_CAPTURE_MODE_GLOBAL
     log.clear()
-    graph.aim([second])
+    graph.update([second])
     assert graph.launch() == 0
     stream.value, args.input = 7 << 40, 1 << 44
-    graph.aim([first])
+    graph.update([first])
     assert graph.launch() == 0
     assert log == [
         ("aim", 1 << 45, 99, 3 << 45, [3, 1, 1, 32, 1, 1], 1024, (6, 1 << 46, 8)),
@@ -399,7 +399,7 @@ def test_a_graph_is_what_the_arguments_held_when_it_was_aimed(monkeypatch):
     ]
     here.fails = "aim"
     with pytest.raises(AllReduceError, match="graph update: error 1"):
-        graph.aim([first])
+        graph.update([first])
     here.fails = "launch"
     assert graph.launch() == 1
     log.clear()
@@ -415,14 +415,14 @@ def test_a_graph_is_what_the_arguments_held_when_it_was_aimed(monkeypatch):
     aimed = ("aim", 99, 1 << 46), ("aim", 100, 3 << 45), ("aim", 101, 1 << 46)
     for launches, changed in ((3, ()), (1, ((100, 0), (101, 0))), (2, ((100, 1),)), (3, ((101, 1),))):
         log.clear()
-        row.aim([first, second, first][:launches])
+        row.update([first, second, first][:launches])
         found = [(entry[0], *entry[2:4]) for entry in log]
         assert found == [*(("enable", *change) for change in changed), *aimed[:launches]]
     with pytest.raises(ValueError):  # no launch of a call is ever lost
-        row.aim([first] * 4)
+        row.update([first] * 4)
     here.fails = "enable"
     with pytest.raises(AllReduceError, match="graph update: error 1"):
-        row.aim([first])
+        row.update([first])
     for here.fails in ("cuGraphInstantiate", "add", "link"):  # nothing is left behind
         with pytest.raises(AllReduceError):
             driver.Graph([first, second], stream)

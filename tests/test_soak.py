@@ -35,7 +35,7 @@ class Flawed(Fake):
             elif self.bug == "stale":
                 result.copy_(self.before.to(result.dtype).repeat(result.numel())[: result.numel()])
             elif self.bug == "lost":
-                raise PeerTimeout("rank 1 waited in vain for rank 0")
+                raise PeerTimeout("rank 1 timed out waiting for rank 0")
         self.before = result[:1].clone()
         return result
 
@@ -105,7 +105,7 @@ def bursts(n):
 def test_a_lost_peer_ends_the_run_and_is_told(capsys):
     code, ledger = soaked(capsys, "--calls", "100000", init=lost)
     assert code == 1 and ledger["hangs"] == 1 and not ledger["ok"]
-    assert ledger["errors"] == ["rank 1: PeerTimeout: rank 1 waited in vain for rank 0"]
+    assert ledger["errors"] == ["rank 1: PeerTimeout: rank 1 timed out waiting for rank 0"]
 
 
 def test_text(capsys):

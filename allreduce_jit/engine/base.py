@@ -24,7 +24,7 @@ from ..policy.tables import Bands
 from ..settings import Settings
 from .driver import Launch, failure, load_module
 from .failure import SIGNATURES, SIGNATURES_AT, Kind, abort_code, explain, heard, last_signed
-from .graph_cache import Replays, replayed
+from .graph_cache import GraphCache, replayed
 from .memory import LocalState, SideChannel, StagingMemory
 from .streams import PER_THREAD, StreamOrder
 from .verify import READ_BYTES, verify
@@ -117,10 +117,10 @@ class Prepared:
                 return
             if stream != order.last:
                 order.enter(stream)
-                engine._replays.stream.value = stream
+                engine._graph_cache.stream.value = stream
             graph = None
             if self.replayed and not order.priority:  # the kernels of a graph do not take a stream's priority over
-                graph = engine._replays.ready.get(call) or engine._replays.aim(call)
+                graph = engine._graph_cache.ready.get(call) or engine._graph_cache.assign(call)
             if graph is None:
                 self.step.fire(call[1], call[2], stream)
             elif error := graph.launch():
@@ -153,7 +153,7 @@ class KernelEngine:
         self._raised = False
         self._streams: StreamOrder | None = None
         self.hands_over = not config.deterministic  # calls for which torch.distributed is expected to be faster
-        self._replays = Replays()
+        self._graph_cache = GraphCache()
         self._steps: dict[tuple[int, torch.dtype], Step] = {}
         # Two threads may call, and the launches of one call belong together. An RLock cannot be released for another
         # thread, should a signal's exception come before it was acquired.
@@ -225,7 +225,7 @@ class KernelEngine:
     def check(self) -> None:
         """Raise what kept a call from completing, here or on a peer that stopped this rank for it: a subclass of
         ``CommunicatorFailed`` that names the culprit."""
-        if self._failure is None and (code := self.state.words[0] or self._told()):
+        if self._failure is None and (code := self.state.words[0] or self._peer_abort_code()):
             self._fail(code)
         if self._failure is not None:
             self._raised = True
@@ -254,7 +254,7 @@ class KernelEngine:
         if len(self.dead) == 1:  # others may end because of it
             self.abort(Kind.LOST, rank)
 
-    def _told(self) -> int:
+    def _peer_abort_code(self) -> int:
         """The abort code that a peer left here and no kernel of this rank has met. Not a death: whoever needed that rank
         is stopped by it, and calls that completed stay valid."""
         code = int.from_bytes(self.side.read(self.memory.addresses[self.config.rank], 4), "little")
@@ -289,7 +289,7 @@ class KernelEngine:
 
     def close(self) -> None:
         """Free everything. No kernel of this engine may be in flight, no graph with one replayed again."""
-        parts = [part for part in (self._replays, self._streams, self.side, self.memory, self.state) if part is not None]
+        parts = [part for part in (self._graph_cache, self._streams, self.side, self.memory, self.state) if part is not None]
         self._streams = self.side = self.memory = self.state = None
         with contextlib.ExitStack() as stack:
             for part in reversed(parts):

@@ -162,7 +162,7 @@ class Launch:
 
 
 class Graph:
-    """A graph of kernels, one after the other, to be aimed at as many launches, or fewer, again and again. Not for two threads
+    """A graph of kernels, one after the other, whose nodes are updated to as many launches, or fewer, again and again. Not for two threads
     at once.
 
     ``launches`` are what it begins with, ``stream`` holds the one to launch it on. Those that are dependent are so in the graph,
@@ -184,18 +184,18 @@ class Graph:
         executable = ctypes.c_void_p(int(self._executable))
         self._enabled = len(nodes)
         self._enable = [partial(_entry("cuGraphNodeSetEnabled"), executable, node) for node in nodes]
-        self._aim = [partial(_entry("cuGraphExecKernelNodeSetParams_v2"), executable, node) for node in nodes]
+        self._update = [partial(_entry("cuGraphExecKernelNodeSetParams_v2"), executable, node) for node in nodes]
         self.launch: Callable[[], int] = partial(_entry("cuGraphLaunch"), executable, stream)
 
-    def aim(self, launches: Sequence[Launch]) -> None:
+    def update(self, launches: Sequence[Launch]) -> None:
         """Be ``launches`` from now on, with the values that their arguments hold now. What is in flight stays what it is."""
         before, self._enabled = self._enabled, len(launches)
         for enable in self._enable[before : self._enabled]:
             _check("graph update", enable(ctypes.c_uint(1)))
         for enable in self._enable[self._enabled : before]:
             _check("graph update", enable(ctypes.c_uint(0)))
-        for aim, launch in zip(self._aim[: self._enabled], launches, strict=True):
-            _check("graph update", aim(launch.node))
+        for update, launch in zip(self._update[: self._enabled], launches, strict=True):
+            _check("graph update", update(launch.node))
 
     def close(self) -> None:
         """What is in flight comes to its end."""

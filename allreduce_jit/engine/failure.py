@@ -105,8 +105,8 @@ def explain(words: Sequence[int], code: int, rank: int, signed: Sequence[tuple[i
     lives = {True: "lives", False: "is dead", None: "may live or not"}[alive(culprit)]
     error: type[CommunicatorFailed] = PeerTimeout
     if kind is Kind.TIMEOUT:
-        waited = f" for {waited_ms / 1000:.1f} s" if by == rank else ""
-        text = f"rank {by} waited{waited} in vain for rank {culprit}{where}; its process {lives}"
+        waited = f" after {waited_ms / 1000:.1f} s" if by == rank else ""
+        text = f"rank {by} timed out{waited} waiting for rank {culprit}{where}; its process {lives}"
         if alive(culprit) is False:
             error = PeerLost
     elif kind is Kind.LOST:

@@ -1,7 +1,7 @@
 """Eager calls that come again are launched as CUDA graphs.
 
-Small ones as a graph of one kernel: the host takes 2 µs less to launch it again than to launch the kernel, and 1 µs more to aim
-it at another call first; the GPU takes some 2 µs longer to run it. Large ones as a graph of all their launches, each of
+Small ones as a graph of one kernel: the host takes 2 µs less to launch it again than to launch the kernel, and 1 µs more to
+update its parameters for another call first; the GPU takes some 2 µs longer to run it. Large ones as a graph of all their launches, each of
 which takes the GPU 1.5 µs less there, and the host next to nothing (docs/performance.md). A gain where calls come again with the
 same addresses, as an allocator has it.
 """
@@ -32,15 +32,15 @@ def replayed(launches: int, nbytes: int) -> bool:
 
 @dataclass(slots=True)
 class _Ring:
-    """Graphs that take turns; ``calls``: what each is aimed at."""
+    """Graphs that take turns; ``calls``: what each launches."""
 
     graphs: list[Graph] = field(default_factory=list)
     calls: list[Call | None] = field(default_factory=list)
     next: int = 0
 
 
-class Replays:
-    """The graphs of one engine, each aimed at one call, under its lock.
+class GraphCache:
+    """The graphs of one engine, each for one call, under its lock.
 
     Attributes:
         ready: what launches a call again.
@@ -66,7 +66,7 @@ class Replays:
     def __bool__(self) -> bool:
         return bool(self._short.graphs)
 
-    def aim(self, call: Call) -> Graph | None:
+    def assign(self, call: Call) -> Graph | None:
         """A graph for ``call``, taken from the call that has had one for longest. None if the call has not come before, or if
         the driver refuses."""
         if not self:
@@ -87,7 +87,7 @@ class Replays:
         self.ready.pop(ring.calls[turn], None)
         ring.calls[turn] = None
         try:
-            graph.aim(launches)
+            graph.update(launches)
         except AllReduceError as e:
             self._refuse(e)
             return None

@@ -62,8 +62,8 @@ def _kernels(engine: KernelEngine, dtype: torch.dtype, first: bool) -> None:
     plan = several_launches(engine, whole, dtype)
     several = Prepared(engine, engine._step(plan, whole, dtype, config=0), replayed=True)
     if first:
-        engine._replays.make(several.step.whole[0][0])
-    again = 3  # as kernels, by graphs that are aimed, and by those that are ready
+        engine._graph_cache.make(several.step.whole[0][0])
+    again = 3  # as kernels, by graphs that are updated, and by those that are ready
     runs.append((f"{LAUNCHES} launches of {plan.algorithm}", several.all_reduce, whole, again))
     if engine.takes(whole, DTYPE_NAMES[dtype]):
         runs.append(("a call", engine.all_reduce, whole, again))
