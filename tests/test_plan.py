@@ -112,7 +112,8 @@ def edges_of(case):
     n, legacy_table = case.world_size, LEGACY_TABLES[case.world_size]
     bands, layout = v2_memory(planning, case)
     edges = [min(band.up_to, 1 << 30) for band in bands]
-    edges += [legacy_table.two_shot_from, legacy_table.nvlink_limit, legacy_table.pcie_limit, case.staging // (6 * n)]
+    limits = legacy_table.two_shot_from, legacy_table.nvlink_limit, legacy_table.pcie_limit  # which may be never
+    edges += [*(min(limit, 1 << 30) for limit in limits), case.staging // (6 * n)]
     full = [PACKET * region.capacity * parts_of(name, n) for name, region in layout.regions.items()]
     return edges + [launches * size for size in full for launches in (1, 2, 3, 4, 6, 7)]
 
