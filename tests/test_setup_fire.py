@@ -335,7 +335,7 @@ def siblings(rank, pipe, port, victim, deed):
         os.kill(os.getpid(), deed)
     start = time.monotonic()
     try:
-        groups.sibling(dist.group.WORLD, "gloo")
+        groups.gloo_sibling(dist.group.WORLD)
         story = ("made",)
     except PeerTimeout as e:
         story = ("PeerTimeout", e.ranks, str(e))
