@@ -62,7 +62,7 @@ class TorchEngine:
         Raises:
             CommunicatorFailed: a peer's process has ended, or the connection to it is lost.
         """
-        if memory_problem(x) or memory_problem(out):  # freed since a tensor like it was accepted
+        if memory_problem(x) or (out is not x and memory_problem(out)):  # freed since a tensor like it was accepted
             raise_no_memory(x, out, self.rank)
         if self.world_size == 1:
             _copy(x, out)
