@@ -23,6 +23,7 @@ proofs: $(VENV)/ready
 
 lint: $(VENV)/ready
 	$(VENV)/bin/python -m ruff check .
+	$(VENV)/bin/python -m ruff format --check .
 
 $(VENV)/ready: pyproject.toml setup.sh
 	PYTHON="$(PYTHON)" ./setup.sh $(VENV)

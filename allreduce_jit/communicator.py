@@ -104,9 +104,17 @@ class Communicator:
         path: the best path of this communicator (single calls may take another: see ``plan``).
     """
 
-    def __init__(self, group: dist.ProcessGroup, device: torch.device, *, deterministic: bool = False,
-                 highest: Path = Path.V2, lowest: Path = Path.LEGACY, create_groups: bool = True,
-                 max_ctas: int | None = None):
+    def __init__(
+        self,
+        group: dist.ProcessGroup,
+        device: torch.device,
+        *,
+        deterministic: bool = False,
+        highest: Path = Path.V2,
+        lowest: Path = Path.LEGACY,
+        create_groups: bool = True,
+        max_ctas: int | None = None,
+    ):
         self.device = device
         self._index = index = -1 if device.type == "cpu" else device.index  # as Tensor.get_device has it
         self._current = _current_device if device.type == "cuda" and torch.cuda.is_available() else lambda: index

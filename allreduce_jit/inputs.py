@@ -79,7 +79,9 @@ def memory_problem(x: torch.Tensor) -> str | None:
                 return f"a tensor of which the storage has {present} bytes and {needed} are needed: was it freed or resized?"
     except RuntimeError:  # NotImplementedError among them
         known = (why for method, why in _UNWRAPPED_BY.items() if hasattr(type(x), method))
-        return next(known, f"a {type(x).__name__} without storage of its own, as wrappers and tracers make: pass the tensor inside")
+        return next(
+            known, f"a {type(x).__name__} without storage of its own, as wrappers and tracers make: pass the tensor inside"
+        )
     return None
 
 
@@ -102,8 +104,7 @@ def refuse(x: object, device: torch.device, rank: int) -> NoReturn:
     if problem := memory_problem(x):
         raise InputError(f"rank {rank}: all_reduce was given {problem}")
     raise InputError(
-        f"rank {rank}: the tensor requires grad and all_reduce is not differentiable: "
-        "detach it, or call it under torch.no_grad()"
+        f"rank {rank}: the tensor requires grad and all_reduce is not differentiable: detach it, or call it under torch.no_grad()"
     )
 
 
@@ -166,9 +167,7 @@ def check_output(x: torch.Tensor, out: torch.Tensor, dense: bool, rank: int) -> 
         return False
     # Where one of the two is strided, the sum passes through a copy and no overlap can spoil it.
     if dense and 0 < abs(x.data_ptr() - out.data_ptr()) < x.nbytes:
-        raise InputError(
-            f"rank {rank}: out overlaps the input without being the same view: pass out=x, or separate memory"
-        )
+        raise InputError(f"rank {rank}: out overlaps the input without being the same view: pass out=x, or separate memory")
     return dense and not out.is_neg()
 
 

@@ -163,9 +163,7 @@ def sources(machine: dict, rank: int) -> Sources:
     """What the process of ``rank`` would find on ``machine``."""
     mine = machine["ranks"][rank]
     host = machine["hosts"][mine["host"]]
-    return Sources(
-        FakeNvml(host), FakeDriver(host, mine["visible"]), FakeHost(host, mine), FakeSoftware(machine["software"])
-    )
+    return Sources(FakeNvml(host), FakeDriver(host, mine["visible"]), FakeHost(host, mine), FakeSoftware(machine["software"]))
 
 
 def look(machine: dict, rank: int, tripwire: Tripwire | None = None) -> Capabilities:

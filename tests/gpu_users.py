@@ -42,7 +42,11 @@ def without_memory(place):
                     comm.all_reduce(freed) if repeat == 0 else None  # its likeness is known
                     if make is makers[-1]:
                         freed.untyped_storage().resize_(0)
-                    for call in (lambda t: comm.all_reduce(t), lambda t: comm.all_reduce(t, out=t), lambda t: comm.all_reduce(good, out=t)):
+                    for call in (
+                        lambda t: comm.all_reduce(t),
+                        lambda t: comm.all_reduce(t, out=t),
+                        lambda t: comm.all_reduce(good, out=t),
+                    ):
                         try:
                             call(make())
                         except allreduce_jit.InputError:
@@ -203,5 +207,8 @@ def nccl_and_a_dead_peer(place, path):
     # The survivor's new start, alone here, and the context lives.
     y = torch.ones(1000, device=place.device)
     good = good and float((y + y).sum()) == 2000
-    print(f"told {path}: {kinds}, closed in {closed:.2f} s" if good else f"BAD {path}: {kinds}, closed in {closed:.2f} s", flush=True)
+    print(
+        f"told {path}: {kinds}, closed in {closed:.2f} s" if good else f"BAD {path}: {kinds}, closed in {closed:.2f} s",
+        flush=True,
+    )
     os._exit(0)

@@ -347,7 +347,12 @@ def failures_step_down(place):
     from allreduce_jit.engine import base as engine
     from allreduce_jit.engine import v2
 
-    for name, code in (("compile", "build-failed"), ("allocate", "build-failed"), ("connect", "map-failed"), ("verify", "verify-failed")):
+    for name, code in (
+        ("compile", "build-failed"),
+        ("allocate", "build-failed"),
+        ("connect", "map-failed"),
+        ("verify", "verify-failed"),
+    ):
         original = getattr(v2.V2Engine, name)
 
         def fail(self, *args, original=original):

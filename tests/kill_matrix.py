@@ -36,7 +36,13 @@ NOTICE_S = 1.0
 CALLS = 20  # of a graph
 CLOSE_S = 10.0
 PATIENCE_S = 20.0  # beyond the deadline, before a survivor counts as hanging
-PRELOAD = [*forked.PRELOAD, "allreduce_jit.communicator", "allreduce_jit.engine.base", "allreduce_jit.engine.v2", "cuda.bindings.driver"]
+PRELOAD = [
+    *forked.PRELOAD,
+    "allreduce_jit.communicator",
+    "allreduce_jit.engine.base",
+    "allreduce_jit.engine.v2",
+    "cuda.bindings.driver",
+]
 
 
 @dataclass(frozen=True)
@@ -104,9 +110,7 @@ def act(rank: int, pipe: Any, job: Job) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     store = dist.TCPStore("127.0.0.1", job.port, is_master=False)
-    dist.init_process_group(
-        "gloo", store=store, rank=rank, world_size=job.world_size, timeout=timedelta(seconds=120)
-    )
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=job.world_size, timeout=timedelta(seconds=120))
     try:
         _play(rank, pipe, job, device)
     except Planted:
@@ -179,6 +183,7 @@ def _calls(comm: Any, x: Any, out: Any, case: Case, deed: Any, synchronize: Any)
             comm.all_reduce(x, out=out)
 
     if case.phase in ("replay", "capture"):
+
         def captured() -> None:
             call(CALLS // 2)
             if case.phase == "capture" and deed:
@@ -310,9 +315,19 @@ def judge(case: Case, job: Job, said: list[list[Any]]) -> dict[str, Any]:
     return {**row, "ok": not row["problems"]}
 
 
-def matrix(n: int, kills: int, deadline_s: float, watcher: bool, seed: int, *, device: str = "cuda",
-           make: str = f"{__name__}:init", chosen: list[Case] | None = None, show: Any = None,
-           jobs: int = 1) -> dict[str, Any]:
+def matrix(
+    n: int,
+    kills: int,
+    deadline_s: float,
+    watcher: bool,
+    seed: int,
+    *,
+    device: str = "cuda",
+    make: str = f"{__name__}:init",
+    chosen: list[Case] | None = None,
+    show: Any = None,
+    jobs: int = 1,
+) -> dict[str, Any]:
     """All cases, ``jobs`` at a time. ``chosen``: these instead of ``kills`` of the table."""
     import torch.distributed as dist
 
@@ -374,8 +389,7 @@ def main() -> int:
     args = parser.parse_args()
     show = None if args.json else lambda row: print(line(row), flush=True)
     make = "kill_matrix:init"  # by its importable name: here the module is __main__
-    found = matrix(args.gpus, args.kills, args.deadline, not args.no_watcher, args.seed, make=make, show=show,
-                   jobs=args.jobs)
+    found = matrix(args.gpus, args.kills, args.deadline, not args.no_watcher, args.seed, make=make, show=show, jobs=args.jobs)
     if args.json:
         print(json.dumps(found, indent=1))
     else:

@@ -121,7 +121,10 @@ class Stage:
         """Plays a scenario. Raises TimeoutError if it hangs, AssertionError if a rank raises."""
         if self.process is None:
             self.process = subprocess.Popen(
-                [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
+                [sys.executable, __file__],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                start_new_session=True,
                 env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
             )
             assert self.process.stdout.readline() == b"ready\n"
@@ -197,8 +200,8 @@ class Memory:
     def take(self, nbytes: int, fill: int) -> np.ndarray:
         start, self.used = self.used, (self.used + nbytes + 255) & ~255
         assert self.used <= self.all.size, "the arena is too small for this scenario"
-        self.all[start:start + nbytes] = fill
-        return self.all[start:start + nbytes]
+        self.all[start : start + nbytes] = fill
+        return self.all[start : start + nbytes]
 
 
 class Communicator:
@@ -250,7 +253,7 @@ class Communicator:
         word = np.dtype(WORDS[call.dtype])
         first = EDGE + call.offset * word.itemsize
         whole = self.take(first + call.numel * word.itemsize + EDGE, CANARY)
-        tensor = whole[first:len(whole) - EDGE].view(word)
+        tensor = whole[first : len(whole) - EDGE].view(word)
         if bits is not None:
             tensor[:] = bits
         return tensor
@@ -264,16 +267,26 @@ class Communicator:
                 break
             config = self.shapes.index((call.algorithm, call.dtype, call.numel))
             call = dataclasses.replace(call, **how) if rank == who else call
-            self.launch(rank, call, x[rank][:call.numel], out[rank][:call.numel], config, module, tl)
+            self.launch(rank, call, x[rank][: call.numel], out[rank][: call.numel], config, module, tl)
 
     def launch(self, rank: int, call: Call, x: np.ndarray, out: np.ndarray, config: int, module, tl) -> None:
         world, block = self.scenario.world, self.scenario.block_bytes // x.itemsize
         part = -(-call.numel // (world * block)) * block
         arguments = dict(
-            table=address(self.table), staging=address(self.staging[rank]), x=address(x), out=address(out),
-            epoch=address(self.epoch[call.algorithm][rank]), control=address(self.control[rank]),
-            report=address(self.report[rank]), numel=call.numel, total=call.numel, slots=self.slots[call.algorithm],
-            capacity=self.capacity, rank=rank, tag=tag(KERNELS[call.algorithm], call.dtype), config=config,
+            table=address(self.table),
+            staging=address(self.staging[rank]),
+            x=address(x),
+            out=address(out),
+            epoch=address(self.epoch[call.algorithm][rank]),
+            control=address(self.control[rank]),
+            report=address(self.report[rank]),
+            numel=call.numel,
+            total=call.numel,
+            slots=self.slots[call.algorithm],
+            capacity=self.capacity,
+            rank=rank,
+            tag=tag(KERNELS[call.algorithm], call.dtype),
+            config=config,
         )
         grid = 1 + -(-call.numel // block)
         if call.algorithm == "two_shot":
@@ -333,7 +346,7 @@ class Communicator:
             wrong=wrong,
             reports=[report[:10].tolist() for report in self.report],
             aborted=[int(header[0]) for header in self.header],
-            signatures=[header.tobytes()[SIGNATURES_AT:SIGNATURES_AT + SIGNATURES].hex() for header in self.header],
+            signatures=[header.tobytes()[SIGNATURES_AT : SIGNATURES_AT + SIGNATURES].hex() for header in self.header],
             all_nan=[bool(np.isnan(widen(out, dtype)).all()) for out in last],
             pushed=[self.left(rank) for rank in range(scenario.world)],
         )
@@ -348,7 +361,7 @@ class Communicator:
         for number, tensors in enumerate(self.out):
             for rank, tensor in enumerate(tensors):
                 start = address(tensor) - address(self.memory.all)
-                edges = self.memory.all[start - EDGE:start], self.memory.all[start + tensor.nbytes:][:EDGE]
+                edges = self.memory.all[start - EDGE : start], self.memory.all[start + tensor.nbytes :][:EDGE]
                 if any((edge != CANARY).any() for edge in edges):
                     found.append(f"call {number} wrote past the end of out on rank {rank}")
         return found
@@ -432,7 +445,9 @@ def disturb(interpreter, tl, communicator: Communicator, rank: int, check_every:
                 return midway(lambda: whole_load(self, pointers, mask, other, *policy), mask)
             # Long enough for others to begin their next call; not for ever, as a hang need not be slow.
             dawdles = rank == scenario.slow and next(looks) < (30 if for_data else 8)
-            time.sleep((80e-3 if for_data else 0.3) if dawdles else 2e-4)  # in any case, as ranks share few cores, let the others get on
+            time.sleep(
+                (80e-3 if for_data else 0.3) if dawdles else 2e-4
+            )  # in any case, as ranks share few cores, let the others get on
             pause()
         return whole_load(self, pointers, mask, other, *policy)
 

@@ -64,9 +64,7 @@ class Case:
         return {i.split(" ")[0] for text in self.instructions().values() for i in text} & set(known)
 
 
-def solve(
-    case: Case, functions: Mapping[str, str], instructions: Mapping[str, list[str]] | None = None
-) -> Execution | None:
+def solve(case: Case, functions: Mapping[str, str], instructions: Mapping[str, list[str]] | None = None) -> Execution | None:
     """An execution of ``case`` (or of ``instructions`` in its place) with the outcome, or None."""
 
     def ptx(instruction: str) -> str:

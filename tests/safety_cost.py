@@ -72,8 +72,14 @@ def work(place):
                     end.synchronize()
                     samples[name].append(start.elapsed_time(end) * 1e3 / CALLS)
             medians = {name: max(place.gather(statistics.median(found))) for name, found in samples.items()}
-            rows.append({"bytes": nbytes, "algorithm": plan.algorithm, **{f"{k}_us": v for k, v in medians.items()},
-                         "cost": medians["with"] / medians["without"] - 1})
+            rows.append(
+                {
+                    "bytes": nbytes,
+                    "algorithm": plan.algorithm,
+                    **{f"{k}_us": v for k, v in medians.items()},
+                    "cost": medians["with"] / medians["without"] - 1,
+                }
+            )
         comm.check()
     return rows
 
@@ -88,5 +94,7 @@ if __name__ == "__main__":
         print(json.dumps({"gpus": options.gpus, "rows": outcome.value}, indent=1))
     else:
         for row in outcome.value:
-            print(f"{row['bytes']:>9} {row['algorithm']:<10} with {row['with_us']:.3f} µs  without {row['without_us']:.3f} µs  "
-                  f"cost {row['cost']:+.1%}")
+            print(
+                f"{row['bytes']:>9} {row['algorithm']:<10} with {row['with_us']:.3f} µs  without {row['without_us']:.3f} µs  "
+                f"cost {row['cost']:+.1%}"
+            )

@@ -124,9 +124,7 @@ def test_flashinfer(flashinfer, numel, shape):
     assert flashinfer.pop() == ("destroy", "handles")
 
 
-@pytest.mark.parametrize(
-    ("numel", "dtype"), [(1 << 20, torch.bfloat16), (512, torch.float32), (7, torch.float16)]
-)
+@pytest.mark.parametrize(("numel", "dtype"), [(1 << 20, torch.bfloat16), (512, torch.float32), (7, torch.float16)])
 def test_flashinfer_is_not_given_what_would_hang_it(flashinfer, numel, dtype):
     peer = built(FlashInfer)
     with pytest.raises(Unavailable, match="16-byte packets"):

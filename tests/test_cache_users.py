@@ -139,7 +139,11 @@ SPOIL = {
     "an entry that its group may write": (lambda cache: entry(cache).chmod(0o664), [False, True, True], "its group may write"),
     "an entry that all may write": (lambda cache: entry(cache).chmod(0o646), [False, True, True], "everybody may write"),
     "its directory of another user": (lambda cache: os.chown(entry(cache).parent, BOB, BOB), [False, True, True], "belongs to"),
-    "its directory that a group may write": (lambda cache: entry(cache).parent.chmod(0o775), [False, True, True], "chmod -R go-w"),
+    "its directory that a group may write": (
+        lambda cache: entry(cache).parent.chmod(0o775),
+        [False, True, True],
+        "chmod -R go-w",
+    ),
     "the tables' directory": (lambda cache: (cache / "tuning").chmod(0o777), [True, True, False], "its group and everybody may"),
     "a table of another user": (lambda cache: os.chown(tuned.path(cache, FACTS), BOB, -1), [True, True, False], "belongs to"),
     "the cache directory of another user": (lambda cache: os.chown(cache, BOB, BOB), [False] * 3, "set ALLREDUCE_JIT_CACHE_DIR"),

@@ -182,9 +182,7 @@ def everything(place):
     bench_peers.PEERS = {peer.name: peer for peer in (GoodPeer, HalfPeer, LiarPeer, BreakingPeer, AbsentPeer)}
     documents = {name: selftest.work(place, SMALL, init) for name, init in FAKES.items()}
     documents["bench"] = bench.work(place, BENCH, kernels)
-    documents["bench reverse_order"] = bench.work(
-        place, replaced(max_bytes=1024, peers=(), dtype="float"), reverse_order
-    )
+    documents["bench reverse_order"] = bench.work(place, replaced(max_bytes=1024, peers=(), dtype="float"), reverse_order)
     documents["bench unchecked"] = bench.work(place, replaced(max_bytes=1024, peers=(), check=False), reverse_order)
     return place.gather(documents)
 
@@ -552,7 +550,9 @@ class TestStreams:
         env = {**os.environ, "PYTHONPATH": str(ROOT), "ALLREDUCE_JIT_PATH": "fastest"}
         done = subprocess.run(command, env=env, stdout=subprocess.PIPE, timeout=100)
         assert done.returncode == 2 and json.loads(done.stdout)["ok"] is False
-        program = "from allreduce_jit.harness.report import prepare_streams as p; p(); import os; print(os.open('/', os.O_RDONLY))"
+        program = (
+            "from allreduce_jit.harness.report import prepare_streams as p; p(); import os; print(os.open('/', os.O_RDONLY))"
+        )
         command = ["sh", "-c", 'exec "$@" <&- 2>&-', "sh", sys.executable, "-c", program]
         done = subprocess.run(command, env=env, stdout=subprocess.PIPE, timeout=100)
         assert int(done.stdout) > 2
@@ -576,8 +576,16 @@ class TestStreams:
 class TestReport:
     @pytest.mark.parametrize(
         ("text", "size"),
-        [("8", 8), ("1K", 1024), ("1kb", 1024), ("2KiB", 2048), ("1.5K", 1536), ("128M", 128 << 20), ("1G", 1 << 30),
-         ("900719925474099", 900719925474099)],
+        [
+            ("8", 8),
+            ("1K", 1024),
+            ("1kb", 1024),
+            ("2KiB", 2048),
+            ("1.5K", 1536),
+            ("128M", 128 << 20),
+            ("1G", 1 << 30),
+            ("900719925474099", 900719925474099),
+        ],
     )
     def test_sizes(self, text, size):
         assert report.parse_size(text) == size

@@ -265,7 +265,10 @@ def what_may_look_bad_and_is_not(place):
                 assert same(another.all_reduce(x.clone(), out=x.clone()), torch.arange(6.0) * n)
         assert same(comm.all_reduce(x), x * n)
         with torch.device("meta"):
-            assert same(comm.all_reduce(torch.ones(2, device="cpu").as_strided((2,), (0,))), torch.tensor([n, n], dtype=torch.float32, device="cpu"))
+            assert same(
+                comm.all_reduce(torch.ones(2, device="cpu").as_strided((2,), (0,))),
+                torch.tensor([n, n], dtype=torch.float32, device="cpu"),
+            )
         with comm.capture(), comm.capture():
             comm.warmup()
         comm.check()
@@ -473,7 +476,11 @@ def test_memory_that_is_freed_between_two_calls(world_of_one):
         out.untyped_storage().resize_(0)
         raised(InputError, lambda: comm.all_reduce(x, out=out), "rank 0", "out is", "0 bytes and 48 are needed")
         x.untyped_storage().resize_(0)
-        for call in (lambda: comm.all_reduce(x), lambda: comm.all_reduce(x, out=x), lambda: comm.all_reduce(x, out=torch.ones(8))):
+        for call in (
+            lambda: comm.all_reduce(x),
+            lambda: comm.all_reduce(x, out=x),
+            lambda: comm.all_reduce(x, out=torch.ones(8)),
+        ):
             raised(InputError, call, "rank 0", "was given", "0 bytes and 48 are needed", "freed or resized")
         x.untyped_storage().resize_(48)
         assert comm.all_reduce(x.fill_(2)).tolist() == [2.0] * 8
@@ -592,7 +599,9 @@ def test_after_close(driven):
     driven.all_reduce(torch.ones(2))
     driven.close()
     driven.close()
-    assert engine.closed == 1 and driven.closed and not driven._routes and not driven._runners  # nothing holds the engine any more
+    assert (
+        engine.closed == 1 and driven.closed and not driven._routes and not driven._runners
+    )  # nothing holds the engine any more
     x = torch.ones(2)
     for call in (lambda: driven.all_reduce(x), lambda: driven.all_reduce(x, out=x), lambda: driven.all_reduce(3),
                  driven.warmup, driven.check, driven.abort, driven.describe, lambda: driven.plan(5, torch.float32), lambda: driven.capture().__enter__()):  # fmt: skip

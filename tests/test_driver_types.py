@@ -31,7 +31,14 @@ CALLS = driver_calls()
 
 def test_all_calls_are_seen():
     assert len(CALLS) > 35
-    assert {"cuStreamGetCaptureInfo", "cuMemAlloc", "cuIpcOpenMemHandle", "cuModuleLoadData", "cuDeviceGetUuid", "cuGraphCreate"} <= set(CALLS)
+    assert {
+        "cuStreamGetCaptureInfo",
+        "cuMemAlloc",
+        "cuIpcOpenMemHandle",
+        "cuModuleLoadData",
+        "cuDeviceGetUuid",
+        "cuGraphCreate",
+    } <= set(CALLS)
 
 
 @pytest.mark.parametrize("name", sorted(CALLS))

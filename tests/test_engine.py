@@ -167,7 +167,7 @@ def legacy_values(launch, algorithm):
     from allreduce_jit.triton_kernels.legacy import signature
 
     names = [name for name, kind in signature(algorithm).items() if kind != "constexpr"]
-    assert [len(value) for value in launch.values[len(names):]] == [8, 8] and not any(map(any, launch.values[len(names):]))
+    assert [len(value) for value in launch.values[len(names) :]] == [8, 8] and not any(map(any, launch.values[len(names) :]))
     return {n: struct.unpack("<i" if len(v) == 4 else "<q", v)[0] for n, v in zip(names, launch.values)}
 
 
@@ -226,7 +226,7 @@ def test_every_shape_has_a_flag_of_its_own(one):
         all_reduce(one, numel)
     first = one.log[: MAX_SHAPES - 1]
     assert [config for _, _, config, _ in first] == [*range(1, MAX_SHAPES)]  # 0 is the verification's
-    assert [config for _, _, config, _ in one.log[MAX_SHAPES - 1:]] == [*range(1, 12)]
+    assert [config for _, _, config, _ in one.log[MAX_SHAPES - 1 :]] == [*range(1, 12)]
     assert len(one._steps) < MAX_SHAPES
 
 
@@ -320,7 +320,11 @@ def test_a_report_is_raised_once_and_refers_to_itself_afterwards(one):
     stopped(one, Kind.TIMEOUT, 2)
     with pytest.raises(PeerTimeout, match=r"rank 1 timed out after 1.5 s waiting for rank 2 in call 7") as first:
         one.check()
-    assert first.value.ranks == (2,) and [r["last_call"] and r["last_call"]["sequence"] for r in first.value.report["ranks"]] == [7, None, 6]
+    assert first.value.ranks == (2,) and [r["last_call"] and r["last_call"]["sequence"] for r in first.value.report["ranks"]] == [
+        7,
+        None,
+        6,
+    ]
     with pytest.raises(PeerTimeout) as again:
         one.check()
     assert again.value is first.value
@@ -353,7 +357,9 @@ def test_a_rank_that_calls_no_more_is_told_what_its_peers_waited_for(one):
     one.side.sign(0, 8, 12)
     one.side.told = abort_code(Kind.TIMEOUT, 1, 0)
     all_reduce(one)  # reads no device memory: the kernel meets the word
-    with pytest.raises(PeerTimeout, match=r"rank 0 timed out waiting for rank 1.*rank 0 told rank 1.*Rank 0 last signed call 8") as e:
+    with pytest.raises(
+        PeerTimeout, match=r"rank 0 timed out waiting for rank 1.*rank 0 told rank 1.*Rank 0 last signed call 8"
+    ) as e:
         one.check()
     assert e.value.ranks == (1,)
     with pytest.raises(Poisoned):
@@ -388,8 +394,10 @@ def test_abort_of_what_was_closed(one):
     one.abort()
 
 
-@pytest.mark.parametrize(("watched", "dead", "kind", "words"), [
-    ((), False, PeerTimeout, "may live or not"), ((0, 2), False, PeerTimeout, "lives"), ((0, 2), True, PeerLost, "is dead")])
+@pytest.mark.parametrize(
+    ("watched", "dead", "kind", "words"),
+    [((), False, PeerTimeout, "may live or not"), ((0, 2), False, PeerTimeout, "lives"), ((0, 2), True, PeerLost, "is dead")],
+)
 def test_what_is_known_of_the_culprit(one, watched, dead, kind, words):
     one.watched = watched
     if dead:

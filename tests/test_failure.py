@@ -67,8 +67,10 @@ def test_a_signature_of_another_version_is_no_error():
     assert heard(raw, 2)[0] == (1, Signature(5, "?", "?", False))
 
 
-@pytest.mark.parametrize(("first", "second", "last"), [
-    (1, 2, 2), (2, 3, 3), (0x7FFFFFFF, 0x80000000, 0x80000000), (0xFFFFFFFE, 0xFFFFFFFF, 0xFFFFFFFF), (0xFFFFFFFF, 0, 0)])
+@pytest.mark.parametrize(
+    ("first", "second", "last"),
+    [(1, 2, 2), (2, 3, 3), (0x7FFFFFFF, 0x80000000, 0x80000000), (0xFFFFFFFE, 0xFFFFFFFF, 0xFFFFFFFF), (0xFFFFFFFF, 0, 0)],
+)
 def test_the_later_of_two_counts_also_where_numbers_wrap(first, second, last):
     signed = [(3, first, 10, tag("one_shot", "float32")), (3, second, 20, tag("one_shot", "float32"))]
     for order in (signed, signed[::-1]):
@@ -90,10 +92,20 @@ def test_half_a_signature_is_none():
 def test_a_timeout_of_ones_own():
     error = why(abort_code(Kind.TIMEOUT, 2, 1))
     assert type(error) is PeerTimeout and error.ranks == (2,)
-    assert "rank 1: rank 1 timed out after 1.5 s waiting for rank 2 in call 7 (two_shot, bfloat16, scatter); its process lives" in str(error)
+    assert (
+        "rank 1: rank 1 timed out after 1.5 s waiting for rank 2 in call 7 (two_shot, bfloat16, scatter); its process lives"
+        in str(error)
+    )
     report = error.report
     assert {k: report[k] for k in ("kind", "culprit", "found_by", "rank", "sequence", "channel", "waited_ms")} == {
-        "kind": "timeout", "culprit": 2, "found_by": 1, "rank": 1, "sequence": 7, "channel": 5, "waited_ms": 1500}
+        "kind": "timeout",
+        "culprit": 2,
+        "found_by": 1,
+        "rank": 1,
+        "sequence": 7,
+        "channel": 5,
+        "waited_ms": 1500,
+    }
     assert json.loads(json.dumps(report)) == report
 
 
@@ -169,7 +181,10 @@ def test_the_last_calls_of_all_are_listed():
     t = tag("two_shot", "float16")
     signed = heard(header((0, 8, 100, t), (2, 7, 90, t | IN_PLACE)), 4)
     error = why(abort_code(Kind.TIMEOUT, 2, 1), signed=signed)
-    assert "Rank 0 last signed call 8: two_shot of 100 float16. Rank 2 last signed call 7: two_shot of 90 float16 in place." in str(error)
+    assert (
+        "Rank 0 last signed call 8: two_shot of 100 float16. Rank 2 last signed call 7: two_shot of 90 float16 in place."
+        in str(error)
+    )
     calls = [r["last_call"] and r["last_call"]["sequence"] for r in error.report["ranks"]]
     assert calls == [8, None, 7, None] and error.report["ranks"][2]["last_call"]["in_place"] is True
 

@@ -221,10 +221,17 @@ def nccl_by_all_or_none(place):
 def without_nccl_legacy_keeps_all(place):
     from unittest import mock
 
-    with fake_gpus(place.control, "a100-pcie-x4") as built, mock.patch.object(nccl, "connect", lambda *args: (None, "rank 2: none left")):
+    with (
+        fake_gpus(place.control, "a100-pcie-x4") as built,
+        mock.patch.object(nccl, "connect", lambda *args: (None, "rank 2: none left")),
+    ):
         with allreduce_jit.init(place.control, "cpu") as comm:
             assert comm.path is Path.LEGACY and comm.describe()["backend"] == "gloo"
-            assert comm.describe()["reasons"][-1] == {"code": "no-nccl", "text": "NCCL cannot be set up: rank 2: none left", "rank": None}
+            assert comm.describe()["reasons"][-1] == {
+                "code": "no-nccl",
+                "text": "NCCL cannot be set up: rank 2: none left",
+                "rank": None,
+            }
             assert "NCCL cannot be set up" in comm.reason
             assert comm.takes(1 << 24, torch.float32) and not built[0].hands_over
             assert comm.all_reduce(torch.ones(3, dtype=torch.int64)).tolist() == [place.world_size] * 3
@@ -255,7 +262,9 @@ def a_peer_dies(place, when):
         assert raised(PeerLost, comm.check).ranks == (victim,)
         raised(Poisoned, lambda: comm.all_reduce(torch.ones(3)))
     else:
-        lost = raised(PeerLost, lambda: comm.all_reduce(torch.ones(1000)), f"rank {place.rank}", f"the process of rank {victim} has ended")
+        lost = raised(
+            PeerLost, lambda: comm.all_reduce(torch.ones(1000)), f"rank {place.rank}", f"the process of rank {victim} has ended"
+        )
         assert lost.ranks == (victim,) and isinstance(lost.__cause__, RuntimeError)
         assert raised(PeerLost, comm.check) is lost
         assert raised(Poisoned, lambda: comm.all_reduce(torch.ones(3))).ranks == (victim,)

@@ -85,7 +85,17 @@ def test_tune(n, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("n", WORLDS)
 def test_ends_and_new_beginnings(n):
-    names = "aborted", "aborted_by_an_exception", "concurrent", "recovery", "skipped_and_extra_calls", "number_wraps", "captures", "group_gone", "virtual_memory"
+    names = (
+        "aborted",
+        "aborted_by_an_exception",
+        "concurrent",
+        "recovery",
+        "skipped_and_extra_calls",
+        "number_wraps",
+        "captures",
+        "group_gone",
+        "virtual_memory",
+    )
     run(n, *(f"gpu_life:{name}" for name in names))
 
 

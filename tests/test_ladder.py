@@ -17,7 +17,10 @@ from allreduce_jit.setup import ladder
 from allreduce_jit.setup.ladder import climb
 
 CPU = torch.device("cpu")
-CODES = dict.fromkeys(("construct", "compile", "load", "allocate"), "build-failed") | {"connect": "map-failed", "verify": "verify-failed"}
+CODES = dict.fromkeys(("construct", "compile", "load", "allocate"), "build-failed") | {
+    "connect": "map-failed",
+    "verify": "verify-failed",
+}
 ODD = [KeyError("missing"), SystemError("bad call"), MemoryError(), RuntimeError("two\nlines"), ValueError("\ud800"),
        RuntimeError("x" * 100_000), StopIteration(), AssertionError()]  # fmt: skip
 

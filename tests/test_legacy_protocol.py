@@ -49,7 +49,9 @@ def test_every_world_dtype_and_algorithm(stage, world):
     sizes = iter(random.Random(world).sample([1, world - 1, 127, 128, 301, 515], 6))
     calls = [
         Call(algorithm, dtype, numel, in_place=bool(numel % 3), offset=numel % 2)
-        for dtype in DTYPES for algorithm in ALGORITHMS for numel in [next(sizes)]
+        for dtype in DTYPES
+        for algorithm in ALGORITHMS
+        for numel in [next(sizes)]
     ]
     right(stage.run(Scenario(world, calls, seed=world, block_bytes=512)))
 
@@ -67,8 +69,14 @@ def test_a_long_life_under_random_delays(stage, seed):
     rng = random.Random(seed)
     world = rng.choice([2, 3, 4])
     calls = [
-        Call(rng.choice(ALGORITHMS), rng.choice(DTYPES), rng.choice([1, 2, 65, 256, 333, 600]),
-             rng.choice(["normal", "specials", "bits"]), rng.random() < 0.5, rng.choice([0, 0, 1, 3]))
+        Call(
+            rng.choice(ALGORITHMS),
+            rng.choice(DTYPES),
+            rng.choice([1, 2, 65, 256, 333, 600]),
+            rng.choice(["normal", "specials", "bits"]),
+            rng.random() < 0.5,
+            rng.choice([0, 0, 1, 3]),
+        )
         for _ in range(12)
     ]
     slow = rng.choice([None, rng.randrange(world)])
@@ -85,8 +93,9 @@ def explained(outcome: legacy_ranks.Outcome, rank: int, alive=lambda rank: None)
     return explain(words, words[0], rank, signed, alive)
 
 
-@pytest.mark.parametrize("algorithm, world, absent", [
-    ("one_shot", 2, 1), ("one_shot", 4, 2), ("two_shot", 2, 0), ("two_shot", 3, 1)])
+@pytest.mark.parametrize(
+    "algorithm, world, absent", [("one_shot", 2, 1), ("one_shot", 4, 2), ("two_shot", 2, 0), ("two_shot", 3, 1)]
+)
 def test_an_absent_rank_is_named(stage, algorithm, world, absent):
     """All others give up, name it, and later calls end at once, push nothing and yield NaN."""
     calls = 4 * [Call(algorithm, "float32", 40)]
@@ -200,20 +209,25 @@ RIGHT = {
 
 BUGS = {
     "read data is not poisoned": (
-        "repeated", "tl.store(pointers, tl.full([BLOCK], -1, WORD), mask=source != rank)",
-        "tl.store(pointers, tl.full([BLOCK], -1, WORD), mask=rank < 0)"),
+        "repeated",
+        "tl.store(pointers, tl.full([BLOCK], -1, WORD), mask=source != rank)",
+        "tl.store(pointers, tl.full([BLOCK], -1, WORD), mask=rank < 0)",
+    ),
     "one parity": ("one rank slow", "parity * WORLD + rank", "rank"),
     "the epoch is not flipped": ("one rank slow", "parity ^ 1)", "parity)"),
     "a payload may look like the sentinel": ("specials", "tl.where(bits == -1, -2, bits)", "bits"),
-    "negative numbers are remapped too": ("specials", "tl.where(bits == -1, -2, bits)",
-                                              "tl.where(bits < -512, -2, bits)"),
+    "negative numbers are remapped too": ("specials", "tl.where(bits == -1, -2, bits)", "tl.where(bits < -512, -2, bits)"),
     "ranks are summed downwards": ("repeated", "blocks[source].to(DTYPE", "blocks[WORLD - source].to(DTYPE"),
     "the sum begins with zero": (
-        "specials", "blocks[0].to(DTYPE, bitcast=True).to(tl.float32)",
-        "blocks[0].to(DTYPE, bitcast=True).to(tl.float32) + 0.0"),
+        "specials",
+        "blocks[0].to(DTYPE, bitcast=True).to(tl.float32)",
+        "blocks[0].to(DTYPE, bitcast=True).to(tl.float32) + 0.0",
+    ),
     "every addition is rounded": (
-        "rounding", "    return _encode(total.to(DTYPE)",
-        "        total = total.to(DTYPE).to(tl.float32)\n    return _encode(total.to(DTYPE)"),
+        "rounding",
+        "    return _encode(total.to(DTYPE)",
+        "        total = total.to(DTYPE).to(tl.float32)\n    return _encode(total.to(DTYPE)",
+    ),
     "the tail is one too long": ("repeated", "offsets < numel", "offsets <= numel"),
     "the tail is one too short": ("repeated", "offsets < numel", "offsets < numel - 1"),
     "any element counts as all": ("torn", "tl.max(4 * late + stop)", "tl.min(4 * late + stop)"),
@@ -226,13 +240,20 @@ BUGS = {
     "no grace": ("late at first", "tl.where(met != 0, _DEADLINE, _GRACE)", "_DEADLINE"),
     "grace without end": ("gone after the first", "tl.where(met != 0, _DEADLINE, _GRACE)", "_GRACE"),
     "nobody knows who was met": ("gone after the first", "_MET + config, tl.int32), 1", "_MET + config, tl.int32), 0"),
-    "signatures are not compared": ("differing", "differ = (low != first) | (((high ^ second) & ~_IN_PLACE) != 0)",
-                                                "differ = threads < 0"),
+    "signatures are not compared": (
+        "differing",
+        "differ = (low != first) | (((high ^ second) & ~_IN_PLACE) != 0)",
+        "differ = threads < 0",
+    ),
     "one parity of signatures": ("one rank slow", "(sequence & 1) * _RANKS", "(sequence & 0) * _RANKS"),
     "the clock runs on when ranks have met": ("late at first", "(began == 0) | (met != met_before)", "began == 0"),
     "the dtype is not signed": ("differing", "number | tag |", "number |"),
     "the first half of a signature is believed before it came": ("first half last", "low >> 32 != first >> 32", "low < 0"),
-    "the second half of a signature is believed before it came": ("second half last", "(high >> 32 != first >> 32)", "(high < 0)"),
+    "the second half of a signature is believed before it came": (
+        "second half last",
+        "(high >> 32 != first >> 32)",
+        "(high < 0)",
+    ),
     "calls are not counted": ("repeated", "tl.int32)) + 1  # from 1", "tl.int32)) + 0  # from 1"),
     "calls in flight are not looked at": ("busy", "in_flight > 0, _CONCURRENT", "in_flight > 9, _CONCURRENT"),
     "nobody leaves": ("repeated", "-1, sem=", "0, sem="),

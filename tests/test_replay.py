@@ -115,7 +115,14 @@ def test_small_calls_that_come_again_are_graphs(here):
     assert [kinds(f) for f in found] == [*FIRST, AGAIN]
     assert {f[-1][1:] for f in found} == {("one_shot_bf16_ws4", 512, X, OUT, 0)}
     # Anything else is another one, and all of them are known afterwards.
-    others = [{"target": ELSEWHERE}, {"source": ELSEWHERE}, {"numel": 520}, {"dtype": torch.float16}, {"source": X + 2}, {"target": X}]
+    others = [
+        {"target": ELSEWHERE},
+        {"source": ELSEWHERE},
+        {"numel": 520},
+        {"dtype": torch.float16},
+        {"source": X + 2},
+        {"target": X},
+    ]
     for other in others:
         assert [kinds(ran(here, **other)) for _ in range(3)] == FIRST
     assert kinds(ran(here)) == AGAIN
@@ -144,7 +151,9 @@ def test_calls_of_many_launches_are_graphs_of_all_of_them(here):
     counts = FEWEST + 1, FEWEST + 2, MOST - 1, MOST  # streams never take 3 i + 1
     for count, numel in zip(counts, of_launches(here, *counts)):
         first, second, third = (ran(here, numel) for _ in range(3))
-        assert kinds(first) == ["kernel"] * count and kinds(second) == ["aim", *kinds(third)] and kinds(third) == ["graph"] * count
+        assert (
+            kinds(first) == ["kernel"] * count and kinds(second) == ["aim", *kinds(third)] and kinds(third) == ["graph"] * count
+        )
         assert [what[1:] for what in first] == [what[1:] for what in third] == [what[1:] for what in second[1:]]
         assert sum(what[2] for what in first) == numel
         # With other addresses it is another call, and this one is what it was.
@@ -207,7 +216,16 @@ def test_graphs_are_launched_on_the_current_stream(here):
 def test_streams_of_a_priority_keep_it(here):
     """The kernels of a graph have that of their node."""
     here.priority = {9: -5}
-    for here.stream, kind in ((9, KERNEL), (9, KERNEL), (7, KERNEL), (7, AIMED), (9, KERNEL), (7, AGAIN), (0, AGAIN), (9, KERNEL)):
+    for here.stream, kind in (
+        (9, KERNEL),
+        (9, KERNEL),
+        (7, KERNEL),
+        (7, AIMED),
+        (9, KERNEL),
+        (7, AGAIN),
+        (0, AGAIN),
+        (9, KERNEL),
+    ):
         assert kinds(ran(here)) == kind
 
 

@@ -39,7 +39,9 @@ class Gpu:
 
     def wait(self, stream, event, flags):
         found = self.events.get(int(event), set())
-        assert all(mark == ("captured", self.capturing.get(int(stream))) for mark in found if isinstance(mark, tuple)), "isolation"
+        assert all(mark == ("captured", self.capturing.get(int(stream))) for mark in found if isinstance(mark, tuple)), (
+            "isolation"
+        )
         self.after.setdefault(self.place(stream), set()).update(mark for mark in found if not isinstance(mark, tuple))
 
     def call(self, stream, thread=0):
@@ -108,7 +110,9 @@ def test_captures_are_forgotten(gpu):
 
 def test_the_default_streams_of_threads_are_different_streams(gpu):
     """They have one handle, which means another stream in each thread."""
-    for number, (stream, thread) in enumerate([(PER_THREAD, 0), (PER_THREAD, 1), (PER_THREAD, 1), (5, 0), (PER_THREAD, 0), (0, 1)]):
+    for number, (stream, thread) in enumerate(
+        [(PER_THREAD, 0), (PER_THREAD, 1), (PER_THREAD, 1), (5, 0), (PER_THREAD, 0), (0, 1)]
+    ):
         assert gpu.call(stream, thread) == set(range(1, number + 1))
 
 

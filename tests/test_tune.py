@@ -276,9 +276,7 @@ def measures_and_keeps(place):
     document = tune.work(place, Clock)
     everyone = place.gather({**document, "seconds": 0})
     assert everyone == [everyone[0]] * place.world_size and document["ok"], document
-    assert set(document["microseconds"]["float16"]["1M"]) == {
-        f"{name}/{block}" for name in v2_algorithms(4) for block in BLOCKS
-    }
+    assert set(document["microseconds"]["float16"]["1M"]) == {f"{name}/{block}" for name in v2_algorithms(4) for block in BLOCKS}
     with fake_gpus(place.control):
         found = climb(place.control, CPU)
     assert found.tuning == document["path"] and tuned.tables_to_json(found.engine.config.tuned) == document["tables"]
@@ -462,5 +460,3 @@ def test_the_meter_says_why_there_is_no_v2(monkeypatch):
     monkeypatch.setattr(tune, "climb", lambda *_, **__: found)
     with pytest.raises(InputError, match="3 ranks cannot have it here: no NVLink from 0 to 1"):
         tune.Meter(SimpleNamespace(world_size=3, control=None, device=CPU), "two_shot")
-
-

@@ -88,7 +88,9 @@ def test_every_16_bit_pattern_and_every_rounding(objects):
                 program = Program(2, [Call("one_shot", dtype, 1 << 16)], seed=0)
                 _, x, out = program.steps[0]
                 for rank, arena in enumerate(program.before):
-                    reference.as_bits(x.of(arena)).copy_(patterns.roll(turn * rank) if turn or not rank else torch.zeros_like(patterns))
+                    reference.as_bits(x.of(arena)).copy_(
+                        patterns.roll(turn * rank) if turn or not rank else torch.zeros_like(patterns)
+                    )
                 want = reference.ordered_sum([x.of(arena) for arena in program.before])
                 for before, after in zip(program.before, program.after, strict=True):
                     x.of(after).copy_(x.of(before))
@@ -122,7 +124,9 @@ def test_what_construction_runs(objects, world_size, options):
             assert len(v2.launches(several, numel, dtype, world_size)) == LAUNCHES
             plans = [*world.engines[0]._verification_plans(numel, kind), several, several]
             world.plan = lambda call, plans=plans: plans[call.algorithm]
-            world.run(Program(world_size, [Call(i, dtype, numel) for i in range(len(plans))], 4), 5, room=256, jitter=0.01, sleep=0)
+            world.run(
+                Program(world_size, [Call(i, dtype, numel) for i in range(len(plans))], 4), 5, room=256, jitter=0.01, sleep=0
+            )
 
 
 @pytest.mark.parametrize("epoch", [2**31 - 1, 2**31, 2**32 - 1])
@@ -215,7 +219,9 @@ def mismatch(objects, edits, seed):
     other = [Call("one_shot", "float32", 90), Call("one_shot", "float16", 100), Call("two_shot", "float32", 100)][seed % 3]
     with World(twin.build(objects, 3, edits=edits), 3) as world:
         world.set_deadlines(DEADLINE)
-        world.run(Program(3, [Call("one_shot", "float32", 100)], seed), seed, complete=False, instead={1: other}, patience=PATIENCE)
+        world.run(
+            Program(3, [Call("one_shot", "float32", 100)], seed), seed, complete=False, instead={1: other}, patience=PATIENCE
+        )
         codes = [world.report(rank)[0] for rank in range(3)]
         # A rank that had all it wanted before it was told has nothing to report; the odd one and another always do.
         if sum(code & 0xFF == Kind.MISMATCH for code in codes) < 2:

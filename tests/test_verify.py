@@ -97,7 +97,12 @@ def test_the_pattern_tells_places_ranks_and_calls_apart(world_size):
     dice = torch.Generator().manual_seed(3)
     for distance in (1, 4, 1 << 10, 1 << 18, 1 << 20, verify.CHUNK + 5):
         for at in torch.randint(0, numel - distance, (5,), generator=dice).tolist():
-            for wrong in (0.0, right[at] - parts[-1][at], right[at + distance], right[at] - parts[0][at] + parts[0][at + distance]):
+            for wrong in (
+                0.0,
+                right[at] - parts[-1][at],
+                right[at + distance],
+                right[at] - parts[0][at] + parts[0][at + distance],
+            ):
                 damaged = right.clone()
                 damaged[at] = wrong
                 with pytest.raises(SetupError, match=": 1 wrong"):

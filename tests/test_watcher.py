@@ -424,7 +424,12 @@ MORE
 
 @pytest.mark.parametrize(
     "more",
-    ["", "peer.kill()", "import threading; threading.Thread(target=lambda: (time.sleep(0.3), peer.kill())).start()", "del handle"],
+    [
+        "",
+        "peer.kill()",
+        "import threading; threading.Thread(target=lambda: (time.sleep(0.3), peer.kill())).start()",
+        "del handle",
+    ],
 )
 def test_interpreter_exit_with_a_live_watch(more):
     program = EXIT.replace("MORE", f"{more}\nimport atexit\natexit.register(lambda: None)\nprint('end', flush=True)")

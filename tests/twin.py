@@ -367,7 +367,9 @@ class World:
         steps, key = self._steps[rank], (call.dtype, call.numel, plan)
         if key not in steps:
             with mock.patch.object(v2, "Launch", Recorder):
-                steps[key] = self.engines[rank]._step(plan, call.numel, getattr(torch, call.dtype), config=len(steps) % MAX_SHAPES)
+                steps[key] = self.engines[rank]._step(
+                    plan, call.numel, getattr(torch, call.dtype), config=len(steps) % MAX_SHAPES
+                )
         arena = self._base + self._offsets[rank]["arena"]
         steps[key].fire(arena + x.start, arena + out.start, 0)
 

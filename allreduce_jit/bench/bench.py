@@ -183,9 +183,7 @@ class _Bench:
             "peers": peers,
         }
 
-    def _times(
-        self, mode: str, numel: int, sources: list[torch.Tensor]
-    ) -> tuple[timing.Timing, dict[str, Any], dict[str, Any]]:
+    def _times(self, mode: str, numel: int, sources: list[torch.Tensor]) -> tuple[timing.Timing, dict[str, Any], dict[str, Any]]:
         """Ours, what the row says besides, and every peer: its timing or its reason.
 
         Besides: calls in a burst; and of eager calls ours with an output that is given (in a graph nobody allocates), and
@@ -246,9 +244,7 @@ class _Bench:
         """Wrong elements on all ranks together, in a call of its own."""
         place, seed = self.place, self.options.seed
         kind = reference.INTEGERS if path == "torch.distributed" else reference.RANDOM
-        mine = reference.values(
-            seed, place.rank, numel, self.dtype, place.device, kind=kind, world_size=place.world_size
-        )
+        mine = reference.values(seed, place.rank, numel, self.dtype, place.device, kind=kind, world_size=place.world_size)
         want = reference.expected(seed, place.world_size, numel, self.dtype, place.device, kind=kind)
         return sum(place.gather(reference.compare(self.communicator.all_reduce(mine), want).wrong))
 

@@ -143,8 +143,7 @@ def _figure(series: list[Series], unit: str, caption: str, one: bool = False) ->
     known = sorted(set(sizes))
     for nbytes in known[:: -(-len(known) // 12)]:
         parts.append(
-            f'<text x="{x(nbytes):.1f}" y="{HEIGHT - BOTTOM + 20}" text-anchor="middle">'
-            f"{report.format_size(nbytes)}</text>"
+            f'<text x="{x(nbytes):.1f}" y="{HEIGHT - BOTTOM + 20}" text-anchor="middle">{report.format_size(nbytes)}</text>'
         )
     parts.append(f'<text x="{WIDTH - RIGHT}" y="{HEIGHT - 6}" text-anchor="end">bytes</text>')
     parts.append(f'<text x="6" y="{TOP + 10}">{unit}</text>')

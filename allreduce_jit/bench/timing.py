@@ -76,9 +76,7 @@ def device_barrier(place: Place, communicator: Any) -> Callable[[], None]:
     return lambda: communicator.all_reduce(one)
 
 
-def eager(
-    place: Place, load: Workload, repetitions: int, warmup: int, barrier: Callable[[], Any] | None = None
-) -> list[float]:
+def eager(place: Place, load: Workload, repetitions: int, warmup: int, barrier: Callable[[], Any] | None = None) -> list[float]:
     """This rank's host time per call in each repetition: a burst and one synchronisation, in µs."""
     samples = []
     place.barrier()
@@ -94,9 +92,7 @@ def eager(
     return samples[warmup:]
 
 
-def record(
-    load: Workload, capture: Callable[[], AbstractContextManager[Any]] = nullcontext
-) -> torch.cuda.CUDAGraph:
+def record(load: Workload, capture: Callable[[], AbstractContextManager[Any]] = nullcontext) -> torch.cuda.CUDAGraph:
     """Capture one burst (CUDA only)."""
     graph = torch.cuda.CUDAGraph()
     with capture(), torch.cuda.graph(graph):

@@ -264,4 +264,3 @@ def _peers(text: str) -> tuple[str, ...]:
     if unknown:
         raise argparse.ArgumentTypeError(f"{unknown[0]!r}: expected some of {', '.join(PEERS)}, or none")
     return names
-

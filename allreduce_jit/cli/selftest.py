@@ -195,9 +195,7 @@ class _Data:
 
     def mine(self, variation: int = 0) -> torch.Tensor:
         p, seed = self.place, self.seed + 1000 * variation
-        return reference.values(
-            seed, p.rank, self.numel, self.dtype, p.device, kind=self.kind, world_size=p.world_size
-        )
+        return reference.values(seed, p.rank, self.numel, self.dtype, p.device, kind=self.kind, world_size=p.world_size)
 
     def want(self, variation: int = 0) -> torch.Tensor:
         p, seed = self.place, self.seed + 1000 * variation

@@ -33,9 +33,7 @@ Choice = tuple[str, int]  # algorithm, threads of a block
 
 def run(args: argparse.Namespace, meter: Callable[[Place, str], Meter] | None = None) -> int:
     """Measure, store, print, and return the exit code: 1 if some world size got no table."""
-    documents = [
-        ranks.run(work, meter or Meter, gpus=gpus, deadline=args.deadline) for gpus in _world_sizes(args.gpus)
-    ]
+    documents = [ranks.run(work, meter or Meter, gpus=gpus, deadline=args.deadline) for gpus in _world_sizes(args.gpus)]
     if documents[0].rank == 0:
         values = [outcome.value for outcome in documents]
         print(json.dumps(values, indent=2) if args.json else "\n\n".join(map(render, values)))

@@ -133,8 +133,16 @@ class Launch:
         pdl: whether it is a dependent launch.
     """
 
-    def __init__(self, kernel, arguments: Sequence[ctypes._SimpleCData | ctypes.Structure], grid: int, block: int,
-                 shared_bytes: int = 0, pdl: bool = False, ranks: int = 1):
+    def __init__(
+        self,
+        kernel,
+        arguments: Sequence[ctypes._SimpleCData | ctypes.Structure],
+        grid: int,
+        block: int,
+        shared_bytes: int = 0,
+        pdl: bool = False,
+        ranks: int = 1,
+    ):
         attributes = []
         if pdl:
             attributes.append(driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION)

@@ -71,8 +71,13 @@ def heard(header: bytes, world_size: int) -> list[tuple[int, Signature] | None]:
     return [last and (last[0], Signature.decode(*last[1:])) for last in signed]
 
 
-def explain(words: Sequence[int], code: int, rank: int, signed: Sequence[tuple[int, Signature] | None],
-            alive: Callable[[int], bool | None]) -> CommunicatorFailed:
+def explain(
+    words: Sequence[int],
+    code: int,
+    rank: int,
+    signed: Sequence[tuple[int, Signature] | None],
+    alive: Callable[[int], bool | None],
+) -> CommunicatorFailed:
     """The exception for an abort ``code``.
 
     Args:
@@ -96,8 +101,7 @@ def explain(words: Sequence[int], code: int, rank: int, signed: Sequence[tuple[i
         "channel": channel,
         "waited_ms": waited_ms,
         "ranks": [
-            {"rank": r, "alive": alive(r), "last_call": s and {"sequence": s[0], **asdict(s[1])}}
-            for r, s in enumerate(signed)
+            {"rank": r, "alive": alive(r), "last_call": s and {"sequence": s[0], **asdict(s[1])}} for r, s in enumerate(signed)
         ],
     }
     where = f" in call {sequence} ({call.algorithm}, {call.dtype}, {phase})" if call and by == rank else ""

@@ -40,8 +40,16 @@ class TorchEngine:
 
     path = "torch.distributed"
 
-    def __init__(self, group: dist.ProcessGroup | None, device: torch.device, rank: int, world_size: int, backend: str,
-                 connect: Callable[[], tuple[Nccl | None, str | None]] | None = None, alone: bool = True):
+    def __init__(
+        self,
+        group: dist.ProcessGroup | None,
+        device: torch.device,
+        rank: int,
+        world_size: int,
+        backend: str,
+        connect: Callable[[], tuple[Nccl | None, str | None]] | None = None,
+        alone: bool = True,
+    ):
         self.group = group
         self.device = device
         self.rank = rank

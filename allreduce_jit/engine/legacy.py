@@ -30,9 +30,7 @@ class LegacyEngine(KernelEngine):
 
     def plan(self, numel: int, dtype: str) -> Plan:
         config = self.config
-        return legacy_plan(
-            config.world_size, dtype, numel, self.layout, BLOCK_BYTES, THREADS, config.nvlink, not self.hands_over
-        )
+        return legacy_plan(config.world_size, dtype, numel, self.layout, BLOCK_BYTES, THREADS, config.nvlink, not self.hands_over)
 
     def _register(self, spec, entry, artifact, kernel) -> None:
         constants = dict(spec.constants)

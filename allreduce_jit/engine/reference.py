@@ -94,9 +94,7 @@ def expected(
     seed: int, world_size: int, numel: int, dtype: torch.dtype, device: object = "cpu", *, kind: str = RANDOM
 ) -> torch.Tensor:
     """The reference for a call in which each rank passes its ``values``."""
-    return ordered_sum(
-        values(seed, rank, numel, dtype, device, kind=kind, world_size=world_size) for rank in range(world_size)
-    )
+    return ordered_sum(values(seed, rank, numel, dtype, device, kind=kind, world_size=world_size) for rank in range(world_size))
 
 
 def compare(actual: torch.Tensor, want: torch.Tensor) -> Difference:

@@ -97,9 +97,7 @@ def _cuda_source(filename: str) -> str:
 def _nvrtc(spec: KernelSpec, arch: str) -> Artifact:
     from cuda.core import Program, ProgramOptions
 
-    options = ProgramOptions(
-        name=spec.source, arch=arch, std="c++17", define_macro=[(k, str(v)) for k, v in spec.constants]
-    )
+    options = ProgramOptions(name=spec.source, arch=arch, std="c++17", define_macro=[(k, str(v)) for k, v in spec.constants])
     cubin = Program(_cuda_source(spec.source), "c++", options).compile("cubin").code
     return Artifact(spec.name, arch, 0, 0, bytes(cubin))
 

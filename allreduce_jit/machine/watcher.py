@@ -341,7 +341,5 @@ def _at_exit() -> None:
         handle.close()
 
 
-os.register_at_fork(
-    before=lambda: _lock.acquire(), after_in_parent=lambda: _lock.release(), after_in_child=_after_fork_in_child
-)
+os.register_at_fork(before=lambda: _lock.acquire(), after_in_parent=lambda: _lock.release(), after_in_child=_after_fork_in_child)
 atexit.register(_at_exit)

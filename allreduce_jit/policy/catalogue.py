@@ -100,7 +100,11 @@ def cuda_module(algorithm: str, world_size: int, virtual_ranks: bool = False, gu
     calls and waits, for a test that measures what that costs."""
     what = V2_ALGORITHMS[algorithm]
     constants: tuple[tuple[str, object], ...] = (
-        ("NAME", algorithm), ("WORLD_SIZE", world_size), ("PACKETS", what.packets), ("STREAM", int(what.stream)), ("GUARDED", int(guarded))
+        ("NAME", algorithm),
+        ("WORLD_SIZE", world_size),
+        ("PACKETS", what.packets),
+        ("STREAM", int(what.stream)),
+        ("GUARDED", int(guarded)),
     )
     if virtual_ranks:
         constants += (("VIRTUAL_RANKS", 1),)

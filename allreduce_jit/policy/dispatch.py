@@ -124,9 +124,7 @@ def _fabric_is_down(c: Capabilities) -> bool:
     return c.fabric in _FABRIC  # unknown or not_supported: no such fabric to wait for
 
 
-def _first(
-    ranks: Sequence[T], code: str, text: str | Callable[[T], str], bad: Callable[[T], object]
-) -> Reason | None:
+def _first(ranks: Sequence[T], code: str, text: str | Callable[[T], str], bad: Callable[[T], object]) -> Reason | None:
     """The first rank that is ``bad``; ``text`` follows the words "rank N"."""
     for rank, one in enumerate(ranks):
         if bad(one):
@@ -134,9 +132,7 @@ def _first(
     return None
 
 
-def _differs(
-    caps: Caps, code: str, what: str, key: Callable[[Capabilities], str | None], source: str = ""
-) -> Reason | None:
+def _differs(caps: Caps, code: str, what: str, key: Callable[[Capabilities], str | None], source: str = "") -> Reason | None:
     """The first rank whose ``key`` is unknown (no ground to assume the best) or not that of rank 0.
 
     ``source`` is what the probe asked for it.

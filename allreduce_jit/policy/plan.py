@@ -184,8 +184,9 @@ def legacy_layout(world_size: int, staging_bytes: int, block_bytes: int) -> Layo
     return Layout(regions, HEADER_BYTES + 3 * one_shot, 2 * channels)
 
 
-def legacy_plan(world_size: int, dtype: str, numel: int, layout: Layout, block_bytes: int, threads: int,
-                nvlink: bool, deterministic: bool) -> Plan:
+def legacy_plan(
+    world_size: int, dtype: str, numel: int, layout: Layout, block_bytes: int, threads: int, nvlink: bool, deterministic: bool
+) -> Plan:
     """The legacy plan of ``numel`` > 0 elements; above the size where NCCL is expected to win, NCCL's.
 
     ``deterministic`` never hands over: what exceeds the staging memory takes several launches.
@@ -199,8 +200,7 @@ def legacy_plan(world_size: int, dtype: str, numel: int, layout: Layout, block_b
     return legacy_shape(algorithm, world_size, dtype, numel, layout, block_bytes, threads)
 
 
-def legacy_shape(algorithm: str, world_size: int, dtype: str, numel: int, layout: Layout, block_bytes: int,
-                 threads: int) -> Plan:
+def legacy_shape(algorithm: str, world_size: int, dtype: str, numel: int, layout: Layout, block_bytes: int, threads: int) -> Plan:
     """``algorithm`` for ``numel`` elements: one program per block of the tensor, or of a rank's part."""
     itemsize = ITEMSIZE[dtype]
     if algorithm == "legacy_one_shot":

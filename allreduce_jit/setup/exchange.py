@@ -61,8 +61,7 @@ def require_cpu_group(group: Any) -> None:
     if "cpu:" not in backends:
         kind = "an NCCL group" if "nccl" in backends else f"a group without a CPU backend ({backends})"
         raise InputError(
-            f"group must not be {kind}: pass a gloo group of the same ranks, "
-            'torch.distributed.new_group(ranks, backend="gloo")'
+            f'group must not be {kind}: pass a gloo group of the same ranks, torch.distributed.new_group(ranks, backend="gloo")'
         )
 
 

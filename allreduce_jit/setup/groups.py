@@ -37,9 +37,7 @@ def gloo_sibling(group: dist.ProcessGroup) -> dist.ProcessGroup:
     timeout = _setup_timeout(usual)
     store.set(f"{name}/{place}", "here")
     try:
-        made, _ = c10d._new_process_group_helper(
-            len(ranks), place, ranks, dist.Backend("gloo"), store, name, timeout=timeout
-        )
+        made, _ = c10d._new_process_group_helper(len(ranks), place, ranks, dist.Backend("gloo"), store, name, timeout=timeout)
         if timeout != usual:
             c10d._set_pg_timeout(usual, made)  # that of its collectives
     except (AttributeError, TypeError):

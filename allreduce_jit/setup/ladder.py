@@ -55,8 +55,9 @@ class StepDown(Exception):
         self.reason = reason
 
 
-def survey(group: dist.ProcessGroup, device: torch.device, use_v2: bool | None = None,
-           request: dict[str, object] | None = None) -> Ladder:
+def survey(
+    group: dist.ProcessGroup, device: torch.device, use_v2: bool | None = None, request: dict[str, object] | None = None
+) -> Ladder:
     """Probe all ranks and decide, building nothing. Collective over ``group`` (CPU-capable).
 
     Args:
@@ -148,9 +149,15 @@ def _raise_first_problem(answers: list[dict]) -> None:
             raise SettingsError(f"rank {rank}: {answer['problem']}")
 
 
-def climb(group: dist.ProcessGroup, device: torch.device, deterministic: bool = False,
-          highest: Path = Path.V2, lowest: Path = Path.LEGACY, max_ctas: int | None = None,
-          tables: Mapping[str, Bands] | None = None) -> Ladder:
+def climb(
+    group: dist.ProcessGroup,
+    device: torch.device,
+    deterministic: bool = False,
+    highest: Path = Path.V2,
+    lowest: Path = Path.LEGACY,
+    max_ctas: int | None = None,
+    tables: Mapping[str, Bands] | None = None,
+) -> Ladder:
     """Survey, then build the highest rung that every rank can build and verify.
 
     Args:

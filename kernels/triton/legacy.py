@@ -227,8 +227,7 @@ def _guard(link, total, in_place, WORLD: tl.constexpr, INTERPRET: tl.constexpr):
     if kind == _MISMATCH:
         words = _words(report, 0, tl.int32)
         _store_halves(words + _MINE, first, second)
-        _store_halves(words + _THEIRS, tl.sum(tl.where(threads == other, low, 0)),
-                      tl.sum(tl.where(threads == other, high, 0)))
+        _store_halves(words + _THEIRS, tl.sum(tl.where(threads == other, low, 0)), tl.sum(tl.where(threads == other, high, 0)))
     if kind != 0:
         blamed = tl.where(came, tl.where(other >= 0, other, rank), verdict // 4 - 1)
         _fail(link, kind, blamed, 0, 0, wait, looks, WORLD, INTERPRET)
@@ -330,8 +329,7 @@ def _push(slots, index, capacity, channel, bits, stop, WORD: tl.constexpr, BLOCK
 
 
 @triton.jit
-def _look(slots, buffer, capacity, channel, mine, rank, stop,
-          WORLD: tl.constexpr, WORD: tl.constexpr, BLOCK: tl.constexpr):
+def _look(slots, buffer, capacity, channel, mine, rank, stop, WORLD: tl.constexpr, WORD: tl.constexpr, BLOCK: tl.constexpr):
     """Loads the blocks of all sources at once: (blocks in rank order, verdict).
 
     verdict = 4 * (1 + highest source with an element missing, or 0 if none is) + stop.
@@ -350,8 +348,19 @@ def _look(slots, buffer, capacity, channel, mine, rank, stop,
 
 
 @triton.jit
-def _receive(link, slots, buffer, capacity, channel, mine, stop,
-             WORLD: tl.constexpr, WORD: tl.constexpr, BLOCK: tl.constexpr, INTERPRET: tl.constexpr):
+def _receive(
+    link,
+    slots,
+    buffer,
+    capacity,
+    channel,
+    mine,
+    stop,
+    WORLD: tl.constexpr,
+    WORD: tl.constexpr,
+    BLOCK: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
     """Waits for this channel's block from every source and poisons the slots again: (blocks, stop).
 
     blocks[rank] is `mine`. On return with stop = 0 no element is missing; what arrived as time ran out counts.
@@ -432,8 +441,9 @@ def _fail(link, kind, culprit, buffer, channel, wait, looks, WORLD: tl.constexpr
         tl.store(words + 5, waited // 1000000)
         code = tl.where(before == 0, code, before)
         if not INTERPRET:
-            code = tl.inline_asm_elementwise("fence.acq_rel.sys; mov.b32 $0, $1;", "=r,r", [code], dtype=tl.int32,
-                                             is_pure=False, pack=1)
+            code = tl.inline_asm_elementwise(
+                "fence.acq_rel.sys; mov.b32 $0, $1;", "=r,r", [code], dtype=tl.int32, is_pure=False, pack=1
+            )
         tl.store(words, code, cache_modifier=".wt")
 
 
