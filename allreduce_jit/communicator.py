@@ -1,62 +1,38 @@
-"""The front for everyone: ``init`` and ``Communicator``."""
+"""The front: ``init`` and ``Communicator``."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 import sys
-import weakref
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 
+from .describe import LARGEST, describe, reasons
 from .engine.bounded import within
-from .engine.fallback import TorchEngine
 from .errors import ClosedError, InputError, NotDeterministicError
-from .inputs import as_device, check_output, maker, memory_problem, never_matches, packed, plain, refuse, tensor_guard
-from .machine.watcher import watch
-from .policy.catalogue import DTYPES, ITEMSIZE
+from .inputs import as_device, check_input, check_output, packed, plain
 from .policy.plan import Plan
-from .policy.verdict import Path, Reason
-from .setup import groups, nccl
+from .policy.verdict import Path
+from .routes import NO_ROUTE, Routes, spec_of
+from .setup import groups
 from .setup.exchange import require_cpu_group, require_group
 from .setup.ladder import climb
+from .setup.service import release, torch_engine, watch_peers
 
 if TYPE_CHECKING:
-    from .engine.base import KernelEngine, Prepared
+    from .engine.protocol import Engine
 
 log = logging.getLogger("allreduce_jit")
 
-DTYPE_NAMES = {getattr(torch, name): name for name in DTYPES}
-LARGEST_BAND = 1 << 30
-MAX_ROUTES = 4096
 LOCAL_CLOSE_S = 3.0
 _STRIDED = torch.strided
 _Tensor = torch.Tensor
 _current_device = getattr(torch._C, "_cuda_getDevice", None)  # without the check whether CUDA was set up
-
-
-@dataclass(slots=True)
-class Route:
-    """Who runs calls of one shape and dtype.
-
-    Attributes:
-        matches: whether a plain tensor is like one that has passed every check, so that it need not; a no says nothing.
-        empty: makes such a tensor on the current device.
-        nbytes: size of such a tensor.
-    """
-
-    runner: Prepared | TorchEngine | None
-    matches: Callable[[torch.Tensor], bool]
-    empty: Callable[[], torch.Tensor] | None
-    nbytes: int
-
-
-NO_ROUTE = Route(None, never_matches, None, 0)
 
 
 def init(
@@ -123,8 +99,6 @@ class Communicator:
         self.world_size = dist.get_world_size(group)
         self._closed = False
         self._engine = self._torch = self._watch = None
-        self._runners: dict[tuple[int, torch.dtype], Prepared | TorchEngine] = {}  # by number of elements
-        self._routes: dict[tuple[torch.Size, torch.dtype], Route] = {}  # of tensors that can be told by one call
         self._last = NO_ROUTE  # most calls are like the one before
         self.group = group
         if not groups.has_backend(group, "cpu:"):
@@ -139,9 +113,11 @@ class Communicator:
                 f"rank {self.rank}: deterministic=True needs a kernel path, but {self.reason}; "
                 "remove the cause, or build the communicator without deterministic=True"
             )
-        self._torch = self._fallback(create_groups or groups.has_backend(group, "cuda:nccl"))
-        self._watch_peers(self._engine, self._torch)
-        if create_groups and not self._keeps_all():
+        may_have_nccl = create_groups or groups.has_backend(group, "cuda:nccl")
+        self._torch = torch_engine(self.group, device, self._ladder, deterministic=deterministic, may_have_nccl=may_have_nccl)
+        self._routes = Routes(self._engines(), deterministic and self.world_size > 1, self.rank)
+        self._watch = watch_peers(self._ladder, self.rank, self._engines())
+        if create_groups and not self.takes(LARGEST, torch.float32):
             self.warmup()  # NCCL takes some calls, and its first one must not be captured
             if self._torch.problem and self._engine is not None:
                 self._engine.hands_over = False  # our kernels are faster than gloo at any size
@@ -171,29 +147,20 @@ class Communicator:
         route = self._last
         # ``plain`` here as well: calling it takes as long as all of this line.
         if type(x) is not _Tensor or x.layout is not _STRIDED or x.is_nested or not route.matches(x):
-            route = self._last = self._known(x)
+            route = self._last = self._routes.known(x)
             if route is NO_ROUTE:
                 return self._all_reduce(x, out)
         if out is None:
             out = route.empty()
         elif out is not x and (not plain(out) or not route.matches(out) or abs(out.data_ptr() - x.data_ptr()) < route.nbytes):
             return self._all_reduce(x, out)
-        route.runner.all_reduce(x, out)
+        route.call(x, out)
         return out
 
     def _all_reduce(self, x: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
         """``all_reduce`` with every check."""
-        if (
-            self._closed
-            or not isinstance(x, torch.Tensor)
-            or x.get_device() != self._index
-            or x.is_meta
-            or x.layout is not _STRIDED
-            or (x.requires_grad and torch.is_grad_enabled())
-            or memory_problem(x) is not None
-        ):
-            self._check_open()
-            refuse(x, self.device, self.rank)
+        self._check_open()
+        check_input(x, self.device, self._index, self.rank)
         dense = x.is_contiguous() and not x.is_neg()
         if out is None:
             if dense:
@@ -206,8 +173,8 @@ class Communicator:
         if x.numel() == 0:
             return out
         through, target = (x, out) if dense else (packed(x),) * 2
-        self._last = route = self._route(through)
-        route.runner.all_reduce(through, target)
+        self._last = route = self._routes.of(through)
+        route.call(through, target)
         if not dense:
             out.copy_(through)
         return out
@@ -237,17 +204,15 @@ class Communicator:
         On path torch.distributed, where nothing tells which calls have completed, any death of a peer that the watcher
         knows of is raised; and ``CallMismatch`` and ``ConcurrentUse`` are not found out."""
         self._check_open()
-        if self._engine is not None:
-            self._engine.check()
-        self._torch.check()
+        for engine in self._engines():
+            engine.check()
 
     def abort(self) -> None:
         """Stop this communicator on all ranks, from any thread: calls in flight end at once, with NaN. A call that NCCL has
         taken ends on this rank alone."""
         self._check_open()
-        if self._engine is not None:
-            self._engine.abort()
-        self._torch.abort()
+        for engine in self._engines():
+            engine.abort()
 
     def close(self, *, local: bool = False) -> None:
         """Release everything; idempotent, talks to nobody. Drop graphs with calls of this communicator before.
@@ -258,22 +223,21 @@ class Communicator:
         """
         if self._closed:
             return
-        parts = [part for part in (self._engine, self._torch) if part is not None]
+        engines = self._engines()
         if local:
-            for part in parts:
-                part.abort()
+            for engine in engines:
+                engine.abort()
         self._closed, self._last = True, NO_ROUTE
         if self._watch is not None:
             self._watch.close()
-        self._engine = self._torch = None
-        self._runners.clear()
         self._routes.clear()
+        self._engine = self._torch = self._ladder.engine = None
         # A group that outlives destroy_process_group can abort the process at exit.
         self.group = None
-        release = partial(_release, parts, self.device)
+        work = partial(release, engines, self.device)
         if not local:
-            release()
-        elif not within(LOCAL_CLOSE_S, release, "close"):
+            work()
+        elif not within(LOCAL_CLOSE_S, work, "close"):
             log.warning("rank %d: %s is still at work after %g s, not for this communicator; its memory is freed once that ends",
                         self.rank, self.device, LOCAL_CLOSE_S)  # fmt: skip
 
@@ -300,22 +264,19 @@ class Communicator:
     @property
     def reason(self) -> str:
         """Why this path: the reasons of all steps down, or why V2 is possible."""
-        return "; ".join(r.text for r in self._reasons())
+        return "; ".join(r.text for r in reasons(self._ladder, self._torch))
 
     def takes(self, numel: int, dtype: torch.dtype) -> bool:
         """Whether a kernel runs a call with ``numel`` > 0 elements of ``dtype``; the same on all ranks."""
-        name = DTYPE_NAMES.get(dtype)
-        return name is not None and self._engine is not None and self._engine.takes(numel, name)
+        return self._engine is not None and self._engine.takes(spec_of(numel, dtype))
 
     def plan(self, numel: int, dtype: torch.dtype) -> Plan:
         """What a call with ``numel`` elements of ``dtype`` would run."""
         self._check_open()
-        name = DTYPE_NAMES.get(dtype)
         if numel == 0:
             return Plan(self.path.value, "none", 0, 0, 0)
-        if self._engine is None or name is None:
-            return Plan(Path.TORCH.value, self._torch.backend, 0, 0, numel)
-        return self._engine.plan(numel, name)
+        spec = spec_of(numel, dtype)
+        return self._routes.engine(spec).plan(spec)
 
     def describe(self) -> dict:
         """Path and reasons, what runs per dtype and size, memory and set-up times, ready for JSON.
@@ -323,110 +284,15 @@ class Communicator:
         ``tuning`` is V2's table: ``package``, or the file that ``allreduce-jit tune`` wrote.
         """
         self._check_open()
-        engine = self._engine
-        return {
-            "path": self.path.value,
-            "backend": self._torch.backend,
-            "reasons": [{"code": r.code, "text": r.text, "rank": r.rank} for r in self._reasons()],
-            "rank": self.rank,
-            "world_size": self.world_size,
-            "device": str(self.device),
-            "deterministic": self.deterministic or self.path is Path.V2 or self.world_size == 1,
-            "tuning": (self._ladder.tuning or "package") if self.path is Path.V2 else None,
-            "bands": [band for dtype in DTYPE_NAMES for band in self._bands(dtype)],
-            "staging_bytes": engine.memory.nbytes if engine else 0,
-            "device_bytes": engine.memory.nbytes + engine.state.nbytes if engine else 0,
-            "watched": list(self._watch.watched) if self._watch else [],
-            "timings": {name: round(seconds, 4) for name, seconds in self._ladder.timings.items()},
-            "kernels": {"compiled": engine.compiled, "cached": engine.cached} if engine else {"compiled": 0, "cached": 0},
-        }
-
-    def _bands(self, dtype: torch.dtype) -> list[dict]:
-        """Ranges of sizes that run the same algorithm, in bytes; both ends belong to the range."""
-        name = DTYPE_NAMES[dtype]
-        size = ITEMSIZE[name]
-
-        def what(numel: int) -> tuple[str, str]:
-            plan = self.plan(numel, dtype)
-            return plan.path, plan.algorithm
-
-        return [
-            {
-                "dtype": name,
-                "from_bytes": first * size,
-                "to_bytes": None if last is None else last * size,
-                "path": path,
-                "algorithm": algorithm,
-            }
-            for first, last, (path, algorithm) in stretches(what, LARGEST_BAND // size)
-        ]
+        watched = self._watch.watched if self._watch else ()
+        who = {"rank": self.rank, "world_size": self.world_size, "device": str(self.device)}
+        return describe(self._ladder, self._torch, self._routes, watched, self.deterministic) | who
 
     # -- internals
 
-    def _reasons(self) -> list[Reason]:
-        """Why this path, and why not NCCL where it was wanted."""
-        problem = self._torch.problem if self._torch is not None else None
-        return [*self._ladder.verdict.reasons, *([Reason("no-nccl", f"NCCL cannot be set up: {problem}")] if problem else [])]
-
-    def _watch_peers(self, *parts: KernelEngine | TorchEngine | None) -> None:
-        """Have ``parts`` told when a peer's process ends."""
-        # The watch must not keep alive what closes it.
-        references = [weakref.ref(part) for part in parts if part is not None]
-
-        def on_death(rank: int) -> None:
-            for reference in references:
-                part = reference()
-                if part is not None:
-                    part.lost(rank)
-
-        peers = {rank: process for rank, process in enumerate(self._ladder.processes) if rank != self.rank}
-        # Ranks of several hosts are what torch.distributed is for, so that one cannot be watched is no news there.
-        self._watch = watch(peers, on_death, logging.WARNING if self._engine is not None else logging.DEBUG)
-        if self._engine is not None:
-            self._engine.watched = self._watch.watched
-
-    def _fallback(self, may_have_nccl: bool) -> TorchEngine:
-        connect, backend = None, self._ladder.verdict.backend
-        if backend == "nccl" and self.world_size > 1 and not self.deterministic:  # else it would never be called
-            if may_have_nccl:
-                connect = partial(nccl.connect, self.group, self.device, self._ladder.settings.setup_timeout_s)
-            else:
-                backend = "gloo"
-        return TorchEngine(self.group, self.device, self.rank, self.world_size, backend, connect, alone=self._engine is None)
-
-    def _keeps_all(self) -> bool:
-        """Whether no call of a dtype that kernels take goes to torch.distributed, whatever its size."""
-        return self._engine is not None and self.takes(LARGEST_BAND, torch.float32)
-
-    def _known(self, x: object) -> Route:
-        """The route of tensors like ``x``, if one was accepted before."""
-        route = self._routes.get((x.shape, x.dtype), NO_ROUTE) if plain(x) else NO_ROUTE
-        return route if route.matches(x) else NO_ROUTE
-
-    def _route(self, x: torch.Tensor) -> Route:
-        """Who runs a call with ``x``, accepted and contiguous."""
-        route = self._known(x)
-        if route is NO_ROUTE:
-            numel, dtype = x.numel(), x.dtype
-            runner = self._runners.get((numel, dtype)) or self._runner(numel, dtype)
-            route = Route(runner, tensor_guard(x), maker(x), numel * dtype.itemsize)
-            if route.matches(x):
-                _remember(self._routes, (x.shape, dtype), route)
-        return route
-
-    def _runner(self, numel: int, dtype: torch.dtype) -> Prepared | TorchEngine:
-        """Who runs calls of that size; remembered, as a plan costs more than the look-up."""
-        if self.takes(numel, dtype):
-            runner = self._engine.prepared(numel, dtype)
-        elif self.deterministic and self.world_size > 1:
-            raise NotDeterministicError(
-                f"rank {self.rank}: {dtype} is all-reduced by torch.distributed, whose bits differ from the exact "
-                "sum; use fp32, fp16 or bf16, or build the communicator without deterministic=True"
-            )
-        else:
-            runner = self._torch
-        _remember(self._runners, (numel, dtype), runner)
-        return runner
+    def _engines(self) -> list[Engine]:
+        """The best first; torch.distributed takes what no other does."""
+        return [engine for engine in (self._engine, self._torch) if engine is not None]
 
     def _capturing(self) -> bool:
         return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
@@ -434,41 +300,3 @@ class Communicator:
     def _check_open(self) -> None:
         if self._closed:
             raise ClosedError(f"rank {self.rank}: this communicator is closed: build a new one")
-
-
-def _release(parts: list[KernelEngine | TorchEngine], device: torch.device) -> None:
-    """Free what ``parts`` hold, once the calls on ``device`` have ended."""
-    with contextlib.ExitStack() as stack:
-        waits = any(part.uses_device for part in parts)
-        if waits:
-            stack.enter_context(torch.cuda.device(device))
-        for part in parts:
-            stack.callback(part.close)
-        if waits:
-            torch.cuda.synchronize()
-
-
-def _remember(known: dict, key: object, value: object) -> None:
-    """Calls of ever new sizes must not fill the memory: what is forgotten is found again."""
-    if len(known) >= MAX_ROUTES:
-        known.clear()
-    known[key] = value
-
-
-def stretches(what: Callable[[int], object], last: int) -> Iterator[tuple[int, int | None, object]]:
-    """(first, last, answer) for every stretch of 1 … ``last`` with one answer; the final one has no end (None).
-
-    ``what`` must not come back to an answer that it has left, and no plan does.
-    """
-    first = 1
-    while first <= last:
-        answer = what(first)
-        high = first  # the last number known to have the answer
-        while high < last and what(min(2 * high, last)) == answer:
-            high = min(2 * high, last)
-        beyond = min(2 * high, last + 1)
-        while beyond - high > 1:
-            middle = (high + beyond) // 2
-            high, beyond = (middle, beyond) if what(middle) == answer else (high, middle)
-        yield first, (None if high == last else high), answer
-        first = high + 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 import torch
@@ -85,16 +85,32 @@ def memory_problem(x: torch.Tensor) -> str | None:
     return None
 
 
-def raise_no_memory(x: torch.Tensor, out: torch.Tensor, rank: int) -> NoReturn:
-    """Say which of the two has no memory, one of them having an address where there is none."""
-    problem = memory_problem(x) or f"a tensor at address {x.data_ptr():#x}"
-    if out is not x and (wrong := memory_problem(out)):
-        raise InputError(f"rank {rank}: out is {wrong}")
-    raise InputError(f"rank {rank}: all_reduce was given {problem}")
+def raise_no_memory(tensors: Sequence[torch.Tensor], rank: int) -> NoReturn:
+    """Say which of a call's tensors (input, output, others) has no memory, one of them having an address where there is none."""
+    x, out, *others = tensors
+    if problem := memory_problem(x):
+        raise InputError(f"rank {rank}: all_reduce was given {problem}")
+    for name, tensor in (("out", out), *((f"argument {i}", other) for i, other in enumerate(others, 2))):
+        if problem := memory_problem(tensor):
+            raise InputError(f"rank {rank}: {name} is {problem}")
+    addresses = ", ".join(f"{tensor.data_ptr():#x}" for tensor in tensors)
+    raise InputError(f"rank {rank}: all_reduce was given tensors at addresses {addresses}, where the driver gives no memory")
 
 
-def refuse(x: object, device: torch.device, rank: int) -> NoReturn:
-    """Say what is wrong with an input that is no strided tensor with memory on ``device``, or that requires grad."""
+def check_input(x: object, device: torch.device, index: int, rank: int) -> None:
+    """Refuse what is no strided tensor with memory on ``device`` (``index`` as ``Tensor.get_device`` has it), or requires grad."""
+    if (
+        not isinstance(x, torch.Tensor)
+        or x.get_device() != index
+        or x.is_meta
+        or x.layout is not torch.strided
+        or (x.requires_grad and torch.is_grad_enabled())
+        or memory_problem(x) is not None
+    ):
+        _refuse_input(x, device, rank)
+
+
+def _refuse_input(x: object, device: torch.device, rank: int) -> NoReturn:
     if not isinstance(x, torch.Tensor):
         raise InputTypeError(f"rank {rank}: all_reduce takes a torch.Tensor, not {type(x).__name__}")
     if x.device != device:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from fakes import MACHINES, look
 
 from allreduce_jit.engine import reference
-from allreduce_jit.policy.catalogue import ITEMSIZE
+from allreduce_jit.policy.operation import ALL_REDUCE
 from allreduce_jit.policy.plan import Plan
 from allreduce_jit.setup import ladder, nccl
 
@@ -77,17 +77,17 @@ class FakeEngine:
     def lost(self, rank):
         self.dead.append(rank)
 
-    def plan(self, numel, dtype):
-        if self.path == "legacy" and self.hands_over and numel >= LIMIT:
-            return Plan("torch.distributed", "nccl", 0, 0, numel)
-        algorithm = SWITCHES[max(first for first in SWITCHES if first * 4 <= numel * ITEMSIZE[dtype] or first == 1)]
-        return Plan(self.path, algorithm, 1, 32, numel)
+    def plan(self, spec):
+        if self.path == "legacy" and self.hands_over and spec.numel >= LIMIT:
+            return Plan("torch.distributed", "nccl", 0, 0, spec.numel)
+        algorithm = SWITCHES[max(first for first in SWITCHES if first * 4 <= spec.nbytes or first == 1)]
+        return Plan(self.path, algorithm, 1, 32, spec.numel)
 
-    def takes(self, numel, dtype):
-        return self.plan(numel, dtype).path == self.path
+    def takes(self, spec):
+        return spec.family in ALL_REDUCE and self.plan(spec).path == self.path
 
-    def prepared(self, numel, dtype):
-        return self
+    def prepared(self, spec):
+        return self.all_reduce
 
     def all_reduce(self, x, out):
         assert not self.closed and x.numel() and x.shape == out.shape and x.dtype is out.dtype

@@ -8,6 +8,7 @@ import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
+from functools import partial
 
 import pytest
 import torch
@@ -17,9 +18,9 @@ from gpu_work import DTYPES, check, expect_path
 import allreduce_jit
 from allreduce_jit.communicator import Communicator
 from allreduce_jit.engine import reference
-from allreduce_jit.engine.base import DTYPE_NAMES
 from allreduce_jit.engine.memory import LocalState
-from allreduce_jit.policy.plan import v2_shape
+from allreduce_jit.policy import nvlink
+from allreduce_jit.policy.operation import all_reduce
 from allreduce_jit.policy.verdict import Path
 
 DEADLINE_S = 1.5
@@ -194,8 +195,9 @@ def number_wraps(place):
         place.barrier()
         seed = 0
         for name in list(engine.layout.regions) * 8:
-            plan = v2_shape(name, 32, comm.world_size, DTYPE_NAMES[torch.bfloat16], 40_000, engine.layout)
-            check(place, comm, 40_000, torch.bfloat16, seed, call=lambda x, out, plan=plan: engine.run(plan, x, out))
+            spec = all_reduce("bfloat16", 40_000)
+            plan = nvlink.plan_of(name, 32, spec, comm.world_size, engine.layout)
+            check(place, comm, 40_000, torch.bfloat16, seed, call=partial(engine.run, spec, plan))
             check(place, comm, 1001, torch.float32, seed)
             seed += 1
         torch.cuda.synchronize()

@@ -8,6 +8,7 @@ import random
 import time
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -21,17 +22,19 @@ from allreduce_jit.bench import timing
 from allreduce_jit.cli import soak, tune
 from allreduce_jit.communicator import Communicator
 from allreduce_jit.engine import graph_cache as replay
-from allreduce_jit.engine import reference, v2
-from allreduce_jit.engine.base import DTYPE_NAMES, TORCH_DTYPES
+from allreduce_jit.engine import nvlink as engine_module
+from allreduce_jit.engine import reference
 from allreduce_jit.engine.driver import Graph
 from allreduce_jit.engine.graph_cache import SHORTS
 from allreduce_jit.policy import measured_tables as tuned
-from allreduce_jit.policy.catalogue import V2_ALGORITHMS, v2_algorithms
-from allreduce_jit.policy.plan import v2_shape
+from allreduce_jit.policy import nvlink
+from allreduce_jit.policy.catalogue import NVLINK_ALGORITHMS, nvlink_algorithms
+from allreduce_jit.policy.operation import all_reduce as all_reduce_spec
 from allreduce_jit.policy.tables import BLOCKS
 from allreduce_jit.policy.verdict import Path
+from allreduce_jit.routes import spec_of
 
-DTYPES = list(TORCH_DTYPES.values())
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SIZES = [0, 1, 2, 3, 7, 8, 9, 63, 64, 65, 511, 512, 4095, 4097, 32_768, 99_991, 262_144, 1_000_003, (1 << 22) + 1, 1 << 24]
 
 
@@ -78,10 +81,11 @@ def algorithms(place):
         dice = random.Random(7)
         for seed in range(200):
             dtype, name = dice.choice(DTYPES), dice.choice(list(engine.layout.regions))
-            numel = int(2 ** dice.uniform(14 if V2_ALGORITHMS[name].stream else 0, 23))
+            numel = int(2 ** dice.uniform(14 if NVLINK_ALGORITHMS[name].stream else 0, 23))
             block = dice.choice([32, 64, 128, 512])
-            plan = v2_shape(name, block, comm.world_size, DTYPE_NAMES[dtype], numel, engine.layout)
-            check(place, comm, numel, dtype, seed, offset=dice.randint(0, 2), call=lambda x, o, p=plan: engine.run(p, x, o))
+            spec = all_reduce_spec(str(dtype).removeprefix("torch."), numel)
+            plan = nvlink.plan_of(name, block, spec, comm.world_size, engine.layout)
+            check(place, comm, numel, dtype, seed, offset=dice.randint(0, 2), call=partial(engine.run, spec, plan))
         if comm.rank == 0:
             time.sleep(0.2)  # a late rank
         check(place, comm, 5000, torch.bfloat16, 1)
@@ -91,12 +95,12 @@ def few_blocks(place):
     """``max_ctas``: no launch has more blocks, none starts before the one before has ended, and the bits are the same."""
     grids = []
 
-    class Noted(v2.Launch):
+    class Noted(engine_module.KernelLaunch):
         def __init__(self, kernel, arguments, grid, *more, **options):
             super().__init__(kernel, arguments, grid, *more, **options)
             grids.append((grid, self.pdl))
 
-    saved, v2.Launch = v2.Launch, Noted
+    saved, engine_module.KernelLaunch = engine_module.KernelLaunch, Noted
     try:
         for max_ctas in (2, 16):
             with allreduce_jit.init(device=place.device, max_ctas=max_ctas, deterministic=True) as comm:
@@ -107,7 +111,7 @@ def few_blocks(place):
             assert grids and all(grid <= max_ctas and not pdl for grid, pdl in grids), max(grids)
             grids.clear()
     finally:
-        v2.Launch = saved
+        engine_module.KernelLaunch = saved
 
 
 def legacy_chunks(place):
@@ -193,8 +197,8 @@ def repeated(place, path, many_launches=False):
                 difference = reference.compare(out, reference.ordered_sum([want] * comm.world_size))
                 assert not difference.wrong, f"rank {comm.rank} turn {turn} {x.numel()} {x.dtype}: {difference}"
         again = set(ready) - verified
-        assert len(again) == 2 * sum(comm._engine.prepared(x.numel(), x.dtype).replayed for x, _ in pairs) >= 16
-        assert any(len(step.whole) > 1 for step, _, _ in again) is many_launches
+        assert len(again) == 2 * sum(comm._engine.prepared(spec_of(x.numel(), x.dtype)).as_graph for x, _ in pairs) >= 16
+        assert any(len(call.aligned) > 1 for call, *_ in again) is many_launches
         x = reference.values(1, comm.rank, 5000, torch.bfloat16, place.device)
         want = reference.expected(1, comm.world_size, 5000, torch.bfloat16, place.device)
         for _ in range(5):  # the same memory again and again
@@ -345,7 +349,6 @@ def failures_step_down(place):
     """One rank that cannot build, map or verify takes all of them down one step, with the reason."""
     from allreduce_jit import errors
     from allreduce_jit.engine import base as engine
-    from allreduce_jit.engine import v2
 
     for name, code in (
         ("compile", "build-failed"),
@@ -353,14 +356,14 @@ def failures_step_down(place):
         ("connect", "map-failed"),
         ("verify", "verify-failed"),
     ):
-        original = getattr(v2.V2Engine, name)
+        original = getattr(engine_module.NvlinkEngine, name)
 
         def fail(self, *args, original=original):
             if self.config.rank == 1:
                 raise errors.SetupError("planted")
             return original(self, *args)
 
-        setattr(v2.V2Engine, name, fail)
+        setattr(engine_module.NvlinkEngine, name, fail)
         saved, engine.VERIFY_SECONDS = engine.VERIFY_SECONDS, 1.0
         try:
             with allreduce_jit.init(device=place.device) as comm:
@@ -369,7 +372,7 @@ def failures_step_down(place):
                 assert (first["code"], first["rank"]) == (code, 1) or name == "verify", first
                 check(place, comm, 1000, torch.float16, 5)
         finally:
-            setattr(v2.V2Engine, name, original)
+            setattr(engine_module.NvlinkEngine, name, original)
             engine.VERIFY_SECONDS = saved
 
 
@@ -536,7 +539,7 @@ def _slower_than_another(place, sizes, margin):
             planned[size] = comm.plan(numel, torch.bfloat16), timing.slowest(place, samples).p50_us
             del graph, load, inputs, out
         comm.check()
-    for algorithm in v2_algorithms(place.world_size):
+    for algorithm in nvlink_algorithms(place.world_size):
         with closing(tune.Meter(place, algorithm)) as meter:
             for size in sizes:
                 if algorithm in tune.candidates(place.world_size, name, size, staging):

@@ -40,7 +40,7 @@ PRELOAD = [
     *forked.PRELOAD,
     "allreduce_jit.communicator",
     "allreduce_jit.engine.base",
-    "allreduce_jit.engine.v2",
+    "allreduce_jit.engine.nvlink",
     "cuda.bindings.driver",
 ]
 

@@ -13,29 +13,28 @@ import torch
 
 import allreduce_jit
 from allreduce_jit.engine import reference
-from allreduce_jit.engine.base import DTYPE_NAMES
-from allreduce_jit.engine.driver import Launch, load_module
+from allreduce_jit.engine.driver import KernelLaunch, load_module
+from allreduce_jit.engine.prepared import PreparedCall
 from allreduce_jit.harness import ranks
 from allreduce_jit.jit.cache import KernelCache
 from allreduce_jit.jit.compiler import build
-from allreduce_jit.policy.catalogue import V2_ALGORITHMS, cuda_module, entry
+from allreduce_jit.policy.catalogue import NVLINK_ALGORITHMS, cuda_module, entry
+from allreduce_jit.routes import spec_of
 
 SIZES = (1 << 10, 64 << 10, 1 << 20)
 CALLS, ROUNDS = 200, 15
 
 
-def unguarded(engine, plan, numel, dtype):
-    """The launches of a step of ``engine``, of kernels that nothing watches over: without the guard's block."""
+def unguarded(engine, plan, spec):
+    """A call of ``engine``, of kernels that nothing watches over: without the guard's block."""
     world_size = engine.config.world_size
-    spec = cuda_module(plan.algorithm, world_size, guarded=False)
-    module = load_module(build(spec, engine.config.arch, KernelCache(None))[0].cubin)
-    kernel = module.kernel(entry(plan.algorithm, DTYPE_NAMES[dtype], world_size, whole=True))
-    step = engine._step(plan, numel, dtype, config=0)
-    assert len(step.whole) == 1 and not V2_ALGORITHMS[plan.algorithm].stream
-    launch, x, out, offset = step.whole[0]
-    bare = Launch(kernel, launch.arguments, launch.grid - 1, plan.block, pdl=engine._pdl)
-    step.whole = [(bare, x, out, offset)]
-    return step
+    bare = cuda_module(plan.algorithm, world_size, guarded=False)
+    module = load_module(build(bare, engine.config.arch, KernelCache(None))[0].cubin)
+    kernel = module.kernel(entry(plan.algorithm, spec.dtype, world_size, whole=True))
+    ((launch, pointers),) = engine.prepare(spec, plan, shape_id=0).aligned
+    assert not NVLINK_ALGORITHMS[plan.algorithm].stream
+    launch = KernelLaunch(kernel, launch.arguments, launch.grid - 1, plan.block, pdl=engine._pdl)
+    return PreparedCall(engine, spec, [(launch, pointers)], [])
 
 
 def work(place):
@@ -49,17 +48,16 @@ def work(place):
             want = reference.expected(0, place.world_size, numel, dtype, place.device)
             out = torch.empty_like(inputs[0])
             graphs = {}
-            steps = {"with": engine._step(plan, numel, dtype, config=0), "without": unguarded(engine, plan, numel, dtype)}
-            for name, step in steps.items():
-                stream = torch.cuda.current_stream().cuda_stream
-                step.fire(inputs[0].data_ptr(), out.data_ptr(), stream)
+            spec = spec_of(numel, dtype)
+            calls = {"with": engine.prepare(spec, plan, shape_id=0), "without": unguarded(engine, plan, spec)}
+            for name, call in calls.items():
+                call.run(inputs[0], out)
                 torch.cuda.synchronize()
                 assert reference.compare(out, want).wrong == 0, (name, nbytes)
                 graphs[name] = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(graphs[name]):
-                    stream = torch.cuda.current_stream().cuda_stream
                     for i in range(CALLS):
-                        step.fire(inputs[i % 4].data_ptr(), out.data_ptr(), stream)
+                        call.run(inputs[i % 4], out)
             samples = {name: [] for name in graphs}
             for _ in range(ROUNDS):  # in turn, so that a change of clocks meets both
                 for name, graph in graphs.items():

@@ -162,7 +162,7 @@ class BreakingPeer(GoodPeer):
 
 class AbsentPeer(GoodPeer):
     name = "absent"
-    modules = ("no_such_package.inside",)
+    modules = ("no_such_package.shares_buffers_with",)
 
 
 def few_blocks(device, max_ctas):
@@ -718,7 +718,7 @@ class TestDoctor:
 
     def test_importable(self):
         assert doctor._importable("json.decoder")
-        assert not doctor._importable("json.nothing") and not doctor._importable("no_such_package.inside")
+        assert not doctor._importable("json.nothing") and not doctor._importable("no_such_package.shares_buffers_with")
 
     def test_notes_are_lines(self):
         document = self.examine("torch.distributed", probe=lambda device: Caps(device, None, ("nvrtc: not\nfound\n",)))

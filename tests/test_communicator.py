@@ -21,15 +21,16 @@ from hypothesis import strategies as st
 from torch._subclasses import FakeTensorMode
 
 import allreduce_jit
-from allreduce_jit import communicator, inputs
-from allreduce_jit.communicator import Communicator, stretches
+from allreduce_jit import communicator, describe, inputs, routes
+from allreduce_jit.communicator import Communicator
+from allreduce_jit.describe import stretches
 from allreduce_jit.engine import reference
 from allreduce_jit.errors import ClosedError, InputError, InputTypeError, NotDeterministicError, SettingsError
 from allreduce_jit.harness import ranks
 from allreduce_jit.inputs import as_device, tensor_guard
-from allreduce_jit.policy.catalogue import ITEMSIZE
-from allreduce_jit.policy.plan import legacy_layout, legacy_plan, v2_layout, v2_plan
-from allreduce_jit.policy.tables import V2_TABLES
+from allreduce_jit.policy import nvlink, p2p
+from allreduce_jit.policy.operation import ITEMSIZE, all_reduce
+from allreduce_jit.policy.tables import NVLINK_TABLES
 from allreduce_jit.policy.verdict import Path
 from allreduce_jit.setup import groups
 
@@ -383,7 +384,8 @@ def driven(world_of_one):
     config = SimpleNamespace(rank=0, world_size=1, deterministic=False)
     comm = allreduce_jit.init(device="cpu")
     with fake_gpus(dist.group.WORLD):
-        comm._engine = FakeEngine("v2", config, dist.group.WORLD, {})
+        comm._engine = comm._ladder.engine = FakeEngine("v2", config, dist.group.WORLD, {})
+        comm._routes = routes.Routes(comm._engines(), False, 0)
         comm._engine.allocate()
         yield comm
         comm.close()
@@ -600,7 +602,11 @@ def test_after_close(driven):
     driven.close()
     driven.close()
     assert (
-        engine.closed == 1 and driven.closed and not driven._routes and not driven._runners
+        engine.closed == 1
+        and driven.closed
+        and not driven._routes._engines
+        and not driven._routes._routes
+        and not driven._routes._calls
     )  # nothing holds the engine any more
     x = torch.ones(2)
     for call in (lambda: driven.all_reduce(x), lambda: driven.all_reduce(x, out=x), lambda: driven.all_reduce(3),
@@ -712,14 +718,14 @@ def test_a_context_that_ends_well_aborts_nothing(driven):
 
 
 def test_routes_are_few_and_right(driven, monkeypatch):
-    monkeypatch.setattr(communicator, "MAX_ROUTES", 5)
+    monkeypatch.setattr(routes, "MAX_ROUTES", 5)
     for turn in range(3):
         for numel in range(1, 20):
             for dtype in (torch.float32, torch.int32, torch.float16):
                 sums = driven._engine.sums
                 driven.all_reduce(torch.ones(numel, dtype=dtype))
                 assert driven._engine.sums == sums + (dtype is not torch.int32)
-                assert len(driven._routes) <= 5 and len(driven._runners) <= 5
+                assert len(driven._routes._routes) <= 5 and len(driven._routes._calls) <= 5
 
 
 def test_a_tensor_that_is_not_told_by_one_call_is_not_planned_anew(driven, monkeypatch):
@@ -748,7 +754,7 @@ def runs(plan, last):
 
 
 def check_bands(comm, monkeypatch, largest):
-    monkeypatch.setattr(communicator, "LARGEST_BAND", largest)
+    monkeypatch.setattr(describe, "LARGEST", largest)
     bands = comm.describe()["bands"]
     for name, size in ITEMSIZE.items():
         dtype = getattr(torch, name)
@@ -787,14 +793,14 @@ def test_no_plan_comes_back_to_one_that_it_has_left(world_size):
     """What the search for bands relies on, of the plans that there are."""
     sizes = sorted({min(1 << 28, int(2 ** (power / 16)) + k) for power in range(28 * 16) for k in (-1, 0, 1)} - {0})
     for staging in (4, 32, 1024):
-        bands = V2_TABLES[world_size]
-        v2, legacy = v2_layout(world_size, staging << 20, bands), legacy_layout(world_size, staging << 20, 4096)
+        bands = NVLINK_TABLES[world_size]
+        of_v2, of_legacy = nvlink.make_layout(world_size, staging << 20, bands), p2p.make_layout(world_size, staging << 20)
         for dtype in ITEMSIZE:
             for plan in (
-                lambda n, d=dtype, layout=v2, bands=bands: v2_plan(world_size, d, n, bands, layout),
-                lambda n, d=dtype, layout=legacy: legacy_plan(world_size, d, n, layout, 4096, 256, True, False),
-                lambda n, d=dtype, layout=legacy: legacy_plan(world_size, d, n, layout, 4096, 256, False, True),
+                lambda spec, layout=of_v2, bands=bands: nvlink.make_plan(spec, world_size, bands, layout),
+                lambda spec, layout=of_legacy: p2p.make_plan(spec, world_size, layout, nvlink=True, hands_over=True),
+                lambda spec, layout=of_legacy: p2p.make_plan(spec, world_size, layout, nvlink=False, hands_over=False),
             ):
-                found = [(p.path, p.algorithm) for p in map(plan, sizes)]
+                found = [(p.path, p.algorithm) for p in (plan(all_reduce(dtype, n)) for n in sizes)]
                 changes = [what for i, what in enumerate(found) if i == 0 or found[i - 1] != what]
                 assert len(changes) == len(set(changes)), changes

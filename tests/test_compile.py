@@ -31,15 +31,15 @@ from allreduce_jit.jit.compiler import build
 from allreduce_jit.machine.probe import probe
 from allreduce_jit.machine.sources import SoftwareSource
 from allreduce_jit.policy.catalogue import (
-    DTYPES,
-    ITEMSIZE,
-    V2_ALGORITHMS,
+    NVLINK_ALGORITHMS,
     WORLD_SIZES,
-    catalogue,
     cuda_module,
     entry,
+    nvlink_modules,
+    p2p_modules,
     triton_module,
 )
+from allreduce_jit.policy.operation import DTYPES, ITEMSIZE, all_reduce
 
 ARCHS = ("sm_80", "sm_90", "sm_100")
 ALL = [(n, arch) for arch in ARCHS for n in WORLD_SIZES]
@@ -125,7 +125,7 @@ def opcodes(tmp_path, artifact):
 @needs_nvrtc
 @pytest.mark.parametrize(("world_size", "arch"), ALL if LONG else [(2, "sm_90"), (8, "sm_80"), (4, "sm_100")])
 def test_v2(compiled, tmp_path, world_size, arch):
-    specs = list(dict.fromkeys(catalogue("v2", world_size) + catalogue("v2", world_size, narrow=True)))
+    specs = list(dict.fromkeys(nvlink_modules(world_size) + nvlink_modules(world_size, few_sms=True)))
     assert len(specs) >= 2
     for spec, artifact in zip(specs, compiled(specs, arch), strict=True):
         assert (artifact.name, artifact.arch, artifact.threads, artifact.shared_bytes) == (spec.name, arch, 0, 0)
@@ -141,13 +141,13 @@ def check_module(tmp_path, spec, artifact):
     for dtype in DTYPES:
         for whole in (True, False):
             kernel = entry(name, dtype, int(world_size), whole)
-            check_resources(usage[kernel], V2_ALGORITHMS[name], int(world_size), artifact.arch)
+            check_resources(usage[kernel], NVLINK_ALGORITHMS[name], int(world_size), artifact.arch)
             elements = 1 if whole else 16 // ITEMSIZE[dtype]  # accesses to the user's tensor for one packet
-            check_v2(code[kernel], V2_ALGORITHMS[name], int(world_size), elements, pdl=artifact.arch != "sm_80")
+            check_v2(code[kernel], NVLINK_ALGORITHMS[name], int(world_size), elements, pdl=artifact.arch != "sm_80")
 
 
 def check_resources(usage, what, world_size, arch):
-    from allreduce_jit.engine.v2 import Args
+    from allreduce_jit.engine.nvlink import Args
 
     assert usage["STACK"] == usage["LOCAL"] == 0  # nothing spilled, no array in local memory
     assert usage["CONSTANT[0]"] == PARAMETERS_AT[arch] + ctypes.sizeof(Args)
@@ -242,18 +242,18 @@ def test_the_check_sees_a_planted_mistake(monkeypatch, tmp_path, algorithm, inst
     ("algorithm", "world_size", "most"), [("one_shot", 4, 64), ("two_shot", 8, 128), ("two_shot_wide", 4, 128)]
 )
 def test_the_budget_of_registers(algorithm, world_size, most):
-    from allreduce_jit.engine.v2 import Args
+    from allreduce_jit.engine.nvlink import Args
 
     usage = {"REG": most, "STACK": 0, "LOCAL": 0, "CONSTANT[0]": PARAMETERS_AT["sm_90"] + ctypes.sizeof(Args)}
-    check_resources(usage, V2_ALGORITHMS[algorithm], world_size, "sm_90")
+    check_resources(usage, NVLINK_ALGORITHMS[algorithm], world_size, "sm_90")
     for worse in ({"REG": most + 1}, {"STACK": 8}, {"LOCAL": 4}):
         with pytest.raises(AssertionError):
-            check_resources(usage | worse, V2_ALGORITHMS[algorithm], world_size, "sm_90")
+            check_resources(usage | worse, NVLINK_ALGORITHMS[algorithm], world_size, "sm_90")
 
 
 @needs_nvrtc
 def test_v2_with_virtual_ranks(compiled, tmp_path):
-    specs = [cuda_module(algorithm, 3, virtual_ranks=True) for algorithm in V2_ALGORITHMS]
+    specs = [cuda_module(algorithm, 3, virtual_ranks=True) for algorithm in NVLINK_ALGORITHMS]
     for spec, artifact in zip(specs, compiled(specs, "sm_90"), strict=True):
         assert artifact.name == spec.name and artifact.name.endswith("_virtual")
         assert entries_of(artifact.cubin) == set(spec.entries)
@@ -272,7 +272,7 @@ def test_legacy_compiles(compiled, tmp_path, world_size, arch):
     from allreduce_jit.triton_kernels import legacy
 
     sizes = {"i32": 4, "i64": 8, "constexpr": 0}
-    specs = catalogue("legacy", world_size)
+    specs = p2p_modules(world_size)
     assert len(specs) == 2 * len(DTYPES) * 2
     for spec, artifact in zip(specs, compiled(specs, arch), strict=True):
         assert (artifact.name, artifact.arch, artifact.threads) == (spec.name, arch, 32 * legacy.NUM_WARPS)
@@ -290,7 +290,7 @@ def test_legacy_compiles(compiled, tmp_path, world_size, arch):
 @needs_triton
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 def test_legacy_machine_code(compiled, tmp_path, world_size):
-    specs = catalogue("legacy", world_size, ["bfloat16"])
+    specs = p2p_modules(world_size, [all_reduce("bfloat16")])
     for spec, artifact in zip(specs, compiled(specs, "sm_90"), strict=True):
         (ops,) = opcodes(tmp_path, artifact).values()
         check_memory_accesses(ops)

@@ -21,7 +21,7 @@ from allreduce_jit.errors import ClosedError, InputError, SettingsError
 from allreduce_jit.harness import ranks
 from allreduce_jit.integrations import sglang as dropin
 from allreduce_jit.integrations.sglang import can_use_custom_all_reduce_v2, can_use_custom_all_reduce_with_nvlink
-from allreduce_jit.policy.tables import V2_TABLES
+from allreduce_jit.policy.tables import NVLINK_TABLES
 from allreduce_jit.policy.verdict import Path
 from allreduce_jit.settings import V2_SWITCH
 from allreduce_jit.setup import ladder
@@ -309,7 +309,7 @@ def test_the_map_is_filled_by_whoever_comes_first(group, unfilled, first):
     with mock.patch.object(dropin, "require_cpu_group", lambda g: (seen.append(dict(unfilled)), real(g))):
         calls[first](group, "cpu")
     assert seen and all(seen)  # filled before anything else is looked at
-    assert unfilled.keys() == V2_TABLES.keys() == set(range(2, 9))
+    assert unfilled.keys() == NVLINK_TABLES.keys() == set(range(2, 9))
     assert all(isinstance(n, int) and n > 0 for n in unfilled.values())
     assert allreduce_jit.THRESHOLD_2_SHOT_MAP is unfilled
 
@@ -324,7 +324,7 @@ def test_the_map_is_filled_once(unfilled):
 
 def test_many_threads_see_the_whole_map_or_wait(unfilled, monkeypatch):
     """With a table whose reading lets the other threads run, so that a fill in pieces would be seen."""
-    whole, reads, partial = dict(V2_TABLES), [], []
+    whole, reads, partial = dict(NVLINK_TABLES), [], []
 
     class Slow(dict):
         def items(self):
@@ -333,7 +333,7 @@ def test_many_threads_see_the_whole_map_or_wait(unfilled, monkeypatch):
                 threading.Event().wait(0.005)
                 yield item
 
-    monkeypatch.setattr(dropin, "V2_TABLES", Slow(whole))
+    monkeypatch.setattr(dropin, "NVLINK_TABLES", Slow(whole))
     barrier = threading.Barrier(16)
 
     def ask():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import struct
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -13,12 +14,14 @@ from fake_driver import FakeDriver, capture_info
 from test_compile import needs_nvrtc, needs_triton
 
 from allreduce_jit.engine import base as engines
-from allreduce_jit.engine import streams
-from allreduce_jit.engine.base import MAX_SHAPES, EngineConfig, KernelEngine, Step
+from allreduce_jit.engine import prepared, streams
+from allreduce_jit.engine.base import MAX_SHAPES, EngineConfig, KernelEngine
 from allreduce_jit.engine.failure import SIGNATURES, SIGNATURES_AT, Kind, abort_code, tag
 from allreduce_jit.errors import AllReduceError, CallMismatch, InputError, PeerLost, PeerTimeout, Poisoned
 from allreduce_jit.jit.cache import KernelCache
-from allreduce_jit.policy.catalogue import DTYPES, LEGACY_ALGORITHMS, catalogue, entry, v2_algorithms
+from allreduce_jit.policy.catalogue import P2P_ALGORITHMS, catalogue, entry, nvlink_algorithms
+from allreduce_jit.policy.operation import ALL_REDUCE, DTYPES
+from allreduce_jit.policy.operation import all_reduce as all_reduce_spec
 from allreduce_jit.policy.plan import HEADER_BYTES, Layout, Plan
 from allreduce_jit.settings import Settings
 
@@ -61,7 +64,7 @@ def built(cls, world_size, monkeypatch, **changes):
     ranks = [cls(config(rank, world_size, **changes)) for rank in range(world_size)]
     cache = KernelCache(None)
     shares = [one.compile(cache) for one in ranks]
-    count = len(ranks[0]._catalogue())
+    count = len(ranks[0]._modules(ALL_REDUCE))
     assert sum(one.compiled for one in ranks) == sum(map(len, shares)) == count  # each module once
     for one in ranks:
         one.load(shares)
@@ -73,10 +76,10 @@ def built(cls, world_size, monkeypatch, **changes):
 @needs_nvrtc
 @pytest.mark.parametrize("max_ctas", [None, 8])
 def test_v2_ranks_share_the_work(monkeypatch, max_ctas):
-    from allreduce_jit.engine.v2 import V2Engine
+    from allreduce_jit.engine.nvlink import NvlinkEngine
 
-    for one in built(V2Engine, 3, monkeypatch, max_ctas=max_ctas):
-        algorithms = v2_algorithms(3, narrow=max_ctas is not None)
+    for one in built(NvlinkEngine, 3, monkeypatch, max_ctas=max_ctas):
+        algorithms = nvlink_algorithms(3, few_sms=max_ctas is not None)
         names = {entry(algorithm, dtype, 3, whole) for algorithm in algorithms for dtype in DTYPES for whole in (True, False)}
         assert one._kernels == {name: f"kernel {name}" for name in names}
         assert set(one.layout.regions) == set(algorithms)
@@ -84,11 +87,11 @@ def test_v2_ranks_share_the_work(monkeypatch, max_ctas):
 
 @needs_triton
 def test_legacy_ranks_share_the_work(monkeypatch):
-    from allreduce_jit.engine.legacy import LegacyEngine
+    from allreduce_jit.engine.p2p import P2PEngine
 
-    for one in built(LegacyEngine, 2, monkeypatch):
-        assert len(one._catalogue()) == len(catalogue("legacy", 2))
-        kinds = {(f"legacy_{a}", dtype, vector) for a in LEGACY_ALGORITHMS for dtype in DTYPES for vector in (True, False)}
+    for one in built(P2PEngine, 2, monkeypatch):
+        assert one._modules(ALL_REDUCE) == catalogue("legacy", 2) and one.families == list(ALL_REDUCE)
+        kinds = {(f"legacy_{a}", dtype, vector) for a in P2P_ALGORITHMS for dtype in DTYPES for vector in (True, False)}
         assert set(one._kernels) == kinds
 
 
@@ -99,14 +102,14 @@ def test_legacy_ranks_share_the_work(monkeypatch):
 def current(monkeypatch):
     """The stream that is current on this rank's device."""
     current = SimpleNamespace(stream=77, capturing=False)
-    monkeypatch.setattr(engines, "_current_stream", lambda device: current.stream)
-    monkeypatch.setattr(engines, "_capturing", lambda: current.capturing)
+    monkeypatch.setattr(prepared, "_current_stream", lambda device: current.stream)
+    monkeypatch.setattr(prepared, "_capturing", lambda: current.capturing)
     return current
 
 
 def bound(cls, module, monkeypatch, deterministic=False):
     """The engine of rank 1 of 3, its kernels and memory made up, ready to launch."""
-    monkeypatch.setattr(module, "Launch", FakeLaunch)
+    monkeypatch.setattr(module, "KernelLaunch", FakeLaunch)
     one = cls(replace(config(1, 3), deterministic=deterministic))
     FakeDriver(monkeypatch, streams)
     one._streams = streams.StreamOrder()
@@ -136,17 +139,17 @@ def fire(one, numel, dtype, source=X, target=OUT):
 
 
 def test_v2_launches(monkeypatch, current):
-    from allreduce_jit.engine import v2
+    from allreduce_jit.engine import nvlink
 
-    one = bound(v2.V2Engine, v2, monkeypatch)
+    one = bound(nvlink.NvlinkEngine, nvlink, monkeypatch)
     one._kernels = {e: e for spec in catalogue("v2", 3) for e in spec.entries}
     seen = set()
     for config, numel in enumerate((8, 100_000, 30_000_000), 1):
         for dtype in (torch.bfloat16, torch.float32)[: 1 if config > 1 else 2]:
-            plan = one.plan(numel, str(dtype).removeprefix("torch."))
+            plan = one.plan(all_reduce_spec(str(dtype).removeprefix("torch."), numel))
             region = one.layout.regions[plan.algorithm]
             fired = fire(one, numel, dtype)
-            args = [v2.Args.from_buffer_copy(launch.values[0]) for launch in fired]
+            args = [nvlink.Args.from_buffer_copy(launch.values[0]) for launch in fired]
             assert sum(a.numel for a in args) == numel and {a.total for a in args} == {numel}
             assert [a.launch for a in args] == list(range(len(args)))
             for launch, a in zip(fired, args, strict=True):
@@ -157,7 +160,7 @@ def test_v2_launches(monkeypatch, current):
                 assert (a.rank, a.capacity, a.tag) == (1, region.capacity, tag(plan.algorithm, str(dtype)[6:]))
                 assert launch.kernel == entry(plan.algorithm, str(dtype)[6:], 3, True) and launch.pdl
             seen.add(args[0].config)
-            assert args[-1].last and fire(one, numel, dtype) and len(one._steps) == len(seen)  # nothing is prepared twice
+            assert args[-1].last and fire(one, numel, dtype) and len(one._prepared) == len(seen)  # nothing is prepared twice
             assert all(launch.kernel.endswith("_ragged") for launch in fire(one, numel, dtype, source=X + 4))
     assert seen == {1, 2, 3, 4}
 
@@ -174,11 +177,12 @@ def legacy_values(launch, algorithm):
 @pytest.mark.parametrize(("numel", "algorithm"), [(1000, "one_shot"), (1003, "one_shot"), (10_000_003, "two_shot")])
 def test_legacy_launches(monkeypatch, current, numel, algorithm):
     pytest.importorskip("triton")
-    from allreduce_jit.engine import legacy
+    from allreduce_jit.engine import p2p
+    from allreduce_jit.policy.p2p import BLOCK_BYTES
 
     algorithm = f"legacy_{algorithm}"
-    one = bound(legacy.LegacyEngine, legacy, monkeypatch, deterministic=True)
-    one._kernels = {(f"legacy_{a}", d, v): ((d, v), 1024) for a in LEGACY_ALGORITHMS for d in DTYPES for v in (True, False)}
+    one = bound(p2p.P2PEngine, p2p, monkeypatch, deterministic=True)
+    one._kernels = {(f"legacy_{a}", d, v): ((d, v), 1024) for a in P2P_ALGORITHMS for d in DTYPES for v in (True, False)}
     region = one.layout.regions[algorithm]
     fired = fire(one, numel, torch.float16)
     values = [legacy_values(launch, algorithm) for launch in fired]
@@ -192,19 +196,19 @@ def test_legacy_launches(monkeypatch, current, numel, algorithm):
         assert region.offset >= HEADER_BYTES
         assert (v["epoch"], v["control"], v["report"]) == ((1 << 30) + 4 * region.first_channel, 13, 14)
         assert (v["rank"], v["tag"], v["total"], v["config"]) == (1, tag(algorithm, "float16"), numel, 1)
-        block = legacy.BLOCK_BYTES // 2
+        block = BLOCK_BYTES // 2
         if algorithm == "legacy_two_shot":
             assert v["part"] % block == 0 and 3 * v["part"] >= v["numel"] > 3 * (v["part"] - block)
             data = v["part"] // block
         else:
             data = -(-v["numel"] // block)
-        assert launch.grid == data + 1 and data * legacy.BLOCK_BYTES <= v["capacity"] == region.capacity
-    assert len(fire(one, numel, torch.float16)) == len(fired) and len(one._steps) == 1
+        assert launch.grid == data + 1 and data * BLOCK_BYTES <= v["capacity"] == region.capacity
+    assert len(fire(one, numel, torch.float16)) == len(fired) and len(one._prepared) == 1
     assert {launch.kernel for launch in fire(one, numel, torch.float16, source=X + 2)} == {("float16", False)}
 
 
 class Plain(KernelEngine):
-    """An engine whose launches are recorded as (shape, config, addresses)."""
+    """An engine whose launches are recorded as (elements, shape_id, stream)."""
 
     path = "v2"
 
@@ -212,22 +216,24 @@ class Plain(KernelEngine):
         super().__init__(config(rank, world_size), Layout({}, 0, 0))
         self.log = []
 
-    def plan(self, numel, dtype):
-        return Plan("v2", "one_shot", 1, 32, numel)
+    def plan(self, spec):
+        return Plan("v2", "one_shot", 1, 32, spec.numel)
 
-    def _step(self, plan, numel, dtype, config):
-        step = Step()
-        step.fire = lambda source, target, stream: self.log.append((numel, dtype, config, stream))
-        return step
+    def prepare(self, spec, plan, shape_id):
+        launch = partial(self._launch, spec.numel, shape_id)
+        return prepared.PreparedCall(self, spec, [(launch, ())], [(launch, ())])
+
+    def _launch(self, numel, shape_id, stream):
+        self.log.append((numel, shape_id, stream))
 
 
 def test_every_shape_has_a_flag_of_its_own(one):
     for numel in [*range(1, MAX_SHAPES + 10), 5]:
         all_reduce(one, numel)
     first = one.log[: MAX_SHAPES - 1]
-    assert [config for _, _, config, _ in first] == [*range(1, MAX_SHAPES)]  # 0 is the verification's
-    assert [config for _, _, config, _ in one.log[MAX_SHAPES - 1 :]] == [*range(1, 12)]
-    assert len(one._steps) < MAX_SHAPES
+    assert [shape_id for _, shape_id, _ in first] == [*range(1, MAX_SHAPES)]  # 0 is the verification's
+    assert [shape_id for _, shape_id, _ in one.log[MAX_SHAPES - 1 :]] == [*range(1, 12)]
+    assert len(one._prepared) < MAX_SHAPES
 
 
 # -- failures
@@ -282,11 +288,11 @@ def test_memory_that_was_freed_is_no_address(one, bad, start):
     gone.untyped_storage().resize_(0)
     assert gone.data_ptr() == 4 * start
     fine = SimpleNamespace(data_ptr=lambda: X)
-    step = one.prepared(gone.numel(), torch.float32)
+    call = one.prepared(all_reduce_spec("float32", gone.numel()))
     with pytest.raises(InputError, match=f"rank 1: .*storage has 0 bytes and {48} are needed"):
-        step.all_reduce(*((gone, gone) if bad == "input" else (Like(gone), gone)))
+        call(*((gone, gone) if bad == "input" else (Like(gone), gone)))
     assert not one.log
-    step.all_reduce(fine, fine)
+    call(fine, fine)
     assert len(one.log) == 1
 
 
@@ -464,7 +470,7 @@ def test_a_launch_hands_over_what_its_arguments_hold_at_that_moment(monkeypatch)
     address = ctypes.cast(launch_kernel, ctypes.c_void_p).value
     monkeypatch.setattr(driver, "_entry", {"cuLaunchKernelEx": ctypes.CFUNCTYPE(ctypes.c_int)(address)}.get)
     x, count = ctypes.c_uint64(1 << 47), ctypes.c_int32(-3)
-    launch = driver.Launch(1 << 46, [x, count], 5, 64, 128, pdl=True, ranks=2)
+    launch = driver.KernelLaunch(1 << 46, [x, count], 5, 64, 128, pdl=True, ranks=2)
     shape = [5, 2, 1], [64, 1, 1], 128
     launch(7 << 40)
     x.value, count.value = 9, 11
@@ -478,7 +484,7 @@ def test_a_launch_hands_over_what_its_arguments_hold_at_that_moment(monkeypatch)
     ]
     monkeypatch.setattr(driver, "describe", lambda error: f"error {int(error)}")
     with pytest.raises(AllReduceError, match="kernel launch: error 1"):
-        driver.Launch(1 << 45, [x, count], 1, 32)(0)
+        driver.KernelLaunch(1 << 45, [x, count], 1, 32)(0)
 
 
 def test_a_module_is_loaded_once_for_each_context(monkeypatch):

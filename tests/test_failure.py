@@ -18,9 +18,10 @@ from allreduce_jit.engine.failure import (
     tag,
 )
 from allreduce_jit.errors import CallMismatch, CommunicatorFailed, ConcurrentUse, PeerLost, PeerTimeout, Poisoned
-from allreduce_jit.policy.catalogue import DTYPES, V2_ALGORITHMS
+from allreduce_jit.policy.catalogue import NVLINK_ALGORITHMS
+from allreduce_jit.policy.operation import DTYPES
 
-ALGORITHMS = [*V2_ALGORITHMS, *LEGACY_NUMBERS]
+ALGORITHMS = [*NVLINK_ALGORITHMS, *LEGACY_NUMBERS]
 IN_PLACE = 1 << 15
 
 
@@ -193,7 +194,7 @@ def test_the_last_calls_of_all_are_listed():
 def test_phases(algorithm):
     """Buffers are numbered as the kernels number them."""
     gathers = (1, 4) if "stream" in algorithm else (2, 3)  # 3: legacy's alone
-    count = V2_ALGORITHMS[algorithm].buffers if algorithm in V2_ALGORITHMS else 4
+    count = NVLINK_ALGORITHMS[algorithm].buffers if algorithm in NVLINK_ALGORITHMS else 4
     for buffer in range(2 if "one_shot" in algorithm else count):
         code = abort_code(Kind.TIMEOUT, 2, 1)
         phase = why(code, words(code, call=algorithm, buffer=buffer)).report["phase"]

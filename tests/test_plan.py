@@ -6,7 +6,6 @@ one with a mistake planted must fail it, which shows that the property says some
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import os
 import subprocess
@@ -22,15 +21,15 @@ pytest.importorskip("hypothesis")
 import hypothesis
 from hypothesis import strategies as st
 
-from allreduce_jit.engine import v2 as v2_path
-from allreduce_jit.policy import plan as planning
-from allreduce_jit.policy.catalogue import DTYPES, ITEMSIZE, WORLD_SIZES, catalogue, entry, v2_algorithms
+from allreduce_jit.policy import nvlink, p2p
+from allreduce_jit.policy.catalogue import WORLD_SIZES, entry, nvlink_algorithms, nvlink_modules
+from allreduce_jit.policy.operation import DTYPES, ITEMSIZE, all_reduce
 from allreduce_jit.policy.tables import (
     BLOCKS,
-    LEGACY_TABLES,
     NEVER,
+    NVLINK_TABLES,
+    P2P_TABLES,
     STREAM_FROM,
-    V2_TABLES,
     Band,
     bands_from_json,
     bands_to_json,
@@ -39,7 +38,7 @@ from allreduce_jit.settings import Settings
 
 PACKET, WARP, HEADER = 16, 32, 4096
 DEFAULT_STAGING = Settings().staging_mb << 20
-BLOCK_BYTES, THREADS = 2048, 128  # legacy.py's; any would do
+BLOCK_BYTES, THREADS = 2048, 128  # of the P2P kernels
 # Slot arrays that a kernel touches, as the comments above the kernels say: V2 has one per buffer and peer, legacy one
 # per buffer and rank.
 BUFFERS = {
@@ -66,6 +65,10 @@ class Case:
     other: tuple[Band, ...] | None = None  # of another dtype, which shares the staging memory
 
     @property
+    def spec(self):
+        return all_reduce(self.dtype, self.numel)
+
+    @property
     def nbytes(self):
         return self.numel * ITEMSIZE[self.dtype]
 
@@ -83,7 +86,7 @@ CUTS = st.lists(st.integers(1, 1 << 30) | st.integers(8, 29).map(lambda e: 1 << 
 def tables(draw, world_size):
     """Any bands that ``allreduce-jit tune`` could come back with, and many that it could not."""
     cuts = sorted(draw(CUTS))
-    names = v2_algorithms(world_size)
+    names = nvlink_algorithms(world_size)
     picked = sorted(draw(st.lists(st.integers(0, len(names) - 1), min_size=len(cuts) + 1, max_size=len(cuts) + 1)))
     bands = []
     for up_to, pick in zip([*cuts, NEVER], picked, strict=True):
@@ -109,8 +112,8 @@ def cases(draw, world_sizes=WORLD_SIZES):
 
 def edges_of(case):
     """Message sizes in bytes at which a plan changes its mind."""
-    n, legacy_table = case.world_size, LEGACY_TABLES[case.world_size]
-    bands, layout = v2_memory(planning, case)
+    n, legacy_table = case.world_size, P2P_TABLES[case.world_size]
+    bands, layout = v2_memory(REAL, case)
     edges = [min(band.up_to, 1 << 30) for band in bands]
     limits = legacy_table.two_shot_from, legacy_table.nvlink_limit, legacy_table.pcie_limit  # which may be never
     edges += [*(min(limit, 1 << 30) for limit in limits), case.staging // (6 * n)]
@@ -123,7 +126,10 @@ def parts_of(algorithm, world_size):
 
 
 # What the properties judge: planning, and the launches that the engine makes of a plan.
-REAL = SimpleNamespace(**vars(planning), launches=v2_path.launches)
+REAL = SimpleNamespace(
+    v2_bands=nvlink.make_bands, v2_layout=nvlink.make_layout, v2_plan=nvlink.make_plan, launches=nvlink.launches,
+    legacy_layout=p2p.make_layout, legacy_plan=p2p.make_plan, legacy_part=p2p.part_of,
+)  # fmt: skip
 
 
 def hold(prop, functions=None, examples=300, world_sizes=WORLD_SIZES):
@@ -151,13 +157,13 @@ def v2_memory(f, case):
 
 def v2(f, case):
     bands, layout = v2_memory(f, case)
-    return layout, f.v2_plan(case.world_size, case.dtype, case.numel, bands, layout)
+    return layout, f.v2_plan(case.spec, case.world_size, bands, layout)
 
 
 def launches(f, case):
     """Region, plan, and the launches of the call (first element, elements, blocks with the guard, last or not, buffers)."""
     layout, plan = v2(f, case)
-    return layout.regions[plan.algorithm], plan, f.launches(plan, case.numel, case.dtype, case.world_size)
+    return layout.regions[plan.algorithm], plan, f.launches(plan, case.spec, case.world_size)
 
 
 def packets_of(algorithm, numel, case):
@@ -166,10 +172,15 @@ def packets_of(algorithm, numel, case):
     return -(-whole // parts_of(algorithm, case.world_size))
 
 
-def legacy(f, case, block_bytes=BLOCK_BYTES):
-    layout = f.legacy_layout(case.world_size, case.staging, block_bytes)
-    args = (layout, block_bytes, THREADS, case.nvlink, case.deterministic)
-    return layout, f.legacy_plan(case.world_size, case.dtype, case.numel, *args)
+def legacy(f, case):
+    layout = f.legacy_layout(case.world_size, case.staging)
+    return layout, f.legacy_plan(case.spec, case.world_size, layout, case.nvlink, not case.deterministic)
+
+
+def told(piece, *names):
+    """What a launch is told besides its elements; 0 where it is not told."""
+    arguments = dict(piece.arguments)
+    return [arguments.get(name, 0) for name in names]
 
 
 def region_bytes(name, region, world_size):
@@ -197,8 +208,8 @@ def v2_inside_the_slots(f, case):
     """The slots and epoch words of every warp that has a packet; warps past them touch nothing, on all ranks."""
     region, plan, found = launches(f, case)
     packets = PACKETS.get(plan.algorithm, 1)
-    for _, elements, *_ in (found[0], found[-1]):
-        channel = (packets_of(plan.algorithm, elements, case) - 1) // (WARP * packets)  # the last one
+    for piece in (found[0], found[-1]):
+        channel = (packets_of(plan.algorithm, piece.numel, case) - 1) // (WARP * packets)  # the last one
         assert channel < region.channels
         assert channel * WARP * packets + WARP - 1 + WARP * (packets - 1) < region.capacity
 
@@ -207,20 +218,20 @@ def v2_covers(f, case):
     """Every element once, and every packet has a thread."""
     _, plan, found = launches(f, case)
     done = 0
-    for i, (start, elements, blocks, *_) in enumerate(found):
-        assert start == done and elements > 0
-        done += elements
-        moving = blocks - (0 if plan.algorithm in STREAMS and i else 1)  # the guard's block moves nothing
+    for i, piece in enumerate(found):
+        assert piece.start == done and piece.numel > 0
+        done += piece.numel
+        moving = piece.grid - (0 if plan.algorithm in STREAMS and i else 1)  # the guard's block moves nothing
         threads = plan.block * PACKETS.get(plan.algorithm, 1)
-        assert (moving - 1) * threads < packets_of(plan.algorithm, elements, case) <= moving * threads  # none is idle
-    assert plan.path == "v2" and plan.grid * threads >= packets_of(plan.algorithm, found[0][1], case)
+        assert (moving - 1) * threads < packets_of(plan.algorithm, piece.numel, case) <= moving * threads  # none is idle
+    assert plan.path == "v2" and plan.grid * threads >= packets_of(plan.algorithm, found[0].numel, case)
     assert done == case.numel
 
 
 def v2_whole_packets(f, case):
     """The next launch starts at an address as aligned as the first."""
-    for start, *_ in launches(f, case)[2]:
-        assert start * ITEMSIZE[case.dtype] % PACKET == 0
+    for piece in launches(f, case)[2]:
+        assert piece.start * ITEMSIZE[case.dtype] % PACKET == 0
 
 
 def v2_stream_ends_well(f, case):
@@ -245,7 +256,7 @@ def v2_stream_buffers(f, case):
         unit = parts_of(plan.algorithm, case.world_size) * WARP * PACKET // ITEMSIZE[case.dtype]
         for number in range(2, 24):
             if number % 3 != 1:
-                found = f.launches(replace(plan, chunk=unit), number * unit - 1, case.dtype, case.world_size)
+                found = f.launches(replace(plan, chunk=unit), all_reduce(case.dtype, number * unit - 1), case.world_size)
                 assert len(found) == number
                 check_buffers(plan, found)
 
@@ -254,11 +265,11 @@ def v2_guards_pair_up(f, case):
     """What enters with a guard leaves before the next one; else two launches look like two calls (guard.cuh)."""
     _, plan, found = launches(f, case)
     inside = 0
-    for start, elements, blocks, last, *_ in found:
+    for piece in found:
         threads = plan.block * PACKETS.get(plan.algorithm, 1)
-        entered = blocks - -(-packets_of(plan.algorithm, elements, case) // threads)
+        entered = piece.grid - -(-packets_of(plan.algorithm, piece.numel, case) // threads)
         assert entered in (0, 1) and inside + entered == 1
-        inside += entered - last
+        inside += entered - told(piece, "last")[0]
     assert inside == 0
 
 
@@ -270,18 +281,18 @@ def v2_blocks(f, case):
 def v2_few_blocks(f, case):
     """Guard included, no launch has more than the communicator may occupy."""
     if case.max_ctas is not None:
-        assert max(piece.blocks for piece in launches(f, case)[2]) <= case.max_ctas
+        assert max(piece.grid for piece in launches(f, case)[2]) <= case.max_ctas
 
 
 def v2_known_kernel(f, case):
     _, plan = v2(f, case)
-    entries = {e for spec in catalogue("v2", case.world_size, narrow=case.max_ctas is not None) for e in spec.entries}
+    entries = {e for spec in nvlink_modules(case.world_size, few_sms=case.max_ctas is not None) for e in spec.entries}
     assert {entry(plan.algorithm, case.dtype, case.world_size, whole) for whole in (True, False)} <= entries
 
 
 def v2_never_goes_back(f, case):
     """A larger message never takes the algorithm of smaller ones again."""
-    order = v2_algorithms(case.world_size, narrow=case.max_ctas is not None).index
+    order = nvlink_algorithms(case.world_size, few_sms=case.max_ctas is not None).index
     _, plan = v2(f, case)
     _, larger = v2(f, replace(case, numel=case.numel + max(1, case.numel // 3)))
     assert order(plan.algorithm) <= order(larger.algorithm)
@@ -344,7 +355,7 @@ def legacy_launches_fit(f, case):
         assert plan.chunk == case.numel  # whole in one launch
         assert plan.grid * BLOCK_BYTES >= plan.chunk * itemsize > (plan.grid - 1) * BLOCK_BYTES
     else:
-        part = f.legacy_part(case.world_size, plan.chunk, BLOCK_BYTES // itemsize)
+        part = f.legacy_part(plan.chunk, itemsize, case.world_size)
         assert part * itemsize == plan.grid * BLOCK_BYTES
         assert case.world_size * part >= plan.chunk
 
@@ -352,7 +363,7 @@ def legacy_launches_fit(f, case):
 def legacy_hands_over(f, case):
     """To NCCL above the limit, and never when determinism was asked for."""
     _, plan = legacy(f, case)
-    table = LEGACY_TABLES[case.world_size]
+    table = P2P_TABLES[case.world_size]
     above = case.nbytes > (table.nvlink_limit if case.nvlink else table.pcie_limit)
     assert plan.path == ("torch.distributed" if above and not case.deterministic else "legacy")
     if plan.path == "torch.distributed":
@@ -386,7 +397,7 @@ def check_apart(layout, case):
 
 def check_buffers(plan, found):
     """What two_shot.cu asks of the host, in the order in which it says so."""
-    scatters, gathers = [piece.scatter for piece in found], [piece.gather for piece in found]
+    scatters, gathers = zip(*(told(piece, "scatter", "gather") for piece in found))
     if plan.algorithm not in STREAMS:
         assert not any(scatters) and not any(gathers)
         return
@@ -424,32 +435,32 @@ def test_all_hold(world_size):
 def mutant(name, change):
     """The planning functions with the result of ``name`` changed."""
     original = getattr(REAL, name)
-    return replaced(name, lambda *args: change(original(*args)))
+    return replaced(name, lambda *args, **options: change(original(*args, **options)))
 
 
 def replaced(name, function):
     return SimpleNamespace(**{**vars(REAL), name: function})
 
 
-def first_band_only(n, dtype, numel, bands, layout):
+def first_band_only(spec, n, bands, layout):
     """As if every algorithm had the room for every message of its bands."""
-    band = next(band for band in bands if numel * ITEMSIZE[dtype] <= band.up_to)
-    return planning.v2_shape(band.algorithm, band.block, n, dtype, numel, layout)
+    band = next(band for band in bands if spec.nbytes <= band.up_to)
+    return nvlink.plan_of(band.algorithm, band.block, spec, n, layout)
 
 
-def straight_to_the_last_band(n, dtype, numel, bands, layout):
-    plan = first_band_only(n, dtype, numel, bands, layout)
-    if plan.chunk < numel:
-        plan = planning.v2_shape(bands[-1].algorithm, bands[-1].block, n, dtype, numel, layout)
+def straight_to_the_last_band(spec, n, bands, layout):
+    plan = first_band_only(spec, n, bands, layout)
+    if plan.chunk < spec.numel:
+        plan = nvlink.plan_of(bands[-1].algorithm, bands[-1].block, spec, n, layout)
     return plan
 
 
-def deaf_to_the_stream(n, dtype, numel, bands, layout, most=RESIDENT):
+def deaf_to_the_stream(spec, n, bands, layout, most=RESIDENT):
     """Launches of a call that streams, as few as there can be."""
-    plan = planning.v2_plan(n, dtype, numel, bands, layout)
+    plan = nvlink.make_plan(spec, n, bands, layout)
     parts, room = parts_of(plan.algorithm, n), layout.regions[plan.algorithm].capacity
     room = min(room, most) if plan.algorithm in STREAMS else room
-    return replace(plan, chunk=min(numel, room * parts * PACKET // ITEMSIZE[dtype]))
+    return replace(plan, chunk=min(spec.numel, room * parts * PACKET // ITEMSIZE[spec.dtype]))
 
 
 def on_launches(change):
@@ -477,7 +488,7 @@ def moved(change):
     """The layouts with each region where ``change`` (name, region, bytes, the bytes in front of it) wants it."""
 
     def v2_layout(n, staging, *rest):
-        layout = planning.v2_layout(n, staging, *rest)
+        layout = nvlink.make_layout(n, staging, *rest)
         regions, end = {}, HEADER
         for name, region in layout.regions.items():
             if INSIDE.get(name) not in layout.regions:
@@ -519,10 +530,14 @@ def on_buffers(change):
         found = REAL.launches(plan, *rest)
         if plan.algorithm not in STREAMS:
             return found
-        picked = [change(len(found), i, piece.scatter, piece.gather) for i, piece in enumerate(found)]
-        return [piece._replace(scatter=s, gather=g) for piece, (s, g) in zip(found, picked, strict=True)]
+        picked = [change(len(found), i, *told(piece, "scatter", "gather")) for i, piece in enumerate(found)]
+        return [tell(piece, scatter=s, gather=g) for piece, (s, g) in zip(found, picked, strict=True)]
 
     return replaced("launches", launches)
+
+
+def tell(piece, **arguments):
+    return replace(piece, arguments=tuple((dict(piece.arguments) | arguments).items()))
 
 
 def on_plan(**changes):
@@ -544,7 +559,7 @@ MUTANTS = [
     (v2_regions_apart, "regions of one another", mutant("v2_layout", swap_regions)),
     (v2_regions_apart, "regions at one place", mutant("v2_layout", on_regions(offset=lambda o: 0))),
     (v2_regions_apart, "another size of the whole", mutant("v2_layout", lambda x: replace(x, nbytes=x.nbytes + (1 << 20)))),
-    (v2_regions_apart, "more than allowed", replaced("v2_layout", lambda n, staging, *rest: planning.v2_layout(
+    (v2_regions_apart, "more than allowed", replaced("v2_layout", lambda n, staging, *rest: nvlink.make_layout(
         n, staging + (1 << 20), *rest))),
     (v2_regions_apart, "a stream one packet too low", moved(lower_stream)),
     (v2_regions_apart, "a stream with three buffers over others", moved(stream_with_a_buffer_more_over_others)),
@@ -557,17 +572,17 @@ MUTANTS = [
     (v2_regions_apart, "channels that nobody counts", mutant("v2_layout", lambda x: replace(x, channels=x.channels - 1))),
     (v2_aligned, "offset of 8 bytes", mutant("v2_layout", on_regions(offset=lambda o: o + 8))),
     (v2_regions_apart, "slots in the header", moved(lambda name, region, size, end: region.offset - HEADER)),
-    (v2_inside_the_slots, "twice the capacity", replaced("v2_plan", lambda *args: planning.v2_plan(
+    (v2_inside_the_slots, "twice the capacity", replaced("v2_plan", lambda *args: nvlink.make_plan(
         *args[:-1], on_regions(capacity=lambda c: 2 * c)(args[-1])))),
-    (v2_inside_the_slots, "everything in one launch", replaced("v2_plan", lambda n, dtype, numel, *rest: replace(
-        planning.v2_plan(n, dtype, numel, *rest), chunk=numel))),
+    (v2_inside_the_slots, "everything in one launch", replaced("v2_plan", lambda spec, *rest: replace(
+        nvlink.make_plan(spec, *rest), chunk=spec.numel))),
     (v2_inside_the_slots, "half the epoch words", mutant("v2_layout", on_regions(channels=lambda c: c // 2))),
     (v2_inside_the_slots, "room for half a channel", mutant("v2_layout", on_regions(capacity=lambda c: c - 16))),
-    (v2_covers, "one block less", on_launches(lambda plan, piece: piece._replace(blocks=piece.blocks - 1))),
-    (v2_covers, "one block more", on_launches(lambda plan, piece: piece._replace(blocks=piece.blocks + 1))),
-    (v2_covers, "a guard in every launch of a stream", on_launches(lambda plan, piece: piece._replace(
-        blocks=piece.blocks + (piece.start > 0 and plan.algorithm in STREAMS)))),
-    (v2_covers, "an element forgotten", on_launches(lambda plan, piece: piece._replace(numel=max(1, piece.numel - 1)))),
+    (v2_covers, "one block less", on_launches(lambda plan, piece: replace(piece, grid=piece.grid - 1))),
+    (v2_covers, "one block more", on_launches(lambda plan, piece: replace(piece, grid=piece.grid + 1))),
+    (v2_covers, "a guard in every launch of a stream", on_launches(lambda plan, piece: replace(
+        piece, grid=piece.grid + (piece.start > 0 and plan.algorithm in STREAMS)))),
+    (v2_covers, "an element forgotten", on_launches(lambda plan, piece: replace(piece, numel=max(1, piece.numel - 1)))),
     (v2_whole_packets, "launches of odd length", mutant("v2_plan", on_plan(chunk=lambda c: max(1, c - 1)))),
     (v2_stream_ends_well, "as few launches as possible", replaced("v2_plan", deaf_to_the_stream)),
     (v2_stream_is_resident, "launches as large as the slots allow", replaced("v2_plan", lambda *args: deaf_to_the_stream(*args, most=NEVER))),
@@ -590,27 +605,26 @@ MUTANTS = [
     (v2_stream_buffers, "gathers through a buffer that scatters", on_buffers(lambda n, i, scatter, gather: (
         scatter, gather if gather == 4 else 2))),
     (v2_stream_buffers, "as few launches as possible", replaced("v2_plan", deaf_to_the_stream)),
-    (v2_stream_buffers, "buffers for those that take turns by themselves", on_launches(lambda plan, piece: piece._replace(
-        scatter=piece.scatter if plan.algorithm in STREAMS else 1))),
-    (v2_guards_pair_up, "only the call's last launch leaves", replaced("launches", lambda plan, numel, *rest: [
-        piece._replace(last=piece.start + piece.numel == numel) for piece in REAL.launches(plan, numel, *rest)])),
-    (v2_guards_pair_up, "every launch leaves", on_launches(lambda plan, piece: piece._replace(last=True))),
+    (v2_stream_buffers, "buffers for those that take turns by themselves", on_launches(lambda plan, piece: tell(
+        piece, scatter=told(piece, "scatter")[0] if plan.algorithm in STREAMS else 1))),
+    (v2_guards_pair_up, "only the call's last launch leaves", replaced("launches", lambda plan, spec, *rest: [
+        tell(piece, last=piece.start + piece.numel == spec.numel) for piece in REAL.launches(plan, spec, *rest)])),
+    (v2_guards_pair_up, "every launch leaves", on_launches(lambda plan, piece: tell(piece, last=1))),
     (v2_blocks, "not whole warps", mutant("v2_plan", on_plan(block=lambda b: b + 8))),
     (v2_blocks, "1024 threads", mutant("v2_plan", on_plan(block=lambda b: 2 * b))),
-    (v2_few_blocks, "the guard forgotten", replaced("v2_layout", lambda n, staging, bands, max_ctas: planning.v2_layout(
+    (v2_few_blocks, "the guard forgotten", replaced("v2_layout", lambda n, staging, bands, max_ctas: nvlink.make_layout(
         n, staging, bands, max_ctas and max_ctas + 1))),
     (v2_few_blocks, "blocks of half the threads", mutant("v2_plan", on_plan(block=lambda b: max(32, b // 2)))),
     (v2_known_kernel, "no such kernel", mutant("v2_plan", on_plan(algorithm=lambda a: a + "_loop"))),
-    (v2_known_kernel, "wide ones for all", replaced("v2_bands", lambda n, max_ctas, tuned: planning.v2_bands(n, 9))),
+    (v2_known_kernel, "wide ones for all", replaced("v2_bands", lambda n, max_ctas, tuned: nvlink.make_bands(n, 9))),
     (v2_never_goes_back, "one-shot for odd grids",
      mutant("v2_plan", lambda p: replace(p, algorithm="one_shot") if p.grid % 2 else p)),
     (v2_splits_no_more_than_it_must, "nothing goes on to a later band", replaced("v2_plan", first_band_only)),
-    (v2_takes_its_band, "always the last band", replaced("v2_plan", lambda n, dtype, numel, bands, layout:
-        planning.v2_plan(n, dtype, numel, bands[-1:], layout) if numel > 1 << 16 else
-        planning.v2_plan(n, dtype, numel, bands, layout))),
+    (v2_takes_its_band, "always the last band", replaced("v2_plan", lambda spec, n, bands, layout:
+        nvlink.make_plan(spec, n, bands[-1:] if spec.numel > 1 << 16 else bands, layout))),
     (v2_takes_its_band, "straight to the last band", replaced("v2_plan", straight_to_the_last_band)),
-    (v2_takes_its_band, "blocks of the last band", replaced("v2_plan", lambda n, dtype, numel, bands, layout: replace(
-        planning.v2_plan(n, dtype, numel, bands, layout), block=bands[-1].block))),
+    (v2_takes_its_band, "blocks of the last band", replaced("v2_plan", lambda spec, n, bands, layout: replace(
+        nvlink.make_plan(spec, n, bands, layout), block=bands[-1].block))),
     (v2_repeats, "a counter in the grid", drifting("v2_plan")),
     (legacy_regions_apart, "a block too many", mutant("legacy_layout", on_regions(capacity=lambda c: c + BLOCK_BYTES))),
     (legacy_regions_apart, "regions at one place", mutant("legacy_layout", on_regions(offset=lambda o: 0))),
@@ -622,7 +636,7 @@ MUTANTS = [
     (legacy_launches_fit, "parts of half blocks", mutant("legacy_part", lambda p: p // 2)),
     (legacy_hands_over, "always legacy", mutant("legacy_plan", on_plan(path=lambda p: "legacy"))),
     (legacy_hands_over, "deaf to deterministic",
-     replaced("legacy_plan", lambda *args: planning.legacy_plan(*args[:-1], False))),
+     replaced("legacy_plan", lambda *args: p2p.make_plan(*args[:-1], True))),
     (legacy_repeats, "a counter in the grid", drifting("legacy_plan")),
 ]  # fmt: skip
 
@@ -641,15 +655,16 @@ def test_every_property_has_a_mistake_that_it_finds():
 
 DIGEST = """
 import hashlib, sys
-from allreduce_jit.policy import plan as p
+from allreduce_jit.policy import nvlink, p2p
+from allreduce_jit.policy.operation import all_reduce
 lines = []
 for n in range(2, 9):
     for dtype in ("float32", "float16", "bfloat16"):
         for e in range(0, 34, 3):
-            bands = p.v2_bands(n, 16 if e % 2 else None)
-            v2, old = p.v2_layout(n, 32 << 20, bands, 16 if e % 2 else None), p.legacy_layout(n, 32 << 20, 2048)
-            lines.append(repr((v2, p.v2_plan(n, dtype, 2**e + 5, bands, v2))))
-            lines.append(repr((old, p.legacy_plan(n, dtype, 2**e + 5, old, 2048, 128, True, e % 2 == 0))))
+            spec, bands = all_reduce(dtype, 2**e + 5), nvlink.make_bands(n, 16 if e % 2 else None)
+            v2, old = nvlink.make_layout(n, 32 << 20, bands, 16 if e % 2 else None), p2p.make_layout(n, 32 << 20)
+            lines.append(repr((v2, nvlink.make_plan(spec, n, bands, v2))))
+            lines.append(repr((old, p2p.make_plan(spec, n, old, True, e % 2 == 0))))
 print(hashlib.sha256("".join(lines).encode()).hexdigest(), sorted({"torch", "cuda", "triton"} & set(sys.modules)))
 """
 
@@ -675,13 +690,13 @@ def case_of(world_size, dtype="bfloat16", numel=1, staging_mb=32, **more):
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 def test_default_staging_suffices(world_size):
-    assert planning.legacy_layout(world_size, DEFAULT_STAGING, BLOCK_BYTES).nbytes <= DEFAULT_STAGING == 32 << 20
-    used = [v2(planning, case_of(world_size, numel=2**e)) for e in range(33)]
+    assert p2p.make_layout(world_size, DEFAULT_STAGING).nbytes <= DEFAULT_STAGING == 32 << 20
+    used = [v2(REAL, case_of(world_size, numel=2**e)) for e in range(33)]
     assert all(layout.nbytes <= DEFAULT_STAGING for layout, _ in used)
-    assert tuple(dict.fromkeys(plan.algorithm for _, plan in used)) == v2_algorithms(world_size)
+    assert tuple(dict.fromkeys(plan.algorithm for _, plan in used)) == nvlink_algorithms(world_size)
     # The largest message of a band takes one launch: nobody has to go on to a later one.
-    for band in V2_TABLES[world_size]:
-        _, plan = v2(planning, case_of(world_size, numel=min(band.up_to, 1 << 30) // 2))
+    for band in NVLINK_TABLES[world_size]:
+        _, plan = v2(REAL, case_of(world_size, numel=min(band.up_to, 1 << 30) // 2))
         assert (plan.algorithm, plan.block) == (band.algorithm, band.block)
 
 
@@ -693,11 +708,11 @@ def test_past_two_to_the_31_elements(world_size, dtype):
         for staging_mb in (4, 32, 1024) if numel == 2**31 + 1 else (32, 1024):
             case = case_of(world_size, dtype, numel, staging_mb)
             all_properties(REAL, case)
-            assert legacy(planning, case)[1].algorithm == "legacy_two_shot"
+            assert legacy(REAL, case)[1].algorithm == "legacy_two_shot"
 
 
 def test_a_stream_can_always_end_well():
-    """``v2_shape`` looks for equal launches whose number is not 1 modulo 3: there are some, whatever the message.
+    """``nvlink.plan_of`` looks for equal launches whose number is not 1 modulo 3: there are some, whatever the message.
 
     With launches of k units (warps of packets), u units take ceil(u / k); that is 1 modulo 3 for k = 1 … 4 only if u
     is 1 modulo 36. No u up to 2^28, messages of 400 GB, fails for all k up to 32; the smallest region has more units.
@@ -708,16 +723,17 @@ def test_a_stream_can_always_end_well():
         left = left[(left % (3 * k) >= 1) & (left % (3 * k) <= k)]
     assert not left.size
     for world_size in WORLD_SIZES[1:]:
-        for bands in (V2_TABLES[world_size], tuple(Band(NEVER, name, 32) for name in v2_algorithms(world_size))):
-            region = planning.v2_layout(world_size, 4 << 20, bands).regions["two_shot_stream"]
+        for bands in (NVLINK_TABLES[world_size], tuple(Band(NEVER, name, 32) for name in nvlink_algorithms(world_size))):
+            region = nvlink.make_layout(world_size, 4 << 20, bands).regions["two_shot_stream"]
             assert region.capacity >= 32 * WARP
 
 
 def test_too_few_elements_for_a_stream_are_refused():
-    layout = v2(planning, case_of(4))[0]
-    assert planning.v2_shape("two_shot_stream", 32, 4, "float32", 4 * 32 * 4 + 1, layout).chunk == 4 * 32 * 4
+    layout = v2(REAL, case_of(4))[0]
+    spec = all_reduce("float32", 4 * 32 * 4 + 1)
+    assert nvlink.plan_of("two_shot_stream", 32, spec, 4, layout).chunk == 4 * 32 * 4
     with pytest.raises(ValueError, match="two_shot_stream of 512 float32 elements: too few"):
-        planning.v2_shape("two_shot_stream", 32, 4, "float32", 4 * 32 * 4, layout)
+        nvlink.plan_of("two_shot_stream", 32, all_reduce("float32", 4 * 32 * 4), 4, layout)
 
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
@@ -725,17 +741,16 @@ def test_too_few_elements_for_a_stream_are_refused():
 @pytest.mark.parametrize("max_ctas", [None, 2, 3, 16, 64])
 def test_verification_stays_inside_the_slots(world_size, staging_mb, max_ctas):
     """The calls that an engine makes while it is built take plans that no table picked."""
-    from allreduce_jit.engine.base import TORCH_DTYPES
-    from allreduce_jit.engine.v2 import V2Engine
+    from allreduce_jit.engine.nvlink import NvlinkEngine
     from allreduce_jit.engine.verify import VERIFY_BYTES
 
-    engine = object.__new__(V2Engine)
+    engine = object.__new__(NvlinkEngine)
     engine.config = SimpleNamespace(world_size=world_size, max_ctas=max_ctas)
     case = case_of(world_size, staging_mb=staging_mb, max_ctas=max_ctas)
-    engine.layout = v2(planning, case)[0]
-    for name, dtype in TORCH_DTYPES.items():
-        for numel in (VERIFY_BYTES // dtype.itemsize - 1, VERIFY_BYTES // dtype.itemsize):
-            plans = engine._verification_plans(numel, dtype)
+    engine.layout = v2(REAL, case)[0]
+    for name, itemsize in ITEMSIZE.items():
+        for numel in (VERIFY_BYTES // itemsize - 1, VERIFY_BYTES // itemsize):
+            plans = engine.verification_plans(all_reduce(name, numel))
             assert [plan.algorithm for plan in plans] == list(engine.layout.regions)
             for plan in plans:
                 fixed = replaced("v2_plan", lambda *_, plan=plan: plan)
@@ -746,56 +761,26 @@ def test_verification_stays_inside_the_slots(world_size, staging_mb, max_ctas):
 
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
-def test_legacy_launches_cover_the_tensor(world_size, monkeypatch):
-    """The launches that the engine itself makes of a plan, without a GPU."""
-    pytest.importorskip("triton")
-    from allreduce_jit.engine import legacy as legacy_path
-    from allreduce_jit.engine.base import TORCH_DTYPES
-
-    launched = []
-
-    class Fake:
-        """Notes the arguments as they are when it is launched."""
-
-        def __init__(self, kernel, values, blocks, threads, shared_bytes):
-            self.values, self.about = values[:-2], {"vector": kernel, "blocks": blocks, "threads": threads}
-
-        def __call__(self, stream):
-            names = ("x", "out", "numel", "total", "part")
-            launched.append(SimpleNamespace(**{n: v.value for n, v in zip(names, self.values, strict=True)}, **self.about))
-
-    def arguments(algorithm, dtype, numel, total, part, config):
-        return {name: ctypes.c_int64(value) for name, value in
-                {"x": 0, "out": 0, "numel": numel, "total": total, "part": part}.items()}  # fmt: skip
-
-    monkeypatch.setattr(legacy_path, "Launch", Fake)
+def test_legacy_launches_cover_the_tensor(world_size):
+    """Where the launches of a plan begin, and with how many programs, whatever the plan."""
 
     @hypothesis.settings(max_examples=100, deadline=None, derandomize=True, database=None)
-    @hypothesis.given(cases([world_size]), st.sampled_from([0, 2, 4, 8, 16]), st.sampled_from([0, 2, 4, 8, 16]))
-    def run(case, source, target):
+    @hypothesis.given(cases([world_size]))
+    def run(case):
         case = replace(case, deterministic=True, numel=min(case.numel, 50 * case.staging // ITEMSIZE[case.dtype]))
-        layout, plan = legacy(planning, case, legacy_path.BLOCK_BYTES)
+        layout, plan = legacy(REAL, case)
         region, itemsize = layout.regions[plan.algorithm], ITEMSIZE[case.dtype]
-        subject = object.__new__(legacy_path.LegacyEngine)
-        subject.config, subject._arguments = SimpleNamespace(world_size=world_size), arguments
-        subject._kernels = {(plan.algorithm, case.dtype, vector): (vector, 0) for vector in (True, False)}
-        bases = [(1 << 40) + offset // itemsize * itemsize for offset in (source, target)]
-        launched.clear()
-        subject._step(plan, case.numel, TORCH_DTYPES[case.dtype], config=1).fire(*bases, 0)
-
         done = 0
-        for launch in launched:
-            assert launch.numel > 0 and launch.total == case.numel and launch.threads == legacy_path.THREADS
-            assert [launch.x, launch.out] == [base + done * itemsize for base in bases]
-            nbytes, moving = launch.numel * itemsize, launch.blocks - 1  # without the guard
-            assert launch.vector == all(v % PACKET == 0 for v in (launch.x, launch.out, nbytes))
+        for piece in p2p.launches(plan, case.spec, world_size):
+            assert piece.start == done and piece.numel > 0
+            nbytes, moving = piece.numel * itemsize, piece.grid - 1  # without the guard
             assert moving <= region.channels
             if plan.algorithm == "legacy_two_shot":
-                assert launch.part * itemsize == moving * legacy_path.BLOCK_BYTES
-                assert launch.part * world_size >= launch.numel
+                assert told(piece, "part")[0] * itemsize == moving * BLOCK_BYTES
+                assert told(piece, "part")[0] * world_size >= piece.numel
             else:
-                assert moving * legacy_path.BLOCK_BYTES >= nbytes
-            done += launch.numel
+                assert moving * BLOCK_BYTES >= nbytes > (moving - 1) * BLOCK_BYTES
+            done += piece.numel
         assert done == case.numel
 
     run()

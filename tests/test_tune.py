@@ -24,9 +24,10 @@ from allreduce_jit.engine.base import EngineConfig
 from allreduce_jit.errors import InputError
 from allreduce_jit.harness import ranks
 from allreduce_jit.policy import measured_tables as tuned
-from allreduce_jit.policy.catalogue import ITEMSIZE, WORLD_SIZES, v2_algorithms
-from allreduce_jit.policy.plan import v2_layout, v2_plan
-from allreduce_jit.policy.tables import BLOCKS, KIB, MIB, NEVER, STREAM_FROM, V2_TABLES, Band, bands_from_json, bands_to_json
+from allreduce_jit.policy import nvlink
+from allreduce_jit.policy.catalogue import WORLD_SIZES, nvlink_algorithms
+from allreduce_jit.policy.operation import ITEMSIZE, all_reduce
+from allreduce_jit.policy.tables import BLOCKS, KIB, MIB, NEVER, NVLINK_TABLES, STREAM_FROM, Band, bands_from_json, bands_to_json
 from allreduce_jit.settings import Settings
 from allreduce_jit.setup.ladder import climb
 
@@ -34,7 +35,7 @@ CPU = torch.device("cpu")
 CACHE = "ALLREDUCE_JIT_CACHE_DIR"
 FACTS = tuned.fingerprint(look(MACHINES["h200-x4"], 0), 4)
 ODD = (Band(3 * KIB, "one_shot", 256), Band(99 * MIB, "two_shot", 128), Band(NEVER, "two_shot_stream", 64))
-TABLES = {"float32": ODD, "float16": ODD[1:], "bfloat16": V2_TABLES[4]}
+TABLES = {"float32": ODD, "float16": ODD[1:], "bfloat16": NVLINK_TABLES[4]}
 
 
 def model(world_size, algorithm, dtype, nbytes, block):
@@ -146,10 +147,10 @@ def test_whatever_was_measured_makes_bands_that_keep_the_rules(world_size):
             for size, found in measured.items():
                 band = next(band for band in bands if size <= band.up_to)
                 assert found[band.algorithm, band.block] <= (1 + tune.MARGIN) * min(found.values())
-        layout = v2_layout(world_size, staging_mb << 20, bands)
+        layout = nvlink.make_layout(world_size, staging_mb << 20, bands)
         for size in tune.SIZES:
             band = next(band for band in bands if size <= band.up_to)
-            plan = v2_plan(world_size, "float16", size // 2, bands, layout)
+            plan = nvlink.make_plan(all_reduce("float16", size // 2), world_size, bands, layout)
             assert (plan.algorithm, plan.block) == (band.algorithm, band.block), "there is room for what was measured"
 
     run()
@@ -157,7 +158,7 @@ def test_whatever_was_measured_makes_bands_that_keep_the_rules(world_size):
 
 def test_candidates_are_what_a_plan_can_pick():
     assert set(tune.candidates(4, "bfloat16", STREAM_FROM, 32 << 20)) == {"one_shot", "two_shot"}
-    assert set(tune.candidates(4, "bfloat16", 2 * STREAM_FROM, 32 << 20)) == set(v2_algorithms(4))
+    assert set(tune.candidates(4, "bfloat16", 2 * STREAM_FROM, 32 << 20)) == set(nvlink_algorithms(4))
     assert set(tune.candidates(4, "bfloat16", 64 * MIB, 32 << 20)) == {"two_shot_stream"}
     assert set(tune.candidates(2, "bfloat16", 64 * MIB, 4 << 20)) == {"one_shot"}
 
@@ -167,7 +168,7 @@ def test_candidates_are_what_a_plan_can_pick():
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 def test_the_packages_tables_keep_the_rules(world_size):
-    assert bands_from_json(world_size, bands_to_json(V2_TABLES[world_size])) == V2_TABLES[world_size]
+    assert bands_from_json(world_size, bands_to_json(NVLINK_TABLES[world_size])) == NVLINK_TABLES[world_size]
 
 
 def spoilt(i, **changes):
@@ -264,7 +265,7 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(OSError, match="disk full"):
-        tuned.save(tmp_path, FACTS, {**TABLES, "float32": V2_TABLES[4]})
+        tuned.save(tmp_path, FACTS, {**TABLES, "float32": NVLINK_TABLES[4]})
     assert file.read_text() == before and os.listdir(file.parent) == [file.name]
 
 
@@ -276,7 +277,9 @@ def measures_and_keeps(place):
     document = tune.work(place, Clock)
     everyone = place.gather({**document, "seconds": 0})
     assert everyone == [everyone[0]] * place.world_size and document["ok"], document
-    assert set(document["microseconds"]["float16"]["1M"]) == {f"{name}/{block}" for name in v2_algorithms(4) for block in BLOCKS}
+    assert set(document["microseconds"]["float16"]["1M"]) == {
+        f"{name}/{block}" for name in nvlink_algorithms(4) for block in BLOCKS
+    }
     with fake_gpus(place.control):
         found = climb(place.control, CPU)
     assert found.tuning == document["path"] and tuned.tables_to_json(found.engine.config.tuned) == document["tables"]
@@ -295,7 +298,7 @@ def rank_0s_table_counts_for_all(place):
     """Every rank has a cache of its own here; only rank 0's is asked."""
     mine = os.environ[CACHE] + f"/{place.rank}"
     saved, os.environ[CACHE] = os.environ[CACHE], mine
-    tables = TABLES if place.rank == 0 else dict.fromkeys(ITEMSIZE, V2_TABLES[4])
+    tables = TABLES if place.rank == 0 else dict.fromkeys(ITEMSIZE, NVLINK_TABLES[4])
     file = tuned.save(mine, FACTS, tables)
     with fake_gpus(place.control):
         found = climb(place.control, CPU)
@@ -354,15 +357,15 @@ def test_a_disk_that_is_full_is_a_problem_not_a_crash(tmp_path, monkeypatch):
 
 
 def test_an_engine_has_a_table_per_dtype_and_room_for_all():
-    from allreduce_jit.engine.v2 import V2Engine
+    from allreduce_jit.engine.nvlink import NvlinkEngine
 
     config = EngineConfig(0, 4, torch.device("cuda", 0), "sm_90", True, False, Settings(), tuned=TABLES)
-    engine = V2Engine(config)
-    assert list(engine.layout.regions) == list(v2_algorithms(4)) and engine.layout.nbytes <= 32 << 20
-    shapes = {dtype: (p := engine.plan(1000, dtype)) and (p.algorithm, p.block) for dtype in ITEMSIZE}
+    engine = NvlinkEngine(config)
+    assert list(engine.layout.regions) == list(nvlink_algorithms(4)) and engine.layout.nbytes <= 32 << 20
+    shapes = {dtype: (p := engine.plan(all_reduce(dtype, 1000))) and (p.algorithm, p.block) for dtype in ITEMSIZE}
     assert shapes == {"float32": ("two_shot", 128), "float16": ("two_shot", 128), "bfloat16": ("one_shot", 64)}
-    untouched = V2Engine(replace(config, tuned=None))
-    assert untouched.plan(1000, "float32").algorithm == "one_shot"
+    untouched = NvlinkEngine(replace(config, tuned=None))
+    assert untouched.plan(all_reduce("float32", 1000)).algorithm == "one_shot"
 
 
 # -- the command line
@@ -427,9 +430,9 @@ def test_the_meter_times_the_plan_it_was_asked_for(monkeypatch):
                             gather=lambda value: [value])  # fmt: skip
 
     def fake_climb(group, device, highest, lowest, tables):
-        layout = v2_layout(4, 32 << 20, tables["float16"])
+        layout = nvlink.make_layout(4, 32 << 20, tables["float16"])
         engine = SimpleNamespace(layout=layout, closed=0)
-        engine.run = lambda plan, x, out: seen.setdefault("calls", []).append((plan, x.dtype, x.numel(), out.numel()))
+        engine.run = lambda spec, plan, x, out: seen.setdefault("calls", []).append((plan, x.dtype, x.numel(), out.numel()))
         engine.all_reduce = lambda x, out: seen.setdefault("barrier", []).append((x.numel(), out.numel()))
         engine.check = lambda: seen.setdefault("checked", True)
         engine.close = lambda: seen.setdefault("closed", True)

@@ -11,10 +11,13 @@ import torch
 import twin
 from twin import Call, Failed, Program, World, cramped
 
-from allreduce_jit.engine import reference, v2
+from allreduce_jit.engine import reference
 from allreduce_jit.engine.failure import Kind, abort_code
 from allreduce_jit.engine.verify import LAUNCHES, VERIFY_BYTES, several_launches
-from allreduce_jit.policy.catalogue import DTYPES, ITEMSIZE, V2_ALGORITHMS
+from allreduce_jit.policy import nvlink
+from allreduce_jit.policy.catalogue import NVLINK_ALGORITHMS
+from allreduce_jit.policy.nvlink import launches
+from allreduce_jit.policy.operation import DTYPES, ITEMSIZE, all_reduce
 from allreduce_jit.policy.plan import HEADER_BYTES
 
 pytestmark = pytest.mark.skipif(twin.missing() is not None, reason=str(twin.missing()))
@@ -44,7 +47,7 @@ def mixed(dice: random.Random, world_size: int, count: int, largest: int, kinds=
     for _ in range(count):
         in_place = dice.random() < 0.3
         algorithm = dice.choice(only or [*twin.algorithms(world_size), None])
-        stream = algorithm is not None and V2_ALGORITHMS[algorithm].stream
+        stream = algorithm is not None and NVLINK_ALGORITHMS[algorithm].stream
         if calls and chains and dice.random() < 0.4:
             calls.append(replace(calls[-1], algorithm=algorithm, chained=True, in_place=in_place))
             continue
@@ -119,13 +122,13 @@ def test_what_construction_runs(objects, world_size, options):
     """The plans that every new communicator is verified with."""
     with World(twin.build(objects, world_size), world_size, **options) as world:
         for dtype in DTYPES if LONG else ["bfloat16"]:
-            kind, numel = getattr(torch, dtype), VERIFY_BYTES // ITEMSIZE[dtype]
-            several = several_launches(world.engines[0], numel, kind)
-            assert len(v2.launches(several, numel, dtype, world_size)) == LAUNCHES
-            plans = [*world.engines[0]._verification_plans(numel, kind), several, several]
+            spec = all_reduce(dtype, VERIFY_BYTES // ITEMSIZE[dtype])
+            several = several_launches(world.engines[0], spec)
+            assert len(launches(several, spec, world_size)) == LAUNCHES
+            plans = [*world.engines[0].verification_plans(spec), several, several]
             world.plan = lambda call, plans=plans: plans[call.algorithm]
             world.run(
-                Program(world_size, [Call(i, dtype, numel) for i in range(len(plans))], 4), 5, room=256, jitter=0.01, sleep=0
+                Program(world_size, [Call(i, dtype, spec.numel) for i in range(len(plans))], 4), 5, room=256, jitter=0.01, sleep=0
             )
 
 
@@ -407,9 +410,9 @@ def test_planted_shared_slots_are_caught(objects, record_property):
 )
 def test_planted_shared_buffer_of_a_stream_is_caught(objects, monkeypatch, record_property, scatters, gathers):
     """A buffer that must not lie over other slots changes places with one that may."""
-    stream = replace(V2_ALGORITHMS["two_shot_stream"], gathers=gathers)
-    monkeypatch.setattr(v2, "_STREAM_SCATTERS", scatters)
-    monkeypatch.setitem(V2_ALGORITHMS, "two_shot_stream", stream)
+    stream = replace(NVLINK_ALGORITHMS["two_shot_stream"], gathers=gathers)
+    monkeypatch.setattr(nvlink, "_STREAM_SCATTERS", scatters)
+    monkeypatch.setitem(NVLINK_ALGORITHMS, "two_shot_stream", stream)
     check = variant(only=["two_shot_stream", "one_shot"], relayout=partial(cramped, under="one_shot"))
     failure = first_failure(check, objects, ())
     assert failure is not None and failure.kind in ANY

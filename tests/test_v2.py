@@ -9,11 +9,13 @@ import torch
 
 pytest.importorskip("cuda.bindings.driver")
 
-from allreduce_jit.engine import v2
+from allreduce_jit.engine import nvlink as engine_module
 from allreduce_jit.engine.base import MAX_SHAPES, EngineConfig
-from allreduce_jit.engine.v2 import V2Engine, launches
-from allreduce_jit.policy.catalogue import ITEMSIZE, V2_ALGORITHMS, entry, v2_algorithms
-from allreduce_jit.policy.plan import PACKET, Plan, v2_shape
+from allreduce_jit.engine.nvlink import Args, NvlinkEngine
+from allreduce_jit.policy import nvlink
+from allreduce_jit.policy.catalogue import NVLINK_ALGORITHMS, entry, nvlink_algorithms
+from allreduce_jit.policy.operation import ITEMSIZE, all_reduce
+from allreduce_jit.policy.plan import PACKET, Plan
 from allreduce_jit.settings import Settings
 
 
@@ -26,7 +28,7 @@ class FakeLaunch:
         (self.args,), self.kernel, self.grid, self.block, self.pdl = arguments, kernel, grid, block, pdl
 
     def __call__(self, stream):
-        values = {name: getattr(self.args, name) for name, _ in v2.Args._fields_ if name != "staging"}
+        values = {name: getattr(self.args, name) for name, _ in Args._fields_ if name != "staging"}
         about = {"kernel": self.kernel, "grid": self.grid, "block": self.block, "stream": stream}
         FakeLaunch.fired.append(SimpleNamespace(**about, **values))
 
@@ -34,19 +36,19 @@ class FakeLaunch:
 @pytest.fixture(params=[2, 4])
 def engine(request, monkeypatch):
     n = request.param
-    monkeypatch.setattr(v2, "Launch", FakeLaunch)
+    monkeypatch.setattr(engine_module, "KernelLaunch", FakeLaunch)
     FakeLaunch.fired = []
-    one = V2Engine(EngineConfig(1, n, torch.device("cuda", 1), "sm_90", True, False, Settings(staging_mb=4)))
+    one = NvlinkEngine(EngineConfig(1, n, torch.device("cuda", 1), "sm_90", True, False, Settings(staging_mb=4)))
     one.state = SimpleNamespace(channels=1 << 30, control=13, report=14)
     one.memory = SimpleNamespace(addresses=[1000 * (rank + 1) for rank in range(n)])
-    names = [entry(name, dtype, n, whole) for name in v2_algorithms(n) for dtype in ITEMSIZE for whole in (True, False)]
+    names = [entry(name, dtype, n, whole) for name in nvlink_algorithms(n) for dtype in ITEMSIZE for whole in (True, False)]
     one._kernels = {name: name for name in names}
     return one
 
 
-def launched(engine, numel, dtype=torch.bfloat16, source=1 << 40, target=1 << 41):
+def launched(engine, numel, dtype="bfloat16", source=1 << 40, target=1 << 41):
     FakeLaunch.fired = []
-    engine.prepared(numel, dtype).step.fire(source, target, 7)
+    engine.prepared(all_reduce(dtype, numel)).launch((source, target), 7)
     return FakeLaunch.fired
 
 
@@ -61,8 +63,8 @@ def launched(engine, numel, dtype=torch.bfloat16, source=1 << 40, target=1 << 41
     ("two_shot_stream", 2048, 4104, [(0, 2048, 2), (2048, 2048, 1), (4096, 8, 1)]),  # one guard for all of them
 ])  # fmt: skip
 def test_launches(algorithm, chunk, numel, found):
-    pieces = launches(Plan("v2", algorithm, 0, 64, chunk), numel, "bfloat16", 4)
-    assert [tuple(piece[:3]) for piece in pieces] == found
+    pieces = nvlink.launches(Plan("v2", algorithm, 0, 64, chunk), all_reduce("bfloat16", numel), 4)
+    assert [(piece.start, piece.numel, piece.grid) for piece in pieces] == found
 
 
 @pytest.mark.parametrize("buffers", [
@@ -72,19 +74,19 @@ def test_launches(algorithm, chunk, numel, found):
     [(2, 1), (0, 4), (3, 1), (2, 4), (0, 1), (3, 4)],
 ])  # fmt: skip
 def test_buffers_of_a_stream(buffers):
-    pieces = launches(Plan("v2", "two_shot_stream", 0, 64, 2048), 2048 * len(buffers), "bfloat16", 4)
-    assert [(piece.scatter, piece.gather) for piece in pieces] == buffers
+    spec = all_reduce("bfloat16", 2048 * len(buffers))
+    pieces = [dict(piece.arguments) for piece in nvlink.launches(Plan("v2", "two_shot_stream", 0, 64, 2048), spec, 4)]
+    assert [(piece["scatter"], piece["gather"]) for piece in pieces] == buffers
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("numel", [1, 5000, 1 << 20, (1 << 22) + 3, 1 << 25])
 def test_kernels_are_given_their_part(engine, numel, dtype):
-    fired = launched(engine, numel, dtype)
-    name = str(dtype).removeprefix("torch.")
-    plan = engine.plan(numel, name)
-    region, itemsize, done = engine.layout.regions[plan.algorithm], dtype.itemsize, 0
+    fired, spec = launched(engine, numel, dtype), all_reduce(dtype, numel)
+    plan = engine.plan(spec)
+    region, itemsize, done = engine.layout.regions[plan.algorithm], ITEMSIZE[dtype], 0
     whole = numel * itemsize % PACKET == 0
-    assert {one.kernel for one in fired} == {entry(plan.algorithm, name, engine.config.world_size, whole)}
+    assert {one.kernel for one in fired} == {entry(plan.algorithm, dtype, engine.config.world_size, whole)}
     for one in fired:
         assert (one.input, one.output) == ((1 << 40) + done * itemsize, (1 << 41) + done * itemsize)
         assert (one.slots, one.capacity, one.rank, one.block) == (region.offset, region.capacity, 1, plan.block)
@@ -93,20 +95,20 @@ def test_kernels_are_given_their_part(engine, numel, dtype):
         assert (one.stream, one.control, one.report) == (7, 13, 14)
         done += one.numel
     assert done == numel
-    pieces = launches(plan, numel, name, engine.config.world_size)
-    assert [(one.scatter, one.gather, one.last) for one in fired] == [(p.scatter, p.gather, p.last) for p in pieces]
+    pieces = [dict(piece.arguments) for piece in nvlink.launches(plan, spec, engine.config.world_size)]
+    assert [{name: getattr(one, name) for name in piece} for one, piece in zip(fired, pieces, strict=True)] == pieces
 
 
 @pytest.mark.parametrize("numel", [1, 5000, (1 << 23) + 8, 1 << 25])
 def test_the_guard_sees_calls_enter_and_leave(engine, numel):
     """What enters with a guard leaves before the next one: else the guard takes two launches for two calls."""
     fired, n = launched(engine, numel), engine.config.world_size
-    plan = engine.plan(numel, "bfloat16")
+    plan = engine.plan(all_reduce("bfloat16", numel))
     parts, inside = 1 if "one_shot" in plan.algorithm else n, 0
     for one in fired:
-        moving = -(-one.numel * 2 // (PACKET * parts * plan.block * V2_ALGORITHMS[plan.algorithm].packets))
+        moving = -(-one.numel * 2 // (PACKET * parts * plan.block * NVLINK_ALGORITHMS[plan.algorithm].packets))
         guarded = one.grid - moving
-        assert guarded == (not V2_ALGORITHMS[plan.algorithm].stream or one.launch == 0)
+        assert guarded == (not NVLINK_ALGORITHMS[plan.algorithm].stream or one.launch == 0)
         if guarded:
             assert inside == 0
             inside += 1
@@ -122,9 +124,9 @@ def test_tensors_off_a_packets_border_take_the_ragged_kernel(engine):
 
 
 def test_explicit_plans_have_the_flag_of_no_shape(engine):
-    plan = v2_shape("one_shot", 32, engine.config.world_size, "bfloat16", 999, engine.layout)
-    step = engine._step(plan, 999, torch.bfloat16, config=0)
-    assert {launch.args.config for launch, *_ in step.ragged} == {0}
+    spec = all_reduce("bfloat16", 999)
+    call = engine.prepare(spec, nvlink.plan_of("one_shot", 32, spec, engine.config.world_size, engine.layout), shape_id=0)
+    assert {launch.args.config for launch, _ in call.unaligned} == {0}
     assert min(one.config for one in launched(engine, 1)) == 1
 
 
@@ -134,12 +136,12 @@ def test_flags_of_shapes_stay_apart_and_inside_control(engine):
     for numel in range(1, 3 * MAX_SHAPES):
         (config,) = {one.config for one in launched(engine, numel)}
         assert 1 <= config < MAX_SHAPES
-        if len(engine._steps) < len(live):
+        if len(engine._prepared) < len(live):
             live.clear()
         assert config not in live.values()
         live[numel] = config
-        assert len(engine._steps) == len(live) < MAX_SHAPES
+        assert len(engine._prepared) == len(live) < MAX_SHAPES
     (again,) = {one.config for one in launched(engine, numel)}
     assert again == live[numel]  # the same shape, the same flag
-    other = launched(engine, numel, torch.float16)[0].config
+    other = launched(engine, numel, "float16")[0].config
     assert other not in live.values()

@@ -9,8 +9,10 @@ import torch
 from allreduce_jit.engine import reference
 from allreduce_jit.engine.failure import Kind, tag
 from allreduce_jit.engine.memory import LocalState
-from allreduce_jit.policy.catalogue import V2_ALGORITHMS
-from allreduce_jit.policy.plan import WARP, v2_shape
+from allreduce_jit.policy import nvlink
+from allreduce_jit.policy.catalogue import NVLINK_ALGORITHMS
+from allreduce_jit.policy.operation import all_reduce
+from allreduce_jit.policy.plan import WARP
 
 pytestmark = pytest.mark.gpus(1)
 
@@ -32,11 +34,11 @@ def world(request):
 
 def plan_of(world, algorithm, numel, dtype, block=128):
     """A plan whose launches are small enough to be resident for all ranks at once, guards included."""
-    name, what, regions = str(dtype).removeprefix("torch."), V2_ALGORITHMS[algorithm], world.layout.regions
+    name, what, regions = str(dtype).removeprefix("torch."), NVLINK_ALGORITHMS[algorithm], world.layout.regions
     resident = (world.sm_count * RESIDENT_THREADS - block) * what.packets
     unit = WARP * what.packets
     capped = {a: replace(r, capacity=min(r.capacity, resident // unit * unit)) for a, r in regions.items()}
-    return v2_shape(algorithm, block, world.world_size, name, numel, replace(world.layout, regions=capped))
+    return nvlink.plan_of(algorithm, block, all_reduce(name, numel), world.world_size, replace(world.layout, regions=capped))
 
 
 def check(world, algorithm, numel, dtype, seed, *, kind=reference.RANDOM, offset=0, in_place=False, block=128):
@@ -67,7 +69,7 @@ def each_algorithm(world):
 
 def least(world, algorithm):
     """Elements from which ``algorithm`` can run: a stream takes two launches."""
-    return 2 * WARP * world.world_size * 8 if V2_ALGORITHMS[algorithm].stream else 1
+    return 2 * WARP * world.world_size * 8 if NVLINK_ALGORITHMS[algorithm].stream else 1
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -79,8 +81,8 @@ def test_sizes(world, dtype):
                 continue
             launches.add(check(world, algorithm, numel, dtype, seed))
             check(world, algorithm, numel, dtype, seed, in_place=True, offset=1, block=64)
-        assert V2_ALGORITHMS[algorithm].stream or 1 in launches
-        assert max(launches) > 1 and all(n % 3 != 1 for n in launches if V2_ALGORITHMS[algorithm].stream)
+        assert NVLINK_ALGORITHMS[algorithm].stream or 1 in launches
+        assert max(launches) > 1 and all(n % 3 != 1 for n in launches if NVLINK_ALGORITHMS[algorithm].stream)
     assert world.fully_poisoned()
 
 

@@ -12,10 +12,12 @@ pytest.importorskip("cuda.bindings.driver")
 
 from allreduce_jit.engine import verify
 from allreduce_jit.engine.base import EngineConfig
-from allreduce_jit.engine.v2 import V2Engine, launches
+from allreduce_jit.engine.nvlink import NvlinkEngine
 from allreduce_jit.errors import SetupError
-from allreduce_jit.policy.catalogue import V2_ALGORITHMS
-from allreduce_jit.policy.plan import PACKET, RESIDENT_PACKETS
+from allreduce_jit.policy.catalogue import NVLINK_ALGORITHMS
+from allreduce_jit.policy.nvlink import RESIDENT_PACKETS, launches
+from allreduce_jit.policy.operation import all_reduce
+from allreduce_jit.policy.plan import PACKET
 from allreduce_jit.settings import Settings
 
 WORLDS = range(2, 9)
@@ -31,18 +33,19 @@ def engine(kind, world_size, staging_mb=32, max_ctas=None):
 @pytest.mark.parametrize("staging_mb", [4, 32, 1024])
 @pytest.mark.parametrize("world_size", WORLDS)
 def test_two_calls_of_each_full_plan_use_every_slot_of_v2(world_size, staging_mb, max_ctas):
-    one = engine(V2Engine, world_size, staging_mb, max_ctas)
-    plans = one._full_plans()
-    assert [plan.algorithm for plan, _ in plans] == list(one.layout.regions)
-    for plan, numel in plans:
-        what, region, used = V2_ALGORITHMS[plan.algorithm], one.layout.regions[plan.algorithm], set()
+    one = engine(NvlinkEngine, world_size, staging_mb, max_ctas)
+    plans = list(one.full_plans())
+    assert [plan.algorithm for _, plan in plans] == list(one.layout.regions)
+    for spec, plan in plans:
+        what, region, used = NVLINK_ALGORITHMS[plan.algorithm], one.layout.regions[plan.algorithm], set()
         for turn in range(2):
-            for piece in launches(plan, numel, "float32", world_size):
+            for piece in launches(plan, spec, world_size):
                 packets = piece.numel * 4 // PACKET // (world_size if what.parts else 1)
                 # Of each part: all channels are active, up to the last slot that any launch has.
                 assert packets == (min(region.capacity, RESIDENT_PACKETS) if what.stream else region.capacity)
                 if what.stream:
-                    used |= {piece.scatter ^ (turn & piece.scatter >> 1), piece.gather}  # as two_shot.cu has it
+                    scatter, gather = (dict(piece.arguments)[name] for name in ("scatter", "gather"))
+                    used |= {scatter ^ (turn & scatter >> 1), gather}  # as two_shot.cu has it
                 else:
                     used |= {turn, *what.gathers}
         assert used == set(range(what.buffers)), plan
@@ -53,28 +56,27 @@ def test_two_calls_of_each_full_plan_use_every_slot_of_v2(world_size, staging_mb
 @pytest.mark.parametrize("world_size", WORLDS)
 def test_two_calls_of_each_full_plan_use_every_slot_of_legacy(world_size, staging_mb):
     pytest.importorskip("triton")
-    from allreduce_jit.triton_kernels.legacy import BLOCK_BYTES
+    from allreduce_jit.engine.p2p import P2PEngine
+    from allreduce_jit.policy.p2p import BLOCK_BYTES, part_of
 
-    from allreduce_jit.engine.legacy import LegacyEngine
-    from allreduce_jit.policy.plan import legacy_part
-
-    one = engine(LegacyEngine, world_size, staging_mb)
-    plans = one._full_plans()
-    assert [plan.algorithm for plan, _ in plans] == list(one.layout.regions)
-    for plan, numel in plans:
-        assert plan.chunk == numel  # one launch, and as many programs as there are blocks of slots
-        part = legacy_part(world_size, numel, BLOCK_BYTES // 4) if plan.algorithm == "legacy_two_shot" else numel
+    one = engine(P2PEngine, world_size, staging_mb)
+    plans = list(one.full_plans())
+    assert [plan.algorithm for _, plan in plans] == list(one.layout.regions)
+    for spec, plan in plans:
+        assert plan.chunk == spec.numel  # one launch, and as many programs as there are blocks of slots
+        part = part_of(spec.numel, 4, world_size) if plan.algorithm == "legacy_two_shot" else spec.numel
         assert part * 4 == one.layout.regions[plan.algorithm].capacity == plan.grid * BLOCK_BYTES
 
 
 @pytest.mark.parametrize("max_ctas", [2, 3, 16])
 @pytest.mark.parametrize("world_size", WORLDS)
 def test_set_up_keeps_to_few_blocks_as_well(world_size, max_ctas):
-    one = engine(V2Engine, world_size, 32, max_ctas)
+    one = engine(NvlinkEngine, world_size, 32, max_ctas)
     for numel in (verify.VERIFY_BYTES // 4, verify.VERIFY_BYTES // 4 - 1):
-        for plan in one._verification_plans(numel, torch.float32):
+        spec = all_reduce("float32", numel)
+        for plan in one.verification_plans(spec):
             for changed in (plan, replace(plan, chunk=numel // verify.LAUNCHES)):
-                assert all(piece.blocks <= max_ctas for piece in launches(changed, numel, "float32", world_size)), plan
+                assert all(piece.grid <= max_ctas for piece in launches(changed, spec, world_size)), plan
 
 
 def summed(world_size, numel, seed):
@@ -114,11 +116,11 @@ def test_the_pattern_tells_places_ranks_and_calls_apart(world_size):
 @pytest.mark.parametrize("damage", [None, "first", "last"])
 def test_a_slot_that_damages_what_passes_is_found(monkeypatch, damage):
     """Calls are summed here, but for what passes through the first or the last slot of some algorithm."""
-    one, calls = engine(V2Engine, 4), []
+    one, calls = engine(NvlinkEngine, 4), []
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     monkeypatch.setattr(one, "check", lambda: None)
 
-    def run(plan, x, out):
+    def run(spec, plan, x, out):
         turn = sum(name == plan.algorithm for name in calls)
         calls.append(plan.algorithm)
         out.copy_(summed(4, x.numel(), turn)[1])

@@ -2,7 +2,7 @@
 
 ``build`` makes an executable of ``kernels/cuda`` and ``twin/`` (a shim for ptx.cuh, and a driver that schedules CUDA
 threads as fibers); ``World`` is a communicator of it. Layout, plans, argument blocks and launches are the package's
-own: ``V2Engine`` with the memory and the launches of the twin.
+own: ``NvlinkEngine`` with the memory and the launches of the twin.
 """
 
 from __future__ import annotations
@@ -25,11 +25,15 @@ from unittest import mock
 
 import torch
 
-from allreduce_jit.engine import reference, v2
+from allreduce_jit.engine import nvlink as engine_module
+from allreduce_jit.engine import reference
 from allreduce_jit.engine.base import MAX_SHAPES
 from allreduce_jit.engine.memory import REPORT_BYTES, LocalState
-from allreduce_jit.policy.catalogue import ITEMSIZE, V2_ALGORITHMS, cuda_module, v2_algorithms
-from allreduce_jit.policy.plan import HEADER_BYTES, MAX_BLOCK, PACKET, WARP, Layout, Plan, v2_shape
+from allreduce_jit.engine.prepared import PreparedCall
+from allreduce_jit.policy import nvlink
+from allreduce_jit.policy.catalogue import NVLINK_ALGORITHMS, cuda_module, nvlink_algorithms
+from allreduce_jit.policy.operation import ITEMSIZE, all_reduce
+from allreduce_jit.policy.plan import HEADER_BYTES, MAX_BLOCK, PACKET, WARP, Layout, Plan
 from allreduce_jit.policy.tables import NEVER, Band
 
 HERE = Path(__file__).parent / "twin"
@@ -80,7 +84,7 @@ def sources(edits: Sequence[Edit] = ()) -> dict[str, str]:
 
 def build(directory: Path, world_size: int, tsan: bool = False, edits: Sequence[Edit] = ()) -> Path:
     """The executable for one world size; objects that did not change are taken from ``directory``."""
-    texts, args_bytes = sources(edits), ctypes.sizeof(v2.Args)
+    texts, args_bytes = sources(edits), ctypes.sizeof(engine_module.Args)
     headers = {name: text for name, text in texts.items() if name.endswith(("uh", "hpp"))}
     sanitize = ["-fsanitize=thread", "-g1"] if tsan else []
     specs = [cuda_module(name, world_size) for name in algorithms(world_size)]
@@ -115,7 +119,7 @@ def build(directory: Path, world_size: int, tsan: bool = False, edits: Sequence[
 
 def algorithms(world_size: int) -> list[str]:
     """Every algorithm that a plan can pick, the one for the largest messages last."""
-    wide, narrow = v2_algorithms(world_size), v2_algorithms(world_size, narrow=True)
+    wide, narrow = nvlink_algorithms(world_size), nvlink_algorithms(world_size, few_sms=True)
     return list(dict.fromkeys([wide[0], *narrow, *wide[1:]]))
 
 
@@ -272,7 +276,7 @@ class World:
         tuned = tuple(Band(2048 << 2 * i, name, 32 << i) for i, name in enumerate(names[:-1]))
         tuned += (Band(NEVER, names[-1], MAX_BLOCK),)
         self.engines = [
-            v2.V2Engine(SimpleNamespace(
+            engine_module.NvlinkEngine(SimpleNamespace(
                 rank=rank, world_size=world_size, device=SimpleNamespace(index=0), arch="sm_90", nvlink=True,
                 deterministic=True, settings=SimpleNamespace(staging_mb=STAGING_MB, pdl=pdl), max_ctas=max_ctas,
                 tuned=dict.fromkeys(ITEMSIZE, tuned),
@@ -280,7 +284,7 @@ class World:
             for rank in range(world_size)
         ]  # fmt: skip
         self.layout = spread(relayout(self.engines[0].layout, world_size))
-        channel_bytes = v2.V2Engine.channel_bytes
+        channel_bytes = engine_module.NvlinkEngine.channel_bytes
         local = LocalState.CONTROL_BYTES + channel_bytes * self.layout.channels
         parts = {"staging": self.layout.nbytes, "local": local, "report": REPORT_BYTES, "arena": ARENA}
         self._offsets, size = [], 0
@@ -319,7 +323,7 @@ class World:
         )  # fmt: skip
         self._base = int(self._process.stdout.readline() or self._crash())
         self._queue: list[bytes] = []
-        self._steps: list[dict[tuple, v2.Step]] = [{} for _ in range(world_size)]
+        self._calls: list[dict[tuple, PreparedCall]] = [{} for _ in range(world_size)]
         entries = [entry for name in names for entry in cuda_module(name, world_size).entries]
         for rank, engine in enumerate(self.engines):
             address = {name: self._base + offset for name, offset in self._offsets[rank].items()}
@@ -364,24 +368,22 @@ class World:
         if not call.numel:  # as Communicator does
             return
         plan = self.plan(call)
-        steps, key = self._steps[rank], (call.dtype, call.numel, plan)
-        if key not in steps:
-            with mock.patch.object(v2, "Launch", Recorder):
-                steps[key] = self.engines[rank]._step(
-                    plan, call.numel, getattr(torch, call.dtype), config=len(steps) % MAX_SHAPES
-                )
+        calls, spec = self._calls[rank], all_reduce(call.dtype, call.numel)
+        if (spec, plan) not in calls:
+            with mock.patch.object(engine_module, "KernelLaunch", Recorder):
+                calls[spec, plan] = self.engines[rank].prepare(spec, plan, shape_id=len(calls) % MAX_SHAPES)
         arena = self._base + self._offsets[rank]["arena"]
-        steps[key].fire(arena + x.start, arena + out.start, 0)
+        calls[spec, plan].launch((arena + x.start, arena + out.start), 0)
 
     def plan(self, call: Call) -> Plan:
         """The named algorithm or the engine's choice; one-shot where there are too few elements to stream."""
-        shape = (call.block, self.world_size, call.dtype, call.numel, self.layout)
+        spec = all_reduce(call.dtype, call.numel)
         try:
             if call.algorithm in self.layout.regions:
-                return v2_shape(call.algorithm, *shape)
-            return self.engines[0].plan(call.numel, call.dtype)
+                return nvlink.plan_of(call.algorithm, call.block, spec, self.world_size, self.layout)
+            return self.engines[0].plan(spec)
         except ValueError:
-            return v2_shape("one_shot", *shape)
+            return nvlink.plan_of("one_shot", call.block, spec, self.world_size, self.layout)
 
     def _run(self, seed: int, *, room: int = 0, jitter: float = 0.05, sleep: float = 0.001, patience: int = 400_000,
              pokes: Sequence[tuple[int, int, int]] = ()) -> None:  # fmt: skip
@@ -472,18 +474,18 @@ class World:
 def cramped(layout: Layout, world_size: int, under: str = "two_shot_wide") -> Layout:
     """Room for two warps per launch, so that a few KB take many launches, and no byte between two algorithms.
 
-    Of a stream's buffers, those that may lie over other slots lie over the last ones of the algorithm ``under``.
+    Of a stream's buffers, those that may alias other slots alias the last ones of the algorithm ``under``.
     """
     regions, offset = {}, HEADER_BYTES
-    owners = [name for name in layout.regions if V2_ALGORITHMS[name].inside not in layout.regions]
-    for owner in sorted(owners, key=lambda name: (V2_ALGORITHMS[name].stream, name == under)):
-        algorithm = V2_ALGORITHMS[owner]
+    owners = [name for name in layout.regions if NVLINK_ALGORITHMS[name].shares_buffers_with not in layout.regions]
+    for owner in sorted(owners, key=lambda name: (NVLINK_ALGORITHMS[name].stream, name == under)):
+        algorithm = NVLINK_ALGORITHMS[owner]
         capacity = 2 * WARP * algorithm.packets
         buffer = (world_size - 1) * PACKET * capacity
-        offset -= algorithm.shared * buffer
+        offset -= algorithm.aliased_buffers * buffer
         for name, region in layout.regions.items():
-            if owner in (name, V2_ALGORITHMS[name].inside):
-                others = algorithm.buffers - V2_ALGORITHMS[name].buffers
+            if owner in (name, NVLINK_ALGORITHMS[name].shares_buffers_with):
+                others = algorithm.buffers - NVLINK_ALGORITHMS[name].buffers
                 regions[name] = replace(region, offset=offset + others * buffer, capacity=capacity, channels=2)
         offset += algorithm.buffers * buffer
     return replace(layout, regions={name: regions[name] for name in layout.regions})
@@ -501,7 +503,7 @@ def spread(layout: Layout) -> Layout:
 
 
 class Recorder:
-    """In the place of ``driver.Launch``: puts a launch in the queue of the twin."""
+    """In the place of ``driver.KernelLaunch``: puts a launch in the queue of the twin."""
 
     def __init__(self, kernel, arguments, grid: int, block: int, pdl: bool = False):
         self._queue, rank, number = kernel

@@ -4,22 +4,23 @@ import ctypes
 
 import torch
 
-from allreduce_jit.engine.base import DTYPE_NAMES
-from allreduce_jit.engine.driver import Launch, load_module
+from allreduce_jit.engine.driver import KernelLaunch, load_module
 from allreduce_jit.engine.failure import Kind, abort_code, tag
 from allreduce_jit.engine.memory import LocalState
-from allreduce_jit.engine.v2 import Args, V2Engine, launches
+from allreduce_jit.engine.nvlink import Args, NvlinkEngine
 from allreduce_jit.jit.cache import KernelCache
 from allreduce_jit.jit.compiler import build
-from allreduce_jit.policy.catalogue import cuda_module, entry, v2_algorithms
-from allreduce_jit.policy.plan import HEADER_BYTES, PACKET, v2_layout
+from allreduce_jit.policy.catalogue import cuda_module, entry, nvlink_algorithms
+from allreduce_jit.policy.nvlink import launches, make_layout
+from allreduce_jit.policy.operation import all_reduce
+from allreduce_jit.policy.plan import HEADER_BYTES, PACKET
 from allreduce_jit.policy.tables import Band
 from allreduce_jit.settings import Settings
 
 
 def algorithms(world_size: int) -> list[str]:
     """Every V2 algorithm that some communicator of that size may run."""
-    return list(dict.fromkeys(v2_algorithms(world_size) + v2_algorithms(world_size, narrow=True)))
+    return list(dict.fromkeys(nvlink_algorithms(world_size) + nvlink_algorithms(world_size, few_sms=True)))
 
 
 class VirtualWorld:
@@ -27,11 +28,11 @@ class VirtualWorld:
 
     def __init__(self, world_size: int, staging_mb: int = 32, cache: KernelCache | None = None):
         self.world_size = world_size
-        # All ranks share the multiprocessors, and a cooperative launch wants them all at once.
+        # All ranks share the SMs, and a cooperative launch wants them all at once.
         self.sm_count = torch.cuda.get_device_properties(0).multi_processor_count // world_size
         names = algorithms(world_size)
         bands = tuple(Band(1 << 20, name, 32) for name in names)
-        self.layout = v2_layout(world_size, staging_mb << 20, bands)
+        self.layout = make_layout(world_size, staging_mb << 20, bands)
         major, minor = torch.cuda.get_device_capability()
         self.kernels = {}
         for algorithm in names:
@@ -42,7 +43,7 @@ class VirtualWorld:
         self.staging = [torch.full((words,), -1, dtype=torch.int32, device="cuda") for _ in range(world_size)]
         for staging in self.staging:
             staging[: HEADER_BYTES // 4] = 0
-        words = (LocalState.CONTROL_BYTES + self.layout.channels * V2Engine.channel_bytes) // 4
+        words = (LocalState.CONTROL_BYTES + self.layout.channels * NvlinkEngine.channel_bytes) // 4
         self.local = [torch.zeros(words, dtype=torch.int32, device="cuda") for _ in range(world_size)]
         for local in self.local:
             local[LocalState.CHANNEL_COUNT_AT // 4] = self.layout.channels
@@ -70,21 +71,22 @@ class VirtualWorld:
 
     def all_reduce(self, plan, inputs, outs, tags: dict | None = None) -> None:
         """One call on every rank; ``tags``: what some ranks sign with instead of the truth."""
-        numel, dtype = inputs[0].numel(), DTYPE_NAMES[inputs[0].dtype]
+        numel, dtype = inputs[0].numel(), str(inputs[0].dtype).removeprefix("torch.")
         itemsize = inputs[0].element_size()
         aligned = all(t.data_ptr() % PACKET == 0 for t in (*inputs, *outs)) and numel * itemsize % PACKET == 0
         kernel = self.kernels[entry(plan.algorithm, dtype, self.world_size, aligned)]
-        for i, piece in enumerate(launches(plan, numel, dtype, self.world_size)):
+        for piece in launches(plan, all_reduce(dtype, numel), self.world_size):
             table = b""
             for rank in range(self.world_size):
                 args = self._args(rank, plan.algorithm, dtype)
                 args.input, args.output = (t[rank].data_ptr() + piece.start * itemsize for t in (inputs, outs))
-                args.numel, args.total, args.launch, args.last = piece.numel, numel, i, piece.last
-                args.scatter, args.gather = piece.scatter, piece.gather
+                args.numel, args.total = piece.numel, numel
+                for name, value in piece.arguments:
+                    setattr(args, name, value)
                 args.tag = (tags or {}).get(rank, args.tag)
                 table += bytes(args)
             arguments = torch.frombuffer(bytearray(table), dtype=torch.uint8).cuda()
-            launch = Launch(kernel, [ctypes.c_uint64(arguments.data_ptr())], piece.blocks, plan.block, ranks=self.world_size)
+            launch = KernelLaunch(kernel, [ctypes.c_uint64(arguments.data_ptr())], piece.grid, plan.block, ranks=self.world_size)
             launch(torch.cuda.current_stream().cuda_stream)
             torch.cuda.synchronize()
 
@@ -97,7 +99,7 @@ class VirtualWorld:
         args = Args(
             own=self.staging[rank].data_ptr(),
             slots=region.offset,
-            channels=local.data_ptr() + LocalState.CONTROL_BYTES + V2Engine.channel_bytes * region.first_channel,
+            channels=local.data_ptr() + LocalState.CONTROL_BYTES + NvlinkEngine.channel_bytes * region.first_channel,
             control=local.data_ptr(),
             report=self.report[rank].data_ptr(),
             rank=rank,

@@ -157,7 +157,7 @@ class _Probe:
 
     def capture(self) -> None:
         """A graph per figure, in the order of ``Floor``; the stores with two grids, of which the faster counts."""
-        from ..engine.driver import Launch
+        from ..engine.driver import KernelLaunch
 
         sms = torch.cuda.get_device_properties(self.place.device).multi_processor_count
         for name, grid, block, pdl, calls in (
@@ -168,7 +168,7 @@ class _Probe:
             ("floor_store", sms, 512, False, 1),
             ("floor_store", 2 * sms, 512, False, 1),
         ):
-            launch = Launch(self.kernels[name], [self.args], grid, block, pdl=pdl)
+            launch = KernelLaunch(self.kernels[name], [self.args], grid, block, pdl=pdl)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
                 stream = torch.cuda.current_stream(self.place.device).cuda_stream

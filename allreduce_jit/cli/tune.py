@@ -17,10 +17,11 @@ from ..engine import reference
 from ..errors import InputError
 from ..harness import ranks, report
 from ..harness.place import Place, Seat
-from ..policy import measured_tables
-from ..policy.catalogue import ITEMSIZE, V2_ALGORITHMS, WORLD_SIZES, v2_algorithms
-from ..policy.plan import MAX_BLOCK, v2_layout, v2_shape
-from ..policy.tables import BLOCKS, NEVER, STREAM_FROM, V2_TABLES, Band, Bands
+from ..policy import measured_tables, nvlink
+from ..policy.catalogue import NVLINK_ALGORITHMS, WORLD_SIZES, nvlink_algorithms
+from ..policy.operation import ITEMSIZE, all_reduce
+from ..policy.plan import MAX_BLOCK
+from ..policy.tables import BLOCKS, NEVER, NVLINK_TABLES, STREAM_FROM, Band, Bands
 from ..policy.verdict import Path
 from ..setup.ladder import climb
 
@@ -58,7 +59,7 @@ def work(place: Place, meter: Callable[[Place, str], Meter]) -> dict[str, Any]:
     try:
         if world_size not in WORLD_SIZES:
             raise InputError(f"there is nothing to choose for {world_size} ranks")
-        for name in v2_algorithms(world_size):
+        for name in nvlink_algorithms(world_size):
             with contextlib.closing(meter(place, name)) as one:
                 for dtype in ITEMSIZE:
                     for size in SIZES:
@@ -100,14 +101,14 @@ def work(place: Place, meter: Callable[[Place, str], Meter]) -> dict[str, Any]:
 
 def candidates(world_size: int, dtype: str, nbytes: int, staging_bytes: int) -> Iterator[str]:
     """Algorithms that a plan could give a message of ``nbytes``: all but the last have to hold it in one launch."""
-    names = v2_algorithms(world_size)
+    names = nvlink_algorithms(world_size)
     for name in names:
-        if V2_ALGORITHMS[name].stream and nbytes <= STREAM_FROM:
+        if NVLINK_ALGORITHMS[name].stream and nbytes <= STREAM_FROM:
             continue
         bands = (Band(nbytes, name, MAX_BLOCK), Band(NEVER, names[-1], MAX_BLOCK))
-        layout = v2_layout(world_size, staging_bytes, bands)
-        numel = nbytes // ITEMSIZE[dtype]
-        if name == names[-1] or v2_shape(name, MAX_BLOCK, world_size, dtype, numel, layout).chunk == numel:
+        layout = nvlink.make_layout(world_size, staging_bytes, bands)
+        spec = all_reduce(dtype, nbytes // ITEMSIZE[dtype])
+        if name == names[-1] or nvlink.plan_of(name, MAX_BLOCK, spec, world_size, layout).chunk == spec.numel:
             yield name
 
 
@@ -117,7 +118,7 @@ def derive(world_size: int, times: Mapping[int, Mapping[Choice, float]]) -> Band
     The cheapest way through the sizes (Viterbi's algorithm), never back to the algorithm of smaller messages: first
     of all least time lost beyond ``MARGIN``, then fewest bands, then least time. Edges lie at the geometric middle.
     """
-    order = v2_algorithms(world_size).index
+    order = nvlink_algorithms(world_size).index
     sizes = sorted(times)
     ways: dict[Choice, tuple[tuple[float, int, float], list[Choice]]] = {}
     for size in sizes:
@@ -157,8 +158,8 @@ class Meter:
     """
 
     def __init__(self, place: Place, algorithm: str):
-        order = v2_algorithms(place.world_size).index
-        before = [band for band in V2_TABLES[place.world_size] if order(band.algorithm) < order(algorithm)]
+        order = nvlink_algorithms(place.world_size).index
+        before = [band for band in NVLINK_TABLES[place.world_size] if order(band.algorithm) < order(algorithm)]
         bands = (*before, Band(NEVER, algorithm, MAX_BLOCK))
         tables = dict.fromkeys(ITEMSIZE, bands)
         ladder = climb(place.control, place.device, highest=Path.V2, lowest=Path.V2, tables=tables)
@@ -174,10 +175,10 @@ class Meter:
 
     def __call__(self, dtype: str, nbytes: int, block: int) -> float:
         """The slowest rank's median, in a CUDA graph."""
-        numel, engine = nbytes // ITEMSIZE[dtype], self.engine
-        plan = v2_shape(self.algorithm, block, self.place.world_size, dtype, numel, engine.layout)
-        *inputs, out = self._tensors(dtype, numel)
-        load = timing.Workload(lambda x: engine.run(plan, x, out), inputs, [])
+        spec, engine = all_reduce(dtype, nbytes // ITEMSIZE[dtype]), self.engine
+        plan = nvlink.plan_of(self.algorithm, block, spec, self.place.world_size, engine.layout)
+        *inputs, out = self._tensors(dtype, spec.numel)
+        load = timing.Workload(lambda x: engine.run(spec, plan, x, out), inputs, [])
         graph = timing.record(load)
         samples = timing.replays(self.place, load, graph, REPLAYS, WARMUP, lambda: engine.all_reduce(*self._one))
         engine.check()

@@ -7,38 +7,30 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import ctypes
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 
 from ..errors import CommunicatorFailed, Poisoned, SetupError
-from ..inputs import raise_no_memory
 from ..jit.cache import Artifact, KernelCache, decode, encode
 from ..jit.compiler import build_all
-from ..policy.catalogue import DTYPES, KernelSpec, catalogue
-from ..policy.plan import PACKET, Layout, Plan
+from ..policy.catalogue import KernelSpec
+from ..policy.operation import ALL_REDUCE, OpSpec, all_reduce
+from ..policy.plan import Layout, Plan
 from ..policy.tables import Bands
 from ..settings import Settings
-from .driver import Launch, failure, load_module
+from .driver import load_module
 from .failure import SIGNATURES, SIGNATURES_AT, Kind, abort_code, explain, heard, last_signed
-from .graph_cache import GraphCache, replayed
+from .graph_cache import GraphCache
 from .memory import LocalState, SideChannel, StagingMemory
-from .streams import PER_THREAD, StreamOrder
+from .prepared import PreparedCall
+from .streams import StreamOrder
 from .verify import READ_BYTES, verify
 
-TORCH_DTYPES = {name: getattr(torch, name) for name in DTYPES}
-DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 VERIFY_SECONDS = 10.0
-# Below are offsets into storages that have been freed under their tensors, to which torch gives no address: tensors that are
-# like earlier ones in all else. The driver gives no memory there.
-NO_ADDRESS = 1 << 32
 MAX_SHAPES = 4096  # Control.met of staging.cuh
-# Not a stream object: that takes longer to make than the rest of a call's preparation.
-_current_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
-_capturing = getattr(torch._C, "_cuda_isCurrentStreamCapturing", None)
 
 
 @dataclass(frozen=True)
@@ -61,76 +53,6 @@ class EngineConfig:
     tuned: Mapping[str, Bands] | None = None
 
 
-@dataclass(eq=False)
-class Step:
-    """The launches of one shape of call: each with its arguments for input and output, and where it begins, in bytes.
-
-    Attributes:
-        whole: for tensors at addresses that are multiples of 16.
-        ragged: for any others.
-    """
-
-    whole: list[tuple[Launch, ctypes._SimpleCData, ctypes._SimpleCData, int]] = field(default_factory=list)
-    ragged: list[tuple[Launch, ctypes._SimpleCData, ctypes._SimpleCData, int]] = field(default_factory=list)
-
-    def launches(self, source: int, target: int) -> Iterator[Launch]:
-        """Those from and to these addresses, which their arguments hold."""
-        for launch, x, out, offset in self.ragged if (source | target) % PACKET else self.whole:
-            x.value = source + offset
-            out.value = target + offset
-            yield launch
-
-    def fire(self, source: int, target: int, stream: int) -> None:
-        """Launch from and to these addresses."""
-        for launch in self.launches(source, target):
-            launch(stream)
-
-
-@dataclass(slots=True)
-class Prepared:
-    """An engine's calls of one size and dtype: nothing is left to look up or to plan.
-
-    Attributes:
-        replayed: whether they are launched as graphs when they come again.
-    """
-
-    engine: KernelEngine
-    step: Step
-    replayed: bool
-
-    def all_reduce(self, x: torch.Tensor, out: torch.Tensor) -> None:
-        """As ``KernelEngine.all_reduce``, for tensors of this size and dtype."""
-        engine = self.engine
-        if engine._stopped or engine.state.words[0]:
-            engine._refuse()
-        stream = _current_stream(engine._raw_device)
-        call = self.step, x.data_ptr(), out.data_ptr()
-        if call[1] < NO_ADDRESS or call[2] < NO_ADDRESS:
-            raise_no_memory(x, out, engine.config.rank)
-        lock, order = engine._lock, engine._streams
-        try:  # a with statement takes twice as long
-            lock.acquire()
-            # The default stream is never captured; asking costs as much as all of these lines.
-            if stream and _capturing():
-                order.enter_captured(stream)
-                self.step.fire(call[1], call[2], stream)
-                return
-            if stream != order.last:
-                order.enter(stream)
-                engine._graph_cache.stream.value = stream
-            graph = None
-            if self.replayed and not order.priority:  # the kernels of a graph do not take a stream's priority over
-                graph = engine._graph_cache.ready.get(call) or engine._graph_cache.assign(call)
-            if graph is None:
-                self.step.fire(call[1], call[2], stream)
-            elif error := graph.launch():
-                raise failure("graph launch", error)
-            if stream == PER_THREAD:
-                order.leave_per_thread()
-        finally:
-            lock.release()
-
-
 class KernelEngine:
     """A path with kernels of our own. Subclasses say which kernels, which layout, and how to launch."""
 
@@ -142,6 +64,7 @@ class KernelEngine:
         self.config = config
         self.layout = layout
         self._raw_device = config.device.index
+        self.families: list[OpSpec] = []  # of calls whose kernels are loaded
         self.compiled = self.cached = 0
         self.memory: StagingMemory | None = None
         self.state: LocalState | None = None
@@ -151,32 +74,35 @@ class KernelEngine:
         self._failure: CommunicatorFailed | None = None
         self._stopped = False  # nothing is launched any more
         self._raised = False
+        self._verified = False  # staging memory, streams and slots are
         self._streams: StreamOrder | None = None
         self.hands_over = not config.deterministic  # calls for which torch.distributed is expected to be faster
         self._graph_cache = GraphCache()
-        self._steps: dict[tuple[int, torch.dtype], Step] = {}
+        self._prepared: dict[OpSpec, PreparedCall] = {}
         # Two threads may call, and the launches of one call belong together. An RLock cannot be released for another
         # thread, should a signal's exception come before it was acquired.
         self._lock = threading.RLock()
 
-    # -- construction, in the order in which the ladder calls it
+    # -- construction, in the order in which the ladder calls it. Kernels of other families may be added in service: compile,
+    # -- load and verify alike.
 
-    def compile(self, cache: KernelCache) -> list[str]:
-        """Build, or fetch from the cache, this rank's share of the modules; returns them in base64."""
-        share = self._catalogue()[self.config.rank :: self.config.world_size]
+    def compile(self, cache: KernelCache, families: Sequence[OpSpec] = ALL_REDUCE) -> list[str]:
+        """Build, or fetch from the cache, this rank's share of the modules of ``families``; returns them in base64."""
+        share = self._missing(families)[self.config.rank :: self.config.world_size]
         found = build_all([(spec, self.config.arch) for spec in share], cache, sharing=self.config.world_size)
         self.cached += sum(was_cached for _, was_cached in found)
         self.compiled += sum(not was_cached for _, was_cached in found)
         return [base64.b64encode(encode(spec.name, artifact)).decode() for spec, (artifact, _) in zip(share, found, strict=True)]
 
-    def load(self, shares: Sequence[Sequence[str]]) -> None:
-        """Load every kernel that a plan can pick, from the shares of all ranks."""
+    def load(self, shares: Sequence[Sequence[str]], families: Sequence[OpSpec] = ALL_REDUCE) -> None:
+        """Load every kernel that a plan of ``families`` can pick, from the shares of all ranks."""
         torch.cuda.synchronize(self.config.device)  # the driver's calls need a context, and do not make one
         artifacts = dict(decode(base64.b64decode(text)) for share in shares for text in share)
-        for spec in self._catalogue():
+        for spec in self._missing(families):
             module = load_module(artifacts[spec.name].cubin)
             for entry in spec.entries:
                 self._register(spec, entry, artifacts[spec.name], module.kernel(entry))
+        self.families += [family for family in families if family not in self.families]
 
     def allocate(self) -> str:
         """Allocate and poison the staging memory; returns the handle for the peers."""
@@ -193,34 +119,29 @@ class KernelEngine:
             if self.memory.read(rank, READ_BYTES).count(0xFF) != READ_BYTES:
                 raise SetupError(f"rank {self.config.rank} reads wrong bytes from the memory of rank {rank}")
 
-    def verify(self) -> None:
-        """Prove with real traffic what calls will rely on, before the first one; see ``engine.verify``."""
+    def verify(self, families: Sequence[OpSpec] = ALL_REDUCE) -> None:
+        """Prove with real traffic what calls of ``families`` will rely on, before the first one; see ``engine.verify``."""
         self.state.set_deadlines(VERIFY_SECONDS, VERIFY_SECONDS)
-        verify(self)
+        verify(self, families, memory=not self._verified)
+        self._verified = True
         settings = self.config.settings
         self.state.set_deadlines(settings.timeout_s, settings.first_timeout_s)
 
     # -- service
 
     def all_reduce(self, x: torch.Tensor, out: torch.Tensor) -> None:
-        """Sum ``x`` over the ranks into ``out`` (may be ``x``): contiguous, same shape, supported dtype, numel > 0. The
-        current device is this engine's.
+        """One all-reduce of ``x`` into ``out``; see ``PreparedCall``."""
+        self.prepared(all_reduce(str(x.dtype).removeprefix("torch."), x.numel()))(x, out)
 
-        Raises:
-            CommunicatorFailed: an earlier call did not complete; nothing was launched.
-        """
-        self.prepared(x.numel(), x.dtype).all_reduce(x, out)
-
-    def prepared(self, numel: int, dtype: torch.dtype) -> Prepared:
-        """Calls of ``numel`` elements of ``dtype``, to be made again and again: planning costs more than launching."""
+    def prepared(self, spec: OpSpec) -> PreparedCall:
+        """Calls of ``spec``, to be made again and again: planning costs more than launching."""
         with self._lock:
-            step = self._steps.get((numel, dtype))
-            if step is None:
-                if len(self._steps) >= MAX_SHAPES - 1:
-                    self._steps.clear()
-                plan = self.plan(numel, DTYPE_NAMES[dtype])
-                step = self._steps[numel, dtype] = self._step(plan, numel, dtype, config=len(self._steps) + 1)
-        return Prepared(self, step, replayed(len(step.whole), numel * dtype.itemsize))
+            call = self._prepared.get(spec)
+            if call is None:
+                if len(self._prepared) >= MAX_SHAPES - 1:
+                    self._prepared.clear()
+                call = self._prepared[spec] = self.prepare(spec, self.plan(spec), shape_id=len(self._prepared) + 1)
+        return call
 
     def check(self) -> None:
         """Raise what kept a call from completing, here or on a peer that stopped this rank for it: a subclass of
@@ -297,32 +218,38 @@ class KernelEngine:
 
     # -- for subclasses
 
-    def _catalogue(self) -> list[KernelSpec]:
-        return catalogue(self.path, self.config.world_size)
-
-    def plan(self, numel: int, dtype: str) -> Plan:
+    def plan(self, spec: OpSpec) -> Plan:
+        """What a call of ``spec`` runs, or torch.distributed's plan where that is expected to be faster."""
         raise NotImplementedError
 
-    def takes(self, numel: int, dtype: str) -> bool:
-        """Whether a call of that size is this engine's; the same answer on all ranks."""
-        return self.plan(numel, dtype).path == self.path
+    def takes(self, spec: OpSpec) -> bool:
+        """Whether a call of ``spec`` is this engine's; the same answer on all ranks."""
+        return spec.family in self.families and self.plan(spec).path == self.path
 
-    def run(self, plan: Plan, x: torch.Tensor, out: torch.Tensor) -> None:
+    def run(self, spec: OpSpec, plan: Plan, *tensors: torch.Tensor) -> None:
         """Launch ``plan`` on the current stream, whatever the tables would have picked. The current device is this engine's."""
-        step = self._step(plan, x.numel(), x.dtype, config=0)
-        step.fire(x.data_ptr(), out.data_ptr(), _current_stream(self._raw_device))
+        self.prepare(spec, plan, shape_id=0).run(*tensors)
+
+    def prepare(self, spec: OpSpec, plan: Plan, shape_id: int) -> PreparedCall:
+        """A call of ``spec`` that runs ``plan``; ``shape_id``: which flag of ``Control`` tells that all ranks made such a call."""
+        raise NotImplementedError
+
+    def _missing(self, families: Sequence[OpSpec]) -> list[KernelSpec]:
+        """The modules of ``families`` that are not loaded yet, in one order on all ranks."""
+        loaded = {spec.name for spec in self._modules(self.families)}
+        return [spec for spec in self._modules(families) if spec.name not in loaded]
+
+    def _modules(self, families: Sequence[OpSpec]) -> list[KernelSpec]:
+        """The modules that calls of ``families`` may run."""
+        raise NotImplementedError
 
     def _register(self, spec: KernelSpec, entry: str, artifact: Artifact, kernel) -> None:
         raise NotImplementedError
 
-    def _verification_plans(self, numel: int, dtype: torch.dtype) -> list[Plan]:
-        """Every kernel for so many elements, in as many blocks as possible."""
+    def verification_plans(self, spec: OpSpec) -> list[Plan]:
+        """Every kernel for a call of ``spec``, in as many blocks as possible."""
         raise NotImplementedError
 
-    def _full_plans(self) -> list[tuple[Plan, int]]:
-        """fp32 calls (plan, number of elements) that together use every slot, once for each parity: each is made twice."""
-        raise NotImplementedError
-
-    def _step(self, plan: Plan, numel: int, dtype: torch.dtype, config: int) -> Step:
-        """Prepare a call; ``config``: which flag of ``Control.met`` is that of its shape."""
+    def full_plans(self) -> Iterable[tuple[OpSpec, Plan]]:
+        """fp32 all-reduces that together use every slot, once for each parity: each is made twice."""
         raise NotImplementedError

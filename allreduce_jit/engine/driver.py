@@ -123,7 +123,7 @@ def _check(what: str, error: int) -> None:
         raise failure(what, error)
 
 
-class Launch:
+class KernelLaunch:
     """One kernel with its grid and argument block, ready to be launched again and again.
 
     ``arguments`` are ctypes values; the launch reads what they hold at that moment. Not for two threads at once.
@@ -180,7 +180,7 @@ class Graph:
         launch: the driver's own call, which returns its error.
     """
 
-    def __init__(self, launches: Sequence[Launch], stream: ctypes.c_void_p):
+    def __init__(self, launches: Sequence[KernelLaunch], stream: ctypes.c_void_p):
         with beside_captures():
             self._graph = call("cuGraphCreate", 0)
             try:
@@ -195,7 +195,7 @@ class Graph:
         self._update = [partial(_entry("cuGraphExecKernelNodeSetParams_v2"), executable, node) for node in nodes]
         self.launch: Callable[[], int] = partial(_entry("cuGraphLaunch"), executable, stream)
 
-    def update(self, launches: Sequence[Launch]) -> None:
+    def update(self, launches: Sequence[KernelLaunch]) -> None:
         """Be ``launches`` from now on, with the values that their arguments hold now. What is in flight stays what it is."""
         before, self._enabled = self._enabled, len(launches)
         for enable in self._enable[before : self._enabled]:
@@ -212,7 +212,7 @@ class Graph:
             call("cuGraphDestroy", self._graph)
 
 
-def _add_nodes(graph: ctypes.c_void_p, launches: Sequence[Launch]) -> list[ctypes.c_void_p]:
+def _add_nodes(graph: ctypes.c_void_p, launches: Sequence[KernelLaunch]) -> list[ctypes.c_void_p]:
     add, link = _entry("cuGraphAddKernelNode_v2"), _entry("cuGraphAddDependencies_v2")
     nodes: list[ctypes.c_void_p] = []
     for launch in launches:

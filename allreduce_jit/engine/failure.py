@@ -8,12 +8,13 @@ from dataclasses import asdict, dataclass
 from enum import IntEnum
 
 from ..errors import CallMismatch, CommunicatorFailed, ConcurrentUse, PeerLost, PeerTimeout, Poisoned
-from ..policy.catalogue import DTYPES, V2_ALGORITHMS
+from ..policy.catalogue import NVLINK_ALGORITHMS
+from ..policy.operation import DTYPES
 
 SIGNATURES_AT, SIGNATURES = 256, 2 * 8 * 16  # in the staging memory's header: per parity, per source
 _IN_PLACE = 1 << 15
 LEGACY_NUMBERS = {"legacy_one_shot": 32, "legacy_two_shot": 33}
-_ALGORITHMS = {what.number: name for name, what in V2_ALGORITHMS.items()} | {n: name for name, n in LEGACY_NUMBERS.items()}
+_ALGORITHMS = {what.number: name for name, what in NVLINK_ALGORITHMS.items()} | {n: name for name, n in LEGACY_NUMBERS.items()}
 
 
 class Kind(IntEnum):
@@ -51,7 +52,7 @@ class Signature:
 
 def tag(algorithm: str, dtype: str) -> int:
     """What kernels are given to sign with, besides the number of elements."""
-    number = LEGACY_NUMBERS.get(algorithm) or V2_ALGORITHMS[algorithm].number
+    number = LEGACY_NUMBERS.get(algorithm) or NVLINK_ALGORITHMS[algorithm].number
     return number | list(DTYPES).index(dtype) << 8
 
 
@@ -135,5 +136,5 @@ def explain(
 def _phase(algorithm: str, buffer: int) -> str:
     if "one_shot" in algorithm:
         return "exchange"
-    gathers = V2_ALGORITHMS[algorithm].gathers if algorithm in V2_ALGORITHMS else (2, 3)  # legacy's
+    gathers = NVLINK_ALGORITHMS[algorithm].gathers if algorithm in NVLINK_ALGORITHMS else (2, 3)  # legacy's
     return "gather" if buffer in gathers else "scatter"

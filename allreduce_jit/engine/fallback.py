@@ -14,7 +14,10 @@ import torch.distributed as dist
 
 from ..errors import CommunicatorFailed, InputError, PeerLost, PeerTimeout, Poisoned
 from ..inputs import memory_problem, raise_no_memory
+from ..policy.operation import OpSpec
+from ..policy.plan import Plan
 from .nccl import Nccl
+from .protocol import Call
 
 log = logging.getLogger("allreduce_jit")
 
@@ -64,14 +67,23 @@ class TorchEngine:
         self._failure: CommunicatorFailed | None = None
         self._raised = False
 
-    def all_reduce(self, x: torch.Tensor, out: torch.Tensor) -> None:
+    def takes(self, spec: OpSpec) -> bool:
+        return spec.operation == "all_reduce"
+
+    def plan(self, spec: OpSpec) -> Plan:
+        return Plan(self.path, self.backend, 0, 0, spec.numel)
+
+    def prepared(self, spec: OpSpec) -> Call:
+        return self.all_reduce
+
+    def all_reduce(self, x: torch.Tensor, out: torch.Tensor, *others: torch.Tensor) -> None:
         """Sum ``x`` over the ranks into ``out`` (may be ``x``), any dtype that the backend takes.
 
         Raises:
             CommunicatorFailed: a peer's process has ended, or the connection to it is lost.
         """
         if memory_problem(x) or (out is not x and memory_problem(out)):  # freed since a tensor like it was accepted
-            raise_no_memory(x, out, self.rank)
+            raise_no_memory((x, out), self.rank)
         if self.world_size == 1:
             _copy(x, out)
             return

@@ -11,10 +11,13 @@ from __future__ import annotations
 import ctypes
 import logging
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ..errors import AllReduceError
-from .driver import Graph, Launch
+from .driver import Graph, KernelLaunch
+
+if TYPE_CHECKING:
+    from .prepared import PreparedCall
 
 log = logging.getLogger("allreduce_jit")
 
@@ -22,10 +25,10 @@ LARGEST = 1 << 20  # bytes of a call of one launch
 FEWEST, MOST = 16, 48  # launches of a call of several; with fewer there was little to gain, and on 2 GPUs something to lose
 SHORTS, LONGS = 64, 8  # graphs of one kernel and of MOST, of a communicator
 
-Call = tuple[Any, int, int]  # an engine's Step, and the addresses of input and output
+Call = tuple["PreparedCall | int", ...]  # what is called, and the address of each of its pointers
 
 
-def replayed(launches: int, nbytes: int) -> bool:
+def repeats_as_graph(launches: int, nbytes: int) -> bool:
     """Whether calls of so many launches and bytes are launched as graphs when they come again."""
     return nbytes <= LARGEST if launches == 1 else FEWEST <= launches <= MOST
 
@@ -50,11 +53,15 @@ class GraphCache:
     def __init__(self) -> None:
         self.ready: dict[Call, Graph] = {}
         self.stream = ctypes.c_void_p()
+        self._made = False
         self._short, self._long = _Ring(), _Ring()
         self._seen: set[Call] = set()
 
-    def make(self, launch: Launch) -> None:
-        """Make all graphs, of any launch; none is run. Later the driver would wait for all that is in flight on this GPU."""
+    def make(self, launch: KernelLaunch) -> None:
+        """Make all graphs, once, of any launch; none is run. Later the driver would wait for all that is in flight on this GPU."""
+        if self._made:
+            return
+        self._made = True
         try:
             for ring, graphs, kernels in ((self._short, SHORTS, 1), (self._long, LONGS, MOST)):
                 for _ in range(graphs):
@@ -78,8 +85,8 @@ class GraphCache:
             self._seen.add(call)
             return None
         self._seen.remove(call)
-        step, source, target = call
-        launches = list(step.launches(source, target))
+        prepared, *addresses = call
+        launches = list(prepared.launches(addresses))
         ring = self._short if len(launches) == 1 else self._long
         turn = ring.next
         ring.next = (turn + 1) % len(ring.graphs)

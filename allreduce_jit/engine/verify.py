@@ -6,7 +6,7 @@ What set-up has not tried is not first tried in service.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..errors import SetupError
-from ..policy.catalogue import DTYPES
+from ..policy.operation import OpSpec, all_reduce
 from . import reference
 
 if TYPE_CHECKING:
@@ -27,62 +27,64 @@ LAUNCHES = 8  # of a call of several; a stream never has 3 i + 1
 CHUNK = 1 << 20  # elements that are filled and compared at once: temporary tensors stay small
 
 
-def verify(engine: KernelEngine) -> None:
-    """All-reduce through every kernel, on several streams, and through every slot, against the exact result. Collective.
+def verify(engine: KernelEngine, families: Sequence[OpSpec], memory: bool) -> None:
+    """Calls of ``families`` through every kernel against the exact result; with ``memory`` also calls on several streams, and through
+    every slot, which are alike for all families. Collective.
 
-    Takes 0.16 s on 2 H200s, most of it for torch to load the kernels that compare; the staging limit bounds what the slots take.
+    Takes 0.16 s for all-reduces on 2 H200s, most of it for torch to load the kernels that compare; the staging limit bounds what the
+    slots take.
 
     Raises:
         SetupError: a sum is wrong; CommunicatorFailed: a call did not complete.
     """
-    for number, dtype in enumerate(getattr(torch, name) for name in DTYPES):
-        _kernels(engine, dtype, first=number == 0)
-    _streams(engine)
-    _slots(engine)
+    for family in families:
+        _kernels(engine, family)
+    if memory:
+        _streams(engine)
+        _slots(engine)
 
 
-def _kernels(engine: KernelEngine, dtype: torch.dtype, first: bool) -> None:
+def _kernels(engine: KernelEngine, family: OpSpec) -> None:
     """Random data through every kernel, twice (both parities)."""
-    from .base import DTYPE_NAMES, Prepared
-
     world_size, rank, device = engine.config.world_size, engine.config.rank, engine.config.device
+    dtype = getattr(torch, family.dtype)
     # Random bits: finite values of all magnitudes, infinities, subnormals and NaNs, all ones among them.
     generator = torch.Generator().manual_seed(2026 + dtype.itemsize)
     bits = torch.randint(-(1 << 31), 1 << 31, (world_size, VERIFY_BYTES // 4), generator=generator)
     bits[:, 7] = -1
     inputs = bits.to(torch.int32).view(dtype)
     want = reference.ordered_sum(inputs)
-    whole = VERIFY_BYTES // dtype.itemsize
+    whole, ragged = (all_reduce(family.dtype, VERIFY_BYTES // dtype.itemsize - less) for less in (0, 1))
     # Whole packets and not: the two forms of every kernel. Then as callers have it. Twice: both parities.
-    runs: list[tuple[str, Callable, int, int]] = [
-        (plan.algorithm, partial(engine.run, plan), numel, 1)
-        for numel in (whole, whole - 1)
-        for plan in engine._verification_plans(numel, dtype)
+    runs: list[tuple[str, Callable, OpSpec, int]] = [
+        (plan.algorithm, partial(engine.run, spec, plan), spec, 1)
+        for spec in (whole, ragged)
+        for plan in engine.verification_plans(spec)
     ]
-    plan = several_launches(engine, whole, dtype)
-    several = Prepared(engine, engine._step(plan, whole, dtype, config=0), replayed=True)
-    if first:
-        engine._graph_cache.make(several.step.whole[0][0])
-    again = 3  # as kernels, by graphs that are updated, and by those that are ready
-    runs.append((f"{LAUNCHES} launches of {plan.algorithm}", several.all_reduce, whole, again))
-    if engine.takes(whole, DTYPE_NAMES[dtype]):
-        runs.append(("a call", engine.all_reduce, whole, again))
-    for turn, (what, run, numel, times) in enumerate(runs * 2):
+    plan = several_launches(engine, whole)
+    several = engine.prepare(whole, plan, shape_id=0)
+    several.as_graph = True
+    engine._graph_cache.make(several.aligned[0][0])
+    repeated = 3  # as kernels, by graphs that are updated, and by those that are ready
+    runs.append((f"{LAUNCHES} launches of {plan.algorithm}", several, whole, repeated))
+    if engine.takes(whole):
+        runs.append(("a call", engine.prepared(whole), whole, repeated))
+    for turn, (what, run, spec, times) in enumerate(runs * 2):
         # Turned by a little, so that what an earlier round left behind is not taken for this one's.
-        x = inputs[rank].roll(turn)[:numel].to(device)
+        x = inputs[rank].roll(turn)[: spec.numel].to(device)
         out = torch.empty_like(x)
         for _ in range(times):
             run(x, out)
         torch.cuda.synchronize(device)
         engine.check()
-        difference = reference.compare(out.cpu(), want.roll(turn)[:numel])
+        difference = reference.compare(out.cpu(), want.roll(turn)[: spec.numel])
         if difference.wrong:
-            raise SetupError(f"rank {rank}: {what} of {numel} {dtype} elements: {difference}")
+            raise SetupError(f"rank {rank}: {what} of {spec.numel} {spec.dtype} elements: {difference}")
 
 
-def several_launches(engine: KernelEngine, numel: int, dtype: torch.dtype) -> Plan:
+def several_launches(engine: KernelEngine, spec: OpSpec) -> Plan:
     """A plan of ``LAUNCHES`` launches, of the algorithm for the largest messages."""
-    return replace(engine._verification_plans(numel, dtype)[-1], chunk=numel // LAUNCHES)
+    return replace(engine.verification_plans(spec)[-1], chunk=spec.numel // LAUNCHES)
 
 
 def _streams(engine: KernelEngine) -> None:
@@ -122,11 +124,11 @@ def _streams(engine: KernelEngine) -> None:
 
 def _slots(engine: KernelEngine) -> None:
     """Every slot of every buffer: what a machine does to the first bytes of the staging memory proves nothing of the last."""
-    for plan, numel in engine._full_plans():
+    for spec, plan in engine.full_plans():
         for turn in range(2):
-            x = torch.empty(numel, device=engine.config.device)
+            x = torch.empty(spec.numel, device=engine.config.device)
             _fill(x, engine.config.rank, turn)
-            engine.run(plan, x, x)
+            engine.run(spec, plan, x, x)
             torch.cuda.synchronize(engine.config.device)
             engine.check()
             _compare(engine, x, turn, f"{plan.algorithm} through all of its slots")

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from ..communicator import Communicator
 from ..inputs import as_device
-from ..policy.tables import V2_TABLES, two_shot_above
+from ..policy.tables import NVLINK_TABLES, two_shot_above
 from ..policy.verdict import Path
 from ..setup.exchange import require_cpu_group
 from ..setup.ladder import survey, v2_is_on
@@ -33,7 +33,7 @@ def _maybe_init_config() -> None:
     """Fill ``THRESHOLD_2_SHOT_MAP``, once and completely: nobody sees a part of it."""
     with _config_lock:
         if not THRESHOLD_2_SHOT_MAP:
-            THRESHOLD_2_SHOT_MAP.update({n: two_shot_above(bands) for n, bands in V2_TABLES.items()})
+            THRESHOLD_2_SHOT_MAP.update({n: two_shot_above(bands) for n, bands in NVLINK_TABLES.items()})
 
 
 def can_use_custom_all_reduce_with_nvlink(

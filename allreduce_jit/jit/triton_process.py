@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CompileError
-from ..policy.catalogue import ITEMSIZE, KernelSpec
+from ..policy.catalogue import KernelSpec
+from ..policy.operation import ITEMSIZE
 from .cache import Artifact
 
 _START = (

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from .operation import ALL_REDUCE, DTYPES, OpSpec
+
 WORLD_SIZES = range(2, 9)
-DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
-LEGACY_ALGORITHMS = ("one_shot", "two_shot")
-ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
+P2P_ALGORITHMS = ("one_shot", "two_shot")
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class KernelSpec:
 
 @dataclass(frozen=True)
 class Algorithm:
-    """A V2 algorithm: a CUDA C++ file with the constants that tell its forms apart.
+    """An algorithm of the NVLink kernels: a CUDA C++ file with the constants that tell its forms apart.
 
     Attributes:
         source: a file of ``kernels/cuda``.
@@ -42,8 +42,9 @@ class Algorithm:
         gathers: numbers of the buffers that hold sums; all others hold what is to be summed.
         packets: packets (of each part) per thread.
         stream: the launches of a call overlap.
-        shared: how many buffers, the first ones, may lie over other algorithms' slots.
-        inside: the algorithm whose last buffers, and whose epochs, are its own, too, where a communicator has both.
+        aliased_buffers: how many buffers, the first ones, may alias other algorithms' slots.
+        shares_buffers_with: the algorithm whose last buffers, and whose epochs, are this one's, too, where a communicator has
+            both.
     """
 
     source: str
@@ -53,52 +54,59 @@ class Algorithm:
     gathers: tuple[int, ...] = ()
     packets: int = 1
     stream: bool = False
-    shared: int = 0
-    inside: str | None = None
+    aliased_buffers: int = 0
+    shares_buffers_with: str | None = None
 
 
-V2_ALGORITHMS = {
+NVLINK_ALGORITHMS = {
     "one_shot": Algorithm("one_shot.cu", 1, buffers=2, parts=False),
-    "two_shot": Algorithm("two_shot.cu", 2, buffers=3, parts=True, gathers=(2,), inside="two_shot_stream"),
-    "two_shot_stream": Algorithm("two_shot.cu", 3, buffers=5, parts=True, gathers=(4, 1), stream=True, shared=2),
+    "two_shot": Algorithm("two_shot.cu", 2, buffers=3, parts=True, gathers=(2,), shares_buffers_with="two_shot_stream"),
+    "two_shot_stream": Algorithm("two_shot.cu", 3, buffers=5, parts=True, gathers=(4, 1), stream=True, aliased_buffers=2),
     "one_shot_wide": Algorithm("one_shot.cu", 4, buffers=2, parts=False, packets=12),
     "two_shot_wide": Algorithm("two_shot.cu", 5, buffers=3, parts=True, gathers=(2,), packets=4),
     "two_shot_wide2": Algorithm("two_shot.cu", 6, buffers=3, parts=True, gathers=(2,), packets=2),
 }
 
 
-def v2_algorithms(world_size: int, narrow: bool = False) -> tuple[str, ...]:
-    """From small to large messages. ``narrow``: those of a communicator that may use few multiprocessors.
+def nvlink_algorithms(world_size: int, few_sms: bool = False) -> tuple[str, ...]:
+    """From small to large messages. ``few_sms``: those of a communicator with ``max_ctas``.
 
     Two ranks have no use for two-shot: one-shot sends as many bytes, in one hop.
     """
-    if narrow:
-        # More packets a thread make up for fewer threads, as far as the registers go.
+    if few_sms:
+        # More packets per thread make up for fewer threads, as far as the registers go.
         return "one_shot", "one_shot_wide" if world_size == 2 else "two_shot_wide" if world_size <= 4 else "two_shot_wide2"
     return ("one_shot",) if world_size == 2 else ("one_shot", "two_shot", "two_shot_stream")
 
 
-def catalogue(path: str, world_size: int, dtypes: Sequence[str] = tuple(DTYPES), narrow: bool = False) -> list[KernelSpec]:
-    """All modules that ``path`` (``v2`` or ``legacy``) uses at ``world_size``.
+def nvlink_modules(world_size: int, families: Sequence[OpSpec] = ALL_REDUCE, few_sms: bool = False) -> list[KernelSpec]:
+    """All CUDA modules of calls of ``families``: each holds all dtypes at once (one compilation, one cubin)."""
+    names = nvlink_algorithms(world_size, few_sms) if families else ()
+    return [cuda_module(name, world_size) for name in names]
 
-    A CUDA module holds all dtypes at once (one compilation, one cubin); a Triton module holds one.
-    """
-    if path == "v2":
-        return [cuda_module(name, world_size) for name in v2_algorithms(world_size, narrow)]
-    if path == "legacy":
-        return [
-            triton_module(name, world_size, dtype, vector)
-            for name in LEGACY_ALGORITHMS
-            for dtype in dtypes
-            for vector in (True, False)
-        ]
-    raise ValueError(f"no kernels for path {path!r}: expected 'v2' or 'legacy'")
+
+def p2p_modules(world_size: int, families: Sequence[OpSpec] = ALL_REDUCE) -> list[KernelSpec]:
+    """All Triton modules of calls of ``families``: each holds one kernel of one dtype."""
+    return [
+        triton_module(name, world_size, family.dtype, vector)
+        for name in P2P_ALGORITHMS
+        for family in families
+        for vector in (True, False)
+    ]
+
+
+def catalogue(path: str, world_size: int, families: Sequence[OpSpec] = ALL_REDUCE) -> list[KernelSpec]:
+    """All modules that calls of ``families`` may run on ``path`` (``v2`` or ``legacy``) at ``world_size``."""
+    modules = {"v2": nvlink_modules, "legacy": p2p_modules}
+    if path not in modules:
+        raise ValueError(f"no kernels for path {path!r}: expected one of {', '.join(modules)}")
+    return modules[path](world_size, families)
 
 
 def cuda_module(algorithm: str, world_size: int, virtual_ranks: bool = False, guarded: bool = True) -> KernelSpec:
     """``virtual_ranks`` builds the one-GPU form of ``entry.cuh`` that tests use; without ``guarded`` nothing watches over
     calls and waits, for a test that measures what that costs."""
-    what = V2_ALGORITHMS[algorithm]
+    what = NVLINK_ALGORITHMS[algorithm]
     constants: tuple[tuple[str, object], ...] = (
         ("NAME", algorithm),
         ("WORLD_SIZE", world_size),
@@ -114,7 +122,7 @@ def cuda_module(algorithm: str, world_size: int, virtual_ranks: bool = False, gu
 
 
 def entry(algorithm: str, dtype: str, world_size: int, whole: bool) -> str:
-    """Name of the V2 kernel; ``whole``: the tensors are made of whole, aligned 16-byte packets."""
+    """Name of the CUDA kernel; ``whole``: the tensors are made of whole, aligned 16-byte packets."""
     return f"{algorithm}_{DTYPES[dtype]}_ws{world_size}{'' if whole else '_ragged'}"
 
 

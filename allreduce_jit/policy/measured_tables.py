@@ -13,7 +13,7 @@ from typing import Any
 from ..machine import files
 from ..machine.probe import Capabilities
 from ..version import __version__
-from .catalogue import DTYPES
+from .operation import DTYPES
 from .tables import Bands, bands_from_json, bands_to_json
 
 log = logging.getLogger("allreduce_jit")

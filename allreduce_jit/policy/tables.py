@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .catalogue import V2_ALGORITHMS, v2_algorithms
+from .catalogue import NVLINK_ALGORITHMS, nvlink_algorithms
 
 KIB = 1 << 10
 MIB = 1 << 20
@@ -39,7 +39,7 @@ def _bands(one_shot_up_to: int, two_shot_up_to: int) -> Bands:
     )
 
 
-V2_TABLES: dict[int, Bands] = {
+NVLINK_TABLES: dict[int, Bands] = {
     2: (Band(128 * KIB, "one_shot", 64), Band(8 * MIB, "one_shot", 128), Band(NEVER, "one_shot", 512)),
     3: _bands(384 * KIB, 8 * MIB),
     4: _bands(192 * KIB, 8 * MIB),
@@ -62,7 +62,7 @@ def bands_from_json(world_size: int, value: object) -> Bands:
     """
     if not isinstance(value, list) or not value:
         raise ValueError(f"expected a list of bands, got {value!r}")
-    names = v2_algorithms(world_size)
+    names = nvlink_algorithms(world_size)
     bands: list[Band] = []
     for i, entry in enumerate(value):
         if not isinstance(entry, dict) or entry.keys() != {"up_to", "algorithm", "block"}:
@@ -76,7 +76,7 @@ def bands_from_json(world_size: int, value: object) -> Bands:
             raise ValueError(f"band {i}: algorithm {name!r} is none of {', '.join(names)}")
         if bands and names.index(name) < names.index(bands[-1].algorithm):
             raise ValueError(f"band {i}: {name} after {bands[-1].algorithm}: expected the order {', '.join(names)}")
-        if V2_ALGORITHMS[name].stream and begin < STREAM_FROM:
+        if NVLINK_ALGORITHMS[name].stream and begin < STREAM_FROM:
             raise ValueError(f"band {i}: {name} from {begin} bytes on: it takes messages above {STREAM_FROM}")
         if type(block) is not int or block not in BLOCKS:
             raise ValueError(f"band {i}: blocks of {block!r} threads: expected one of {BLOCKS}")
@@ -90,7 +90,7 @@ def two_shot_above(bands: Bands) -> int:
 
 
 @dataclass(frozen=True)
-class LegacyTable:
+class P2PTable:
     """The same for the legacy path.
 
     Attributes:
@@ -107,12 +107,12 @@ class LegacyTable:
     pcie_limit: int
 
 
-LEGACY_TABLES = {
-    2: LegacyTable(1 * MIB, NEVER, 512 * KIB),
-    3: LegacyTable(512 * KIB, 8 * MIB, 512 * KIB),
-    4: LegacyTable(256 * KIB, 8 * MIB, 512 * KIB),
-    5: LegacyTable(192 * KIB, 8 * MIB, 256 * KIB),
-    6: LegacyTable(128 * KIB, 8 * MIB, 256 * KIB),
-    7: LegacyTable(128 * KIB, 8 * MIB, 256 * KIB),
-    8: LegacyTable(128 * KIB, 8 * MIB, 256 * KIB),
+P2P_TABLES = {
+    2: P2PTable(1 * MIB, NEVER, 512 * KIB),
+    3: P2PTable(512 * KIB, 8 * MIB, 512 * KIB),
+    4: P2PTable(256 * KIB, 8 * MIB, 512 * KIB),
+    5: P2PTable(192 * KIB, 8 * MIB, 256 * KIB),
+    6: P2PTable(128 * KIB, 8 * MIB, 256 * KIB),
+    7: P2PTable(128 * KIB, 8 * MIB, 256 * KIB),
+    8: P2PTable(128 * KIB, 8 * MIB, 256 * KIB),
 }

@@ -277,9 +277,9 @@ def _config(rank: int, device: torch.device, deterministic: bool, max_ctas: int 
 
 def _engine(path: Path, config):
     if path is Path.V2:
-        from ..engine.v2 import V2Engine
+        from ..engine.nvlink import NvlinkEngine
 
-        return V2Engine(config)
-    from ..engine.legacy import LegacyEngine
+        return NvlinkEngine(config)
+    from ..engine.p2p import P2PEngine
 
-    return LegacyEngine(config)
+    return P2PEngine(config)

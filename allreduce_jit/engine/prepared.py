@@ -1,0 +1,107 @@
+"""Calls of one ``OpSpec``, ready to be made again and again: the host's part of an eager call."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..inputs import raise_no_memory
+from ..policy.operation import OpSpec
+from ..policy.plan import PACKET
+from .driver import KernelLaunch, failure
+from .graph_cache import repeats_as_graph
+from .streams import PER_THREAD
+
+if TYPE_CHECKING:
+    from .base import KernelEngine
+
+# Below are offsets into storages that have been freed under their tensors, to which torch gives no address: tensors that are
+# like earlier ones in all else. The driver gives no memory there.
+NO_ADDRESS = 1 << 32
+# Not a stream object: that takes longer to make than the rest of a call's preparation.
+_current_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+_capturing = getattr(torch._C, "_cuda_isCurrentStreamCapturing", None)
+
+# A launch with its arguments for the pointers of the operation, in order, and how far into each tensor it begins, in bytes.
+Binding = tuple[KernelLaunch, tuple[tuple[ctypes._SimpleCData, int], ...]]
+
+
+class PreparedCall:
+    """Calls of one ``OpSpec``: nothing is left to look up or to plan.
+
+    Attributes:
+        spec: what is called.
+        aligned: the launches of tensors at addresses that are multiples of 16.
+        unaligned: those of any others.
+        as_graph: whether calls that are repeated are launched as graphs.
+    """
+
+    __slots__ = ("engine", "spec", "aligned", "unaligned", "as_graph")
+
+    def __init__(self, engine: KernelEngine, spec: OpSpec, aligned: Sequence[Binding], unaligned: Sequence[Binding]):
+        self.engine, self.spec, self.aligned, self.unaligned = engine, spec, aligned, unaligned
+        self.as_graph = repeats_as_graph(len(aligned), spec.nbytes)
+
+    def __call__(self, x: torch.Tensor, out: torch.Tensor, *others: torch.Tensor) -> None:
+        """Launch on the current stream of the engine's device, which is the current one.
+
+        Args:
+            x, out, others: one tensor per pointer of the operation, contiguous; ``out`` may be ``x``.
+
+        Raises:
+            CommunicatorFailed: an earlier call did not complete; nothing was launched.
+            InputError: a tensor has no memory any more.
+        """
+        engine = self.engine
+        if engine._stopped or engine.state.words[0]:
+            engine._refuse()
+        stream = _current_stream(engine._raw_device)
+        call = self, x.data_ptr(), out.data_ptr()
+        if others:
+            call += tuple([tensor.data_ptr() for tensor in others])
+        if call[1] < NO_ADDRESS or call[2] < NO_ADDRESS or others and min(call[3:]) < NO_ADDRESS:
+            raise_no_memory((x, out, *others), engine.config.rank)
+        lock, order = engine._lock, engine._streams
+        try:  # a with statement takes twice as long
+            lock.acquire()
+            # The default stream is never captured; asking costs as much as all of these lines.
+            if stream and _capturing():
+                order.enter_captured(stream)
+                self.launch(call[1:], stream)
+                return
+            if stream != order.last:
+                order.enter(stream)
+                engine._graph_cache.stream.value = stream
+            graph = None
+            if self.as_graph and not order.priority:  # the kernels of a graph do not take a stream's priority over
+                graph = engine._graph_cache.ready.get(call) or engine._graph_cache.assign(call)
+            if graph is None:
+                self.launch(call[1:], stream)
+            elif error := graph.launch():
+                raise failure("graph launch", error)
+            if stream == PER_THREAD:
+                order.leave_per_thread()
+        finally:
+            lock.release()
+
+    def run(self, *tensors: torch.Tensor) -> None:
+        """Launch as it is, on the current stream: no order among streams, no graph."""
+        self.launch([tensor.data_ptr() for tensor in tensors], _current_stream(self.engine._raw_device))
+
+    def launches(self, addresses: Sequence[int]) -> Iterator[KernelLaunch]:
+        """The launches, whose arguments hold these addresses until the next one is asked for."""
+        low_bits = 0
+        for address in addresses:
+            low_bits |= address
+        for launch, pointers in self.unaligned if low_bits % PACKET else self.aligned:
+            for (argument, offset), address in zip(pointers, addresses):
+                argument.value = address + offset
+            yield launch
+
+    def launch(self, addresses: Sequence[int], stream: int) -> None:
+        """Launch all of it, with these addresses."""
+        for launch in self.launches(addresses):
+            launch(stream)
