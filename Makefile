@@ -19,7 +19,7 @@ test: $(VENV)/ready
 
 proofs: $(VENV)/ready
 	@export LONG=1 TWIN_COLLECTIVES=50000; $(call pytest,worksteal) -m long \
-		tests/test_spin.py tests/test_twin.py tests/test_compile.py tests/test_legacy_protocol.py
+		tests/proofs
 
 lint: $(VENV)/ready
 	$(VENV)/bin/python -m ruff check .

@@ -1,0 +1,142 @@
+"""The page of ``bench --html``, from documents that were measured and from ones made up here."""
+
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+from helpers import ROOT
+
+from allreduce_jit.bench import bench
+from allreduce_jit.bench import html as bench_page
+from allreduce_jit.bench import speed_of_light as floor
+
+RECORDED = ROOT / "docs" / "benchmarks" / "2026-11-21-4xH200.json"
+H200 = floor.Floor(flag_us=1.51, flag_serial_us=1.91, empty_us=0.54, empty_serial_us=0.81, egress_gbs=352.0)
+VOID = {"meta", "line", "circle", "polyline"}
+
+
+class Reader(HTMLParser):
+    """Checks that tags are balanced, and collects what the page shows."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.attributes, self.cells, self.titles = [], [], [], [], []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] == "td":
+            self.cells.append(data)
+        if self.open[-2:] == ["g", "title"]:
+            self.titles.append(data)
+
+
+@pytest.fixture
+def recorded():
+    """Documents from before there was a floor."""
+    return bench._read(RECORDED)
+
+
+@pytest.fixture
+def with_floor(recorded):
+    document = recorded[1]
+    document["floor"] = H200.to_json()
+    for row in document["rows"]:
+        row["sol_us"] = H200.sol_us(row["bytes"], 4)
+        row["sol_ratio"] = row["p50_us"] / row["sol_us"]
+        row["with_out"] = {"p50_us": 7.25, "p99_us": 7.5} if row["mode"] == "eager" else None
+    return document
+
+
+def test_recorded_documents_are_found(recorded):
+    assert [d["communicator"]["world_size"] for d in recorded] == [2, 4]
+
+
+def test_old_documents_render(recorded):
+    text = bench_page.page(recorded)
+    shown = Reader(text)
+    assert shown.tags.count("h2") == 2
+    assert shown.tags.count("svg") == 2 * 2 * 2  # documents, modes, plots
+    assert shown.tags.count("table") == 2 * 2
+    assert "no SoL: not measured" in text and "ours / SoL" not in text
+    for document in recorded:
+        assert "no SoL: not measured" in bench.render(document)
+        for row in document["rows"]:
+            assert f"{row['p50_us']:.2f}" in shown.cells
+            assert f"{row['peers']['nccl']['p99_us']:.2f}" in shown.cells
+
+
+def test_nothing_comes_from_outside(recorded):
+    text = bench_page.page(recorded)
+    assert "<script" not in text and "@import" not in text and "url(" not in text
+    assert not [value for name, value in Reader(text).attributes if name in ("src", "href") or "//" in (value or "")]
+    assert "prefers-color-scheme: dark" in text
+
+
+def test_speed_of_light_and_ratios(with_floor):
+    text = bench_page.page([with_floor])
+    shown = Reader(text)
+    assert "t_flag 1.51" in text and "t_hop 1.10" in text and "BW 352.0 GB/s" in text
+    rows = [row for row in with_floor["rows"] if row["mode"] == "graph"]
+    for row in rows:
+        assert f"{row['sol_us']:.2f}" in shown.cells and f"{row['sol_ratio']:.2f}" in shown.cells
+    first = rows[0]
+    best = min(cell["p50_us"] for cell in first["peers"].values())
+    assert f"ours, 1K: {first['p50_us']:.4g} µs" in shown.titles
+    assert f"SoL, 1K: {first['sol_us']:.4g} µs" in shown.titles
+    assert f"ours / SoL, 1K: {first['sol_ratio']:.4g} ×" in shown.titles
+    assert f"ours / best peer, 1K: {first['p50_us'] / best:.4g} ×" in shown.titles
+    assert "7.25" in shown.cells
+
+
+def test_every_measured_time_is_a_mark_inside_its_plot(with_floor):
+    text = bench_page.page([with_floor])
+    times = sum(2 + len(row["peers"]) for row in with_floor["rows"])  # ours, SoL, peers
+    ratios = 2 * len(with_floor["rows"])
+    assert len(Reader(text).titles) == times + ratios
+    for x, y in re.findall(r'<circle cx="([^"]*)" cy="([^"]*)"', text):
+        assert bench_page.LEFT <= float(x) <= bench_page.WIDTH - bench_page.RIGHT
+        assert bench_page.TOP <= float(y) <= bench_page.HEIGHT - bench_page.BOTTOM
+
+
+def test_what_is_missing_is_said(with_floor):
+    with_floor["peers"]["flashinfer"] = "rank 0: flashinfer is not installed"
+    with_floor["rows"][0]["peers"]["nccl"] = {"reason": "rank 1: <too> large"}
+    text = bench_page.page([with_floor])
+    shown = Reader(text)
+    assert "flashinfer: unavailable: rank 0: flashinfer is not installed" in text
+    assert ("title", "rank 1: <too> large") in shown.attributes and "<too>" not in text
+
+
+def test_one_size_and_no_peer(with_floor):
+    del with_floor["rows"][1:], with_floor["floor"]
+    row = with_floor["rows"][0]
+    row.update(peers={}, sol_us=None, sol_ratio=None)
+    with_floor["peers"] = {}
+    text = bench_page.page([with_floor])
+    assert "Nothing to compare with." in text and len(Reader(text).titles) == 1
+
+
+def test_ticks():
+    assert bench_page._ticks(1.3, 1500) == [2, 5, 10, 20, 50, 100, 200, 500, 1000]
+    assert bench_page._ticks(0.9, 1.6) == [1, 1.2, 1.5]
+    assert bench_page._ticks(1.01, 1.2) == [1.05, 1.1, 1.15, 1.2]
+
+
+def test_the_document_stays_json(with_floor):
+    assert json.loads(json.dumps(with_floor)) == with_floor

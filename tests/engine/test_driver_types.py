@@ -1,0 +1,77 @@
+"""Stand-ins of the driver answer with the real thing's types, and nothing compares what has no ``==``."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from pathlib import Path
+
+import pytest
+from helpers.fake_driver import FakeDriver, capture_info, documented, driver
+
+import allreduce_jit
+from allreduce_jit.engine import streams
+
+SOURCES = sorted(Path(allreduce_jit.__file__).parent.rglob("*.py"))
+
+
+def driver_calls() -> dict[str, set[str]]:
+    """Every function of cuda.bindings.driver that the package calls by name -> the files that do."""
+    found: dict[str, set[str]] = {}
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and hasattr(driver, node.value):
+                if node.value.startswith("cu") and inspect.isroutine(getattr(driver, node.value)):
+                    found.setdefault(node.value, set()).add(path.name)
+    return found
+
+
+CALLS = driver_calls()
+
+
+def test_all_calls_are_seen():
+    assert len(CALLS) > 35
+    assert {
+        "cuStreamGetCaptureInfo",
+        "cuMemAlloc",
+        "cuIpcOpenMemHandle",
+        "cuModuleLoadData",
+        "cuDeviceGetUuid",
+        "cuGraphCreate",
+    } <= set(CALLS)
+
+
+@pytest.mark.parametrize("name", sorted(CALLS))
+def test_the_stand_in_answers_with_the_types_of_the_bindings(name, monkeypatch):
+    fake = FakeDriver(monkeypatch)
+    kinds = documented(name)
+    answer = fake.call(name)
+    values = () if not kinds else (answer,) if len(kinds) == 1 else answer
+    assert len(values) == len(kinds) and all(map(isinstance, values, kinds))
+    if kinds:  # an answer of another type is a mistake in the test that gives it
+        fake.answers[name] = lambda: tuple(object() for _ in kinds)
+        with pytest.raises(AssertionError, match=name):
+            fake.call(name)
+
+
+def without_equality() -> set[str]:
+    """Those of the package's calls that answer with values which compare by identity."""
+    found = set()
+    for name in CALLS:
+        for kind in documented(name):
+            handle = kind not in (int, bytes, list, driver.CUipcMemHandle, driver.CUuuid) and not hasattr(kind, "__members__")
+            if handle and kind(5) != kind(5):
+                found.add(name)
+    return found
+
+
+def test_which_answers_have_no_equality():
+    """Each is turned into a plain value where it comes in: these by ``int()`` in the functions named here."""
+    assert without_equality() <= {"cuStreamGetCaptureInfo", "cuMemAlloc", "cuMemHostAlloc", "cuIpcOpenMemHandle", "cuDeviceGet"}
+    assert driver.cuuint64_t(5) != driver.cuuint64_t(5)  # what the package has to live with
+
+
+def test_the_id_of_a_capture_is_a_plain_value(monkeypatch):
+    FakeDriver(monkeypatch, streams, cuStreamGetCaptureInfo=lambda stream: capture_info(33 if stream else None))
+    assert streams.capture_of(1) == streams.capture_of(2) == 33 and type(streams.capture_of(1)) is int
+    assert streams.capture_of(0) is None

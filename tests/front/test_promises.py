@@ -1,0 +1,31 @@
+"""The table of promises in docs/verification.md names tests and functions that exist, and every GPU test stands in it."""
+
+from __future__ import annotations
+
+import ast
+import re
+
+from helpers import ROOT, TESTS
+
+TABLE = (ROOT / "docs/verification.md").read_text().split("## Promises")[1]
+
+
+def functions(name: str) -> set[str]:
+    tree = ast.parse((TESTS / "gpu" / name).read_text())
+    return {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+
+
+def test_what_the_table_names_exists_and_is_run():
+    tests, source = functions("test_gpus.py"), (TESTS / "gpu/test_gpus.py").read_text()
+    bodies = set().union(*(functions(name) for name in ("gpu_work.py", "gpu_life.py", "gpu_streams.py", "gpu_users.py")))
+    named = re.findall(r"`(test_\w+)`(?: \(([\w, ]+)\))?", TABLE)
+    assert len(named) > 25
+    for test, inside in named:
+        assert test in tests, test
+        for body in filter(None, re.split(r", ", inside)):
+            assert body in bodies and re.search(rf'[":]{body}"', source), (test, body)
+
+
+def test_every_gpu_test_keeps_a_promise():
+    missing = {name for name in functions("test_gpus.py") if name.startswith("test_") and f"`{name}`" not in TABLE}
+    assert not missing

@@ -1,0 +1,32 @@
+"""The README's examples, as they stand there."""
+
+import re
+
+import pytest
+import torch
+from helpers import ROOT
+from helpers.torchrun import torchrun
+
+README = (ROOT / "README.md").read_text()
+EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.S)
+
+
+def test_there_are_three():
+    assert len(EXAMPLES) == 3
+
+
+def test_plain(tmp_path):
+    lines = torchrun(EXAMPLES[0], tmp_path).strip().splitlines()
+    assert len(lines) == 2
+    assert all(line.endswith(" 2.0") for line in lines)
+
+
+@pytest.mark.gpus(2)
+def test_graph(tmp_path):
+    assert torchrun(EXAMPLES[1], tmp_path).count("4.0") == 2
+
+
+def test_sglang(tmp_path):
+    out = torchrun(EXAMPLES[2], tmp_path)
+    assert out.count("CustomAll") == 2
+    assert ("enabled:" in out) == (torch.cuda.device_count() >= 2)

@@ -1,0 +1,73 @@
+"""What the command line is given in place of a communicator; it sums over gloo."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass
+class Fake:
+    """What ``init`` hands out, over gloo; ``bug`` plants a fault."""
+
+    device: torch.device
+    path: str = "torch.distributed"
+    bug: str = ""
+
+    def __enter__(self):
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def all_reduce(self, x, out=None):
+        result = self._ordered(x) if self.path == "v2" else self._gloo(x)
+        if self.bug == "wrong element" and self.rank == 1 and x.numel() == 1021:
+            result[1000] += 1
+        if self.bug == "write past the end" and out is not None and out.storage_offset():
+            torch.empty(0, dtype=x.dtype).set_(out.untyped_storage()).fill_(0)
+        if self.bug == "input spoilt" and x.numel():
+            x[0] = 77
+        return result if out is None else out.copy_(result)
+
+    def _gloo(self, x):
+        total = x.clone()
+        dist.all_reduce(total)
+        return total
+
+    def _ordered(self, x):
+        everyone = [torch.empty(x.shape, dtype=x.dtype) for _ in range(self.world_size)]
+        dist.all_gather(everyone, x.contiguous())
+        if self.bug == "reverse order":
+            everyone.reverse()
+        return sum((t.float() for t in everyone[1:]), everyone[0].float()).to(x.dtype)
+
+    @contextmanager
+    def capture(self):
+        yield
+
+    def warmup(self):
+        pass
+
+    check = close = warmup
+
+    def plan(self, numel, dtype):
+        name = f"rank {self.rank}'s" if self.bug == "plans differ" else "fake"
+        return SimpleNamespace(path=self.path, algorithm=name, grid=1, block=32)
+
+    def describe(self):
+        band = {"dtype": "float32", "from_bytes": 0, "to_bytes": 4096, "path": self.path, "algorithm": "fake"}
+        return {
+            "path": self.path,
+            "backend": "gloo",
+            "reasons": [{"code": "cpu", "text": "rank 0 has its tensors on the CPU", "rank": 0}],
+            "rank": self.rank,
+            "world_size": self.world_size,
+            "device": str(self.device),
+            "bands": [band],
+        }

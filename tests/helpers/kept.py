@@ -1,0 +1,23 @@
+"""What tests of the cache directory keep in it: two kernels, and tables of a tuning."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from allreduce_jit.jit.cache import Artifact
+from allreduce_jit.policy import measured_tables as tuned
+from allreduce_jit.policy.tables import KIB, MIB, NEVER, NVLINK_TABLES, Band
+
+from .fakes import MACHINES, look
+
+KEY = "a" * 64
+SMALL = Artifact("one_shot_ws2", "sm_90", 128, 2048, b"\x7fELF" + bytes(range(48)))
+OTHER = replace(SMALL, name="two_shot_ws2", cubin=b"\x7fELF other")
+FACTS = tuned.fingerprint(look(MACHINES["h200-x4"], 0), 4)
+ODD = (Band(3 * KIB, "one_shot", 256), Band(99 * MIB, "two_shot", 128), Band(NEVER, "two_shot_stream", 64))
+TABLES = {"float32": ODD, "float16": ODD[1:], "bfloat16": NVLINK_TABLES[4]}
+
+
+def files(directory):
+    return [path for path in Path(directory).rglob("*") if path.is_file()]

@@ -1,0 +1,380 @@
+"""The decision table of the ladder: each situation, each wish of a user, alone and together."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import re
+from dataclasses import replace
+
+import pytest
+from helpers.fakes import MACHINES, look_all
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from allreduce_jit.errors import InputError
+from allreduce_jit.policy import dispatch
+from allreduce_jit.policy.dispatch import apply_multi_node_policy, decide
+from allreduce_jit.policy.verdict import CODES, Path, Reason, Verdict
+from allreduce_jit.settings import V2_SWITCH, Settings
+
+AUTO, OFF = Settings(), Settings(use_v2=False)
+LEGACY, TORCH = Settings(path="legacy"), Settings(path="torch")
+NVLINK = tuple(look_all(MACHINES["h200-x4"]))
+PCIE = tuple(look_all(MACHINES["a100-pcie-x4"]))
+
+
+def judge(caps, settings=AUTO, **kwargs):
+    each = [settings] * len(caps) if isinstance(settings, Settings) else settings
+    return decide(caps, each, **kwargs)
+
+
+def codes(verdict: Verdict) -> list[str]:
+    return [reason.code for reason in verdict.reasons]
+
+
+def with_software(caps, rank, **versions):
+    return [replace(c, software=replace(c.software, **versions)) if i == rank else c for i, c in enumerate(caps)]
+
+
+def with_link(caps, rank, peer, **facts):
+    target = caps[peer].gpu.uuid
+    links = tuple(replace(x, **facts) if x.peer_uuid == target else x for x in caps[rank].links)
+    return [replace(c, links=links) if i == rank else c for i, c in enumerate(caps)]
+
+
+def with_gpu(caps, rank, **facts):
+    return [replace(c, gpu=replace(c.gpu, **facts)) if i == rank else c for i, c in enumerate(caps)]
+
+
+def with_host(caps, rank, **facts):
+    return [replace(c, host=replace(c.host, **facts)) if i == rank else c for i, c in enumerate(caps)]
+
+
+# (machine, wish of all ranks) -> path, codes, full_nvlink
+TABLE = [
+    (NVLINK, AUTO, Path.V2, ["full-nvlink"], True),
+    (NVLINK, OFF, Path.LEGACY, ["v2-switched-off"], True),
+    (NVLINK, LEGACY, Path.LEGACY, ["path-forced"], True),
+    (NVLINK, TORCH, Path.TORCH, ["path-forced"], None),
+    (NVLINK, replace(OFF, path="legacy"), Path.LEGACY, ["v2-switched-off"], True),
+    (PCIE, AUTO, Path.LEGACY, ["no-nvlink"], False),
+    (PCIE, OFF, Path.LEGACY, ["v2-switched-off"], False),
+    (PCIE, LEGACY, Path.LEGACY, ["path-forced"], False),
+    (PCIE, TORCH, Path.TORCH, ["path-forced"], None),
+]
+
+
+@pytest.mark.parametrize(("caps", "wish", "path", "expected", "full_nvlink"), TABLE)
+@pytest.mark.parametrize("who", [None, 0, 3])
+def test_wishes(caps, wish, path, expected, full_nvlink, who):
+    """A wish counts the same whether all ranks have it or a single one, which the reason then names."""
+    wishes = [wish if who in (None, rank) else AUTO for rank in range(4)]
+    found = judge(caps, wishes)
+    assert (found.path, codes(found), found.full_nvlink, found.backend) == (path, expected, full_nvlink, "nccl")
+    if wish != AUTO and found.reasons[0].code in ("v2-switched-off", "path-forced"):
+        assert found.reasons[0].rank == (who or 0)
+        assert f"rank {who or 0} " in found.reasons[0].text
+
+
+def test_v2_off_on_one_rank_and_a_forced_path_on_another():
+    found = judge(NVLINK, [AUTO, OFF, TORCH, AUTO])
+    assert (found.path, codes(found), found.reasons[0].rank) == (Path.TORCH, ["path-forced"], 2)
+    found = judge(NVLINK, [AUTO, LEGACY, OFF, AUTO])
+    assert (found.path, codes(found), found.reasons[0].rank) == (Path.LEGACY, ["v2-switched-off"], 2)
+
+
+@pytest.mark.parametrize("rank", range(4))
+def test_missing_compilers(rank):
+    no_nvrtc = judge(with_software(NVLINK, rank, nvrtc=None))
+    assert (no_nvrtc.path, codes(no_nvrtc), no_nvrtc.full_nvlink) == (Path.LEGACY, ["no-nvrtc"], True)
+    assert no_nvrtc.reasons[0].rank == rank
+    assert judge(with_software(NVLINK, rank, triton=None)).path is Path.V2
+    no_triton = judge(with_software(PCIE, rank, triton=None))
+    assert (no_triton.path, codes(no_triton)) == (Path.TORCH, ["no-nvlink", "no-triton"])
+    assert no_triton.reasons[1].rank == rank
+    assert judge(with_software(PCIE, rank, nvrtc=None)).path is Path.LEGACY
+    neither = judge(with_software(NVLINK, rank, nvrtc=None, triton=None))
+    assert (neither.path, codes(neither), neither.full_nvlink) == (Path.TORCH, ["no-nvrtc", "no-triton"], None)
+    off = judge(with_software(NVLINK, rank, triton=None), OFF)
+    assert (off.path, codes(off)) == (Path.TORCH, ["v2-switched-off", "no-triton"])
+
+
+@pytest.mark.parametrize(("rank", "peer"), list(itertools.permutations(range(4), 2)))
+@pytest.mark.parametrize("value", [False, None])
+def test_one_direction_of_one_pair_is_enough_to_step_down(rank, peer, value):
+    found = judge(with_link(NVLINK, rank, peer, nvlink=value))
+    assert (found.path, codes(found), found.full_nvlink) == (Path.LEGACY, ["partial-nvlink"], False)
+    assert found.reasons[0].rank == rank and f"rank {peer}" in found.reasons[0].text
+    found = judge(with_link(NVLINK, rank, peer, p2p_access=value))
+    assert (found.path, codes(found), found.full_nvlink) == (Path.TORCH, ["no-p2p"], None)
+    found = judge(with_link(PCIE, rank, peer, p2p_access=value))
+    assert (found.path, codes(found)) == (Path.TORCH, ["no-nvlink", "no-p2p"])
+
+
+def test_planted_one_directional_check_would_be_noticed(monkeypatch):
+    monkeypatch.setattr(dispatch, "permutations", itertools.combinations)
+    assert judge(with_link(NVLINK, 3, 0, nvlink=False)).path is Path.V2
+
+
+def test_planted_optimism_about_the_unknown_would_be_noticed(monkeypatch):
+    monkeypatch.setattr(dispatch, "_lacking", lambda caps, fact: [])
+    for name in ("ray-h100-x4-nvml-missing", "l40s-x4-vm", "rtx3090-x4-two-bridges"):
+        found = judge(look_all(MACHINES[name]))
+        assert found.path.value != MACHINES[name]["expect"]["path"]
+
+
+def test_a_link_that_nobody_knows_of():
+    caps = [replace(c, links=()) for c in NVLINK]
+    found = judge(caps)
+    assert (found.path, codes(found)) == (Path.TORCH, ["no-nvlink", "no-p2p"])
+    assert "cannot tell" in found.reasons[1].text
+
+
+@pytest.mark.parametrize("rank", [0, 1, 3])
+def test_what_rules_out_all_kernels(rank):
+    cases = {
+        "mig": with_gpu(NVLINK, rank, mig=True),
+        "compute-capability": with_gpu(NVLINK, rank, compute_capability=(7, 5)),
+        "rocm": with_software(NVLINK, rank, hip="6.4"),
+        "no-gpu": [replace(c, gpu=None) if i == rank else c for i, c in enumerate(NVLINK)],
+    }
+    for kind in ("vgpu", "host-vgpu", "host-vsga"):
+        assert codes(judge(with_gpu(NVLINK, rank, virtualization=kind))) == ["vgpu"]
+    for code, caps in cases.items():
+        found = judge(caps)
+        assert (found.path, codes(found), found.full_nvlink, found.backend) == (Path.TORCH, [code], None, "nccl")
+        assert found.reasons[0].rank == rank
+    for kind in ("none", "passthrough", "unknown"):
+        assert judge(with_gpu(NVLINK, rank, virtualization=kind)).path is Path.V2
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize("value", ["4026539999", None])
+def test_namespaces(rank, value):
+    for kind in ("pid", "ipc"):
+        found = judge(with_host(NVLINK, rank, **{f"{kind}_namespace": value}))
+        assert (found.path, codes(found)) == (Path.TORCH, [f"{kind}-namespace"])
+    unknown = [replace(c, host=replace(c.host, pid_namespace=None)) for c in NVLINK]
+    assert codes(judge(unknown)) == ["pid-namespace"] and judge(unknown).reasons[0].text == "rank 0 cannot tell its PID namespace"
+
+
+def test_hosts_and_nodes():
+    assert codes(judge(with_host(NVLINK, 2, host_id="another"))) == ["spans-nodes"]
+    found = judge(NVLINK, OFF, nnodes=2)  # as apply_multi_node_policy leaves it: the cause is the nodes
+    assert (found.path, codes(found), found.backend) == (Path.TORCH, ["spans-nodes"], "nccl")
+    assert "nnodes=2" in found.reasons[0].text
+
+
+def as_hosts(caps, *host_ids):
+    return [replace(c, host=replace(c.host, host_id=host_id)) for c, host_id in zip(caps, host_ids, strict=True)]
+
+
+def test_hosts_that_cannot_be_known_are_not_one():
+    """Equal host names prove nothing, nor do two boot ids that nobody could read."""
+    for ids, rank in (((None, None), 0), (("a", None), 1), ((None, "a"), 0), (("a", "b"), 1)):
+        apart = with_gpu(as_hosts(NVLINK[:2], *ids), 1, pci_bus_id=NVLINK[0].gpu.pci_bus_id)
+        found = judge(apart)
+        assert (found.path, codes(found), found.backend) == (Path.TORCH, ["spans-nodes"], "nccl")
+        assert found.reasons[0].rank == rank
+    why = "host.boot_id(): PermissionError: no"
+    found = judge([replace(c, problems=(why,)) for c in as_hosts(NVLINK[:2], None, None)])
+    assert found.reasons[0].text == f"rank 0 cannot tell its host ({why})"
+
+
+def test_only_slices_of_a_gpu_are_the_same_by_its_bus():
+    bus = {"pci_bus_id": NVLINK[0].gpu.pci_bus_id}
+    assert judge(with_gpu(NVLINK[:2], 1, **bus)).path is Path.V2  # as two GPUs of a virtual machine may well say
+    slices = [replace(c, gpu=replace(c.gpu, mig=True, **bus)) for c in NVLINK[:2]]
+    assert (codes(judge(slices)), judge(slices).backend) == (["same-gpu"], "gloo")
+    assert judge(as_hosts(slices, "a", "b")).backend == "nccl"
+    one_is_none = with_gpu(slices, 1, mig=False)
+    assert (codes(judge(one_is_none)), judge(one_is_none).backend) == (["mig"], "nccl")
+
+
+def unknown(c, fact):
+    """As if the probe had not found ``fact`` out."""
+    part, _, name = fact.partition(".")
+    if part == "links":
+        return replace(c, links=tuple(replace(link, **{name: None}) for link in c.links))
+    return replace(c, **{part: replace(getattr(c, part), **{name: None}) if name else None})
+
+
+UNKNOWN = ["host.host_id", "host.pid_namespace", "host.ipc_namespace", "host.shm_bytes", "gpu", "fabric", "mps", "links.nvlink",
+           "links.p2p_access", "links.native_atomics", "links.performance_rank", "software.package", "software.torch",
+           "software.triton", "software.nvrtc", "software.cuda_core", "software.cuda_driver", "software.driver", "software.nvml"]  # fmt: skip
+
+
+LACKS = ("spans-nodes", "no-gpu", "no-driver", "no-triton", "no-nvrtc")
+
+
+@pytest.mark.parametrize("machine", ["h200-x4", "a100-pcie-x4", "a100-pcie-x4-two-bridges"])
+@pytest.mark.parametrize("fact", UNKNOWN)
+def test_what_is_unknown_is_a_sentence_about_that_rank(machine, fact):
+    caps = look_all(MACHINES[machine])
+    for who in ([0], [2], [3], [1, 3], [0, 1, 2, 3]):
+        for also in ((), ("host.ipc_namespace",), ("software.cuda_driver",), ("software.triton",)):
+            some = [c if rank not in who else unknown(c, fact) for rank, c in enumerate(caps)]
+            for more in also:
+                some = [c if rank not in who else unknown(c, more) for rank, c in enumerate(some)]
+            for wish in (AUTO, OFF, LEGACY):
+                for reason in judge(some, wish).reasons:
+                    about = [int(rank) for rank in re.findall(r"rank (\d)", reason.text)]
+                    words = reason.text.replace(V2_SWITCH, "").replace("ALLREDUCE_JIT_PATH", "")
+                    assert not re.search("None|unknown|_", words), reason
+                    assert about == list(dict.fromkeys(about)), reason  # of no rank twice
+                    if reason.rank is None:
+                        assert not about or reason.code == "no-nvlink"
+                    else:
+                        assert reason.text.startswith(f"rank {reason.rank} ") and about[0] == reason.rank
+                    if reason.code.endswith("-namespace") or reason.code in LACKS:
+                        assert reason.rank == who[0], reason
+
+
+def test_other_texts_are_sentences():
+    assert judge(with_gpu(NVLINK, 2, compute_capability=(8, 0))).reasons[0].text == (
+        "rank 2 has compute capability 8.0, rank 0 has 9.0"
+    )
+    down = judge([replace(c, fabric="in_progress") for c in NVLINK]).reasons[0]
+    assert down.text == "rank 0 has an NVSwitch fabric that is still being set up"
+    assert judge(with_link(NVLINK, 1, 2, nvlink=None)).reasons[0].text.startswith("rank 1 is not known to have NVLink to rank 2")
+    assert judge(with_link(NVLINK, 1, 2, nvlink=False)).reasons[0].text.startswith("rank 1 has no NVLink to rank 2")
+    why = "software.triton(): OSError: no"
+    broken = [replace(c, problems=(why,)) for c in with_software(PCIE, 1, triton=None)]
+    assert judge(broken).reasons[1].text == f"rank 1 has no Triton ({why})"
+
+
+@pytest.mark.parametrize("size", range(1, 10))
+def test_world_sizes(size):
+    caps = look_all(MACHINES["a100-x16"])[:size]
+    found = judge(caps)
+    if size == 1:
+        assert (found.path, codes(found), found.backend) == (Path.TORCH, ["world-size-1"], "nccl")
+    elif size <= 8:
+        assert (found.path, found.full_nvlink) == (Path.V2, True)
+    else:
+        assert (found.path, codes(found)) == (Path.TORCH, ["world-size"])
+    narrow = judge(caps, supported_world_sizes={2: 0, 4: 0}.keys())
+    assert (narrow.path is Path.V2) == (size in (2, 4))
+
+
+def test_arguments_that_are_no_group():
+    with pytest.raises(InputError):
+        decide([], [])
+    with pytest.raises(InputError):
+        decide(NVLINK, [AUTO])
+    with pytest.raises(InputError, match="empty"):
+        decide(NVLINK, [AUTO] * 4, supported_world_sizes={})
+
+
+def test_gloo_where_nccl_cannot():
+    shared = [NVLINK[0], NVLINK[0]]
+    assert (judge(shared).backend, codes(judge(shared))) == ("gloo", ["same-gpu"])
+    assert judge(shared, TORCH).backend == "gloo"  # whatever the first reason is
+    cpu = [replace(NVLINK[0], device="cpu", gpu=None)]
+    assert (judge(cpu).backend, judge(cpu * 2).backend, judge([*cpu, NVLINK[1]]).backend) == ("gloo",) * 3
+    away = with_host(shared, 1, host_id="another")
+    other = with_gpu(away, 1, uuid="GPU-other")  # the same bus id on another host is another GPU
+    assert (codes(judge(other)), judge(other).backend) == (["spans-nodes"], "nccl")
+
+
+@pytest.mark.parametrize(
+    ("state", "path"), [("not_started", Path.LEGACY), ("in_progress", Path.LEGACY), ("completed", Path.V2),
+                        ("not_supported", Path.V2), (None, Path.V2)]
+)  # fmt: skip
+def test_fabric(state, path):
+    found = judge([replace(NVLINK[0], fabric=state), *NVLINK[1:]])
+    assert found.path is path
+    assert (codes(found) == ["fabric-not-ready"]) == (path is Path.LEGACY)
+
+
+everyone = st.sampled_from(sorted(name for name in MACHINES if len(MACHINES[name]["ranks"]) <= 8))
+wish = st.sampled_from([AUTO, AUTO, AUTO, OFF, LEGACY, TORCH])
+
+
+@hypothesis_settings(max_examples=150, deadline=None)
+@given(name=everyone, data=st.data())
+def test_rank_order_does_not_change_the_verdict(name, data):
+    caps = look_all(MACHINES[name])
+    wishes = data.draw(st.lists(wish, min_size=len(caps), max_size=len(caps)))
+    order = data.draw(st.permutations(range(len(caps))))
+    found = decide(caps, wishes)
+    again = decide([caps[i] for i in order], [wishes[i] for i in order])
+    assert (found.path, found.full_nvlink, found.backend, codes(found)) == (
+        again.path, again.full_nvlink, again.backend, codes(again)
+    )  # fmt: skip
+
+
+@hypothesis_settings(max_examples=100, deadline=None)
+@given(name=everyone, data=st.data())
+def test_the_gathered_copy_decides_like_the_original(name, data):
+    """Each rank decides on what came through the exchange, not on its own value."""
+    caps = look_all(MACHINES[name])
+    wishes = data.draw(st.lists(wish, min_size=len(caps), max_size=len(caps)))
+    copy = [type(c).from_json(c.to_json()) for c in caps]
+    assert decide(copy, wishes) == decide(caps, wishes)
+
+
+@hypothesis_settings(max_examples=150, deadline=None)
+@given(data=st.data(), name=everyone)
+def test_a_more_cautious_wish_never_climbs(name, data):
+    caps = look_all(MACHINES[name])
+    wishes = data.draw(st.lists(wish, min_size=len(caps), max_size=len(caps)))
+    extra, rank = data.draw(wish), data.draw(st.integers(0, len(caps) - 1))
+    lower = list(wishes)
+    path = min(wishes[rank].path, extra.path, key=["torch", "legacy", "auto"].index)
+    lower[rank] = Settings(use_v2=wishes[rank].use_v2 and extra.use_v2, path=path)
+    height = [Path.TORCH, Path.LEGACY, Path.V2]
+    assert height.index(decide(caps, lower).path) <= height.index(decide(caps, wishes).path)
+
+
+def test_values():
+    assert str(Path.TORCH) == f"{Path.TORCH}" == "torch.distributed" and Path("v2") is Path.V2
+    with pytest.raises(ValueError, match="unknown reason code"):
+        Reason("because", "of this")
+    seen = {code for m in MACHINES.values() for code in m["expect"]["reasons"]}
+    assert seen <= set(CODES)
+    assert all(code == code.lower() and " " not in code for code in CODES)
+
+
+WARNING = "Disabling SGLANG_OPT_USE_CUSTOM_ALL_REDUCE_V2 because nnodes=2 (custom all-reduce v2 is intra-node only)."
+
+
+@pytest.mark.parametrize(
+    ("nnodes", "value", "after", "warns"),
+    [
+        (1, None, None, False),
+        (1, "1", "1", False),
+        (1, "nonsense", "nonsense", False),
+        (2, None, "0", False),
+        (2, "1", "0", True),
+        (2, "TRUE", "0", True),
+        (2, "0", "0", False),
+        (2, "Off", "0", False),
+        (2, "n", "0", False),
+        (2, "y", "0", True),
+    ],
+)
+def test_multi_node_policy(nnodes, value, after, warns, caplog):
+    env = {} if value is None else {V2_SWITCH: value}
+    with caplog.at_level(logging.DEBUG, logger="allreduce_jit"):
+        apply_multi_node_policy(nnodes, env)
+    assert env.get(V2_SWITCH) == after
+    messages = [(r.name, r.levelname, r.getMessage()) for r in caplog.records]
+    assert messages == ([("allreduce_jit", "WARNING", WARNING)] if warns else [])
+
+
+def test_multi_node_policy_is_idempotent(monkeypatch, caplog):
+    monkeypatch.setenv(V2_SWITCH, "yes")
+    apply_multi_node_policy(2)
+    apply_multi_node_policy(2)
+    assert len(caplog.records) == 1
+    assert Settings.from_env().use_v2 is False
+
+
+@pytest.mark.parametrize("value", ["", "maybe"])
+def test_multi_node_policy_reads_a_switch_that_is_not_understood_as_on(value, caplog):
+    env = {V2_SWITCH: value}
+    apply_multi_node_policy(2, env)
+    assert env == {V2_SWITCH: "0"} and caplog.messages[-1] == WARNING

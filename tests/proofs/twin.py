@@ -1,0 +1,515 @@
+"""The CPU twin: the V2 kernels built for the host, all ranks of a world in one process.
+
+``build`` makes an executable of ``kernels/cuda`` and ``twin/`` (a shim for ptx.cuh, and a driver that schedules CUDA
+threads as fibers); ``World`` is a communicator of it. Layout, plans, argument blocks and launches are the package's
+own: ``NvlinkEngine`` with the memory and the launches of the twin.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import json
+import mmap
+import os
+import shutil
+import struct
+import subprocess
+import tempfile
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+import torch
+from helpers import ROOT
+
+from allreduce_jit.engine import nvlink as engine_module
+from allreduce_jit.engine import reference
+from allreduce_jit.engine.base import MAX_SHAPES
+from allreduce_jit.engine.memory import REPORT_BYTES, LocalState
+from allreduce_jit.engine.prepared import PreparedCall
+from allreduce_jit.policy import nvlink
+from allreduce_jit.policy.catalogue import NVLINK_ALGORITHMS, cuda_module, nvlink_algorithms
+from allreduce_jit.policy.operation import ITEMSIZE, all_reduce
+from allreduce_jit.policy.plan import HEADER_BYTES, MAX_BLOCK, PACKET, WARP, Layout, Plan
+from allreduce_jit.policy.tables import NEVER, Band
+
+HERE = Path(__file__).parent / "twin"
+KERNELS = ROOT / "kernels" / "cuda"
+COMPILER = os.environ.get("CXX", "g++")
+STAGING_MB = 3  # holds every algorithm's slots, and makes a few MB take several launches
+ARENA = 24 << 20  # bytes of a rank's tensors
+GUARD = 64  # bytes between tensors, which nobody may touch
+GAP = 8  # channels between those of two regions, likewise
+PAGE = 4096
+
+Edit = tuple[str, str, str]  # file, old text, new text
+
+
+class StaleEdit(Exception):
+    """The text that an edit replaces is not exactly once in its file."""
+
+
+class Failed(Exception):
+    """A run ended badly. ``kind``: overwritten, foreign poison, hang, early report, crash, race, bits, guard,
+    slots, report, in flight."""
+
+    def __init__(self, kind: str, text: str):
+        super().__init__(f"{kind}: {text}")
+        self.kind = kind
+
+
+def missing() -> str | None:
+    """Why the twin cannot be built here."""
+    return None if shutil.which(COMPILER) else f"{COMPILER} is not installed"
+
+
+# -- building
+
+
+def sources(edits: Sequence[Edit] = ()) -> dict[str, str]:
+    """All sources by name, ``ptx.cuh`` replaced by the shim, with ``edits`` made."""
+    texts = {path.name: path.read_text() for path in sorted(KERNELS.glob("*.cu*")) if path.name != "ptx.cuh"}
+    texts |= {path.name: path.read_text() for path in sorted(HERE.iterdir()) if path.is_file()}
+    # Half of all waits take the way of those that last.
+    for name, old, new in (("staging.cuh", "POLLS = 64;", "POLLS = 2;"), *edits):
+        if texts[name].count(old) != 1:
+            raise StaleEdit(f"{name} holds {texts[name].count(old)} times: {old!r}")
+        texts[name] = texts[name].replace(old, new)
+    texts["ptx.cuh"] = texts["shim.hpp"]
+    return texts
+
+
+def build(directory: Path, world_size: int, tsan: bool = False, edits: Sequence[Edit] = ()) -> Path:
+    """The executable for one world size; objects that did not change are taken from ``directory``."""
+    texts, args_bytes = sources(edits), ctypes.sizeof(engine_module.Args)
+    headers = {name: text for name, text in texts.items() if name.endswith(("uh", "hpp"))}
+    sanitize = ["-fsanitize=thread", "-g1"] if tsan else []
+    specs = [cuda_module(name, world_size) for name in algorithms(world_size)]
+    entries = [entry for spec in specs for entry in spec.entries]
+    declarations = "".join(f'extern "C" void {entry}_call(const void *);\n' for entry in entries)
+    table = (
+        f"{declarations}typedef void (*Entry)(const void *);\n"
+        f"extern const Entry entries[] = {{{', '.join(f'{entry}_call' for entry in entries)}}};\n"
+        f"extern const unsigned args_bytes = {args_bytes};\n"
+    )
+    jobs = [("driver.cpp", texts["driver.cpp"], ["-DTWIN_TSAN"] if tsan else []), ("table.cpp", table, [])]
+    for spec in specs:
+        calls = "".join(
+            f'extern "C" void {entry}_call(const void *a) {{ unit::{entry}(*static_cast<const unit::Args *>(a)); }}\n'
+            for entry in spec.entries
+        ).replace("unit::", f"of_{spec.name}::")
+        unit = (
+            f'#include "ptx.cuh"\nnamespace of_{spec.name} {{\n#include "{spec.source}"\n}}\n'
+            f"static_assert(sizeof(of_{spec.name}::Args) == {args_bytes});\n{calls}"
+        )
+        flags = [*sanitize, *(f"-D{name}={value}" for name, value in spec.constants)]
+        jobs.append((f"{spec.name}.cpp", unit, [*flags, f"-DSOURCE_{digest(texts[spec.source])}"]))
+    with ThreadPoolExecutor(2) as pool:
+        objects = list(pool.map(lambda job: _compile(directory, texts, headers, *job), jobs))
+    executable = directory / f"twin-{digest(*map(str, objects))}{'-tsan' if tsan else ''}"
+    if not executable.exists():
+        with tempfile.TemporaryDirectory(dir=directory) as folder:  # others may build the same at the same time
+            _call([COMPILER, *sanitize, *map(str, objects), "-o", str(Path(folder, "twin"))])
+            os.replace(Path(folder, "twin"), executable)
+    return executable
+
+
+def algorithms(world_size: int) -> list[str]:
+    """Every algorithm that a plan can pick, the one for the largest messages last."""
+    wide, narrow = nvlink_algorithms(world_size), nvlink_algorithms(world_size, few_sms=True)
+    return list(dict.fromkeys([wide[0], *narrow, *wide[1:]]))
+
+
+def digest(*texts: str) -> str:
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
+
+
+def _compile(directory: Path, texts: dict[str, str], headers: dict[str, str], name: str, text: str, flags) -> Path:
+    command = [COMPILER, "-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror",
+               "-Wno-unknown-pragmas", "-ffp-contract=off", "-fno-strict-aliasing", *flags]  # fmt: skip
+    key = digest(name, text, *command, *headers, *headers.values())
+    result = directory / f"{key}.o"
+    if not result.exists():
+        with tempfile.TemporaryDirectory(dir=directory) as folder:
+            for other, content in texts.items():
+                Path(folder, other).write_text(content)
+            Path(folder, name).write_text(text)
+            _call([*command, "-c", str(Path(folder, name)), "-o", str(Path(folder, "result.o"))])
+            os.replace(Path(folder, "result.o"), result)
+    return result
+
+
+def _call(command: Sequence[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
+
+
+# -- calls, and what must come out
+
+
+@dataclass(frozen=True)
+class Call:
+    """One all-reduce.
+
+    Attributes:
+        algorithm: by name, or None for the plan's choice.
+        dtype: by name.
+        numel: elements, may be 0.
+        kind: of values, see ``reference.values``.
+        offset: elements by which input and output are off a 16-byte boundary.
+        in_place: the output is the input.
+        block: threads of a block, if the algorithm is named.
+        chained: the input is the output of the call before, of the same dtype and size, and the output (unless in
+            place) goes to that call's input: any access that is not ordered by the stream shows.
+    """
+
+    algorithm: str | None
+    dtype: str
+    numel: int
+    kind: str = reference.RANDOM
+    offset: int = 0
+    in_place: bool = False
+    chained: bool = False
+    block: int = 32
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """A tensor in the arena of every rank."""
+
+    dtype: torch.dtype
+    start: int  # byte
+    numel: int
+
+    def of(self, arena: torch.Tensor) -> torch.Tensor:
+        return arena[self.start : self.start + self.numel * self.dtype.itemsize].view(self.dtype)
+
+
+class Program:
+    """Calls with their tensors: every rank's arena before, and as it must be after."""
+
+    def __init__(self, world_size: int, calls: Sequence[Call], seed: int):
+        self.calls, self.buffers, self.steps = list(calls), [], []
+        self.end = GUARD
+        fill = []
+        for call in self.calls:
+            if call.chained:
+                _, x, out = self.steps[-1]
+                x, out = out, out if call.in_place else x
+            else:
+                x = self._new(call)
+                out = x if call.in_place else self._new(call)
+                fill.append((x, call.kind))
+            self.steps.append((call, x, out))
+        self.before = [torch.full((self.end,), 0x5A, dtype=torch.uint8) for _ in range(world_size)]
+        for rank, arena in enumerate(self.before):
+            for i, (buffer, kind) in enumerate(fill):
+                made = reference.values(seed * 1000 + i, rank, buffer.numel, buffer.dtype, kind=kind, world_size=world_size)
+                buffer.of(arena).copy_(made)
+        self.after = [arena.clone() for arena in self.before]
+        for _, x, out in self.steps:
+            want = reference.ordered_sum([x.of(arena) for arena in self.after])
+            for arena in self.after:
+                out.of(arena).copy_(want)
+
+    def _new(self, call: Call) -> Buffer:
+        dtype = getattr(torch, call.dtype)
+        start = -(-(self.end + GUARD) // 16) * 16 + call.offset * dtype.itemsize
+        self.buffers.append(Buffer(dtype, start, call.numel))
+        self.end = start + call.numel * dtype.itemsize + GUARD
+        assert self.end <= ARENA
+        return self.buffers[-1]
+
+    def check(self, rank: int, arena: torch.Tensor, or_nan: bool = False, calls: bool = True) -> None:
+        """Compare bits, of tensors and of everything between them.
+
+        Args:
+            rank: whose.
+            arena: what it has now.
+            or_nan: a NaN is never wrong.
+            calls: whether this rank made the calls, or nothing may have changed.
+        """
+        if not calls:
+            if not torch.equal(arena, self.before[rank]):
+                raise Failed("guard", f"the tensors of rank {rank} have changed")
+            return
+        if torch.equal(arena, self.after[rank]):
+            return
+        between = torch.ones(self.end, dtype=torch.bool)
+        for buffer in self.buffers:
+            between[buffer.start : buffer.start + buffer.numel * buffer.dtype.itemsize] = False
+            got, want = buffer.of(arena), buffer.of(self.after[rank])
+            difference = reference.compare(got, torch.where(got.isnan(), got, want) if or_nan else want)
+            if difference.wrong:
+                users = [call for call, x, out in self.steps if buffer in (x, out)]
+                raise Failed("bits", f"rank {rank}: {difference} in {users}")
+        if not torch.equal(arena[between], self.after[rank][between]):
+            raise Failed("guard", f"rank {rank} wrote beside its tensors")
+        if not or_nan:
+            self.after[rank].copy_(arena)  # NaNs of another payload
+
+
+# -- running
+
+
+class World:
+    """A communicator of ``world_size`` ranks that lasts over many runs; its tensors are new in each.
+
+    Args:
+        executable: what ``build`` returned for this world size.
+        world_size: number of ranks.
+        pdl: whether launches may start before the kernel ahead has ended.
+        epoch: what all epoch words hold at first; the sequence number of calls is a few behind.
+        max_ctas: as in ``allreduce_jit.init``; then only the algorithms of such communicators have slots.
+        relayout: a change of the package's layout (for planted bugs).
+    """
+
+    def __init__(self, executable: Path, world_size: int, *, pdl: bool = True, epoch: int = 0, max_ctas: int | None = None,
+                 relayout=lambda layout, world_size: layout):  # fmt: skip
+        self.world_size = world_size
+        names = algorithms(world_size)
+        # Small messages already take different algorithms, and every algorithm has a region.
+        tuned = tuple(Band(2048 << 2 * i, name, 32 << i) for i, name in enumerate(names[:-1]))
+        tuned += (Band(NEVER, names[-1], MAX_BLOCK),)
+        self.engines = [
+            engine_module.NvlinkEngine(SimpleNamespace(
+                rank=rank, world_size=world_size, device=SimpleNamespace(index=0), arch="sm_90", nvlink=True,
+                deterministic=True, settings=SimpleNamespace(staging_mb=STAGING_MB, pdl=pdl), max_ctas=max_ctas,
+                tuned=dict.fromkeys(ITEMSIZE, tuned),
+            ))
+            for rank in range(world_size)
+        ]  # fmt: skip
+        self.layout = spread(relayout(self.engines[0].layout, world_size))
+        channel_bytes = engine_module.NvlinkEngine.channel_bytes
+        local = LocalState.CONTROL_BYTES + channel_bytes * self.layout.channels
+        parts = {"staging": self.layout.nbytes, "local": local, "report": REPORT_BYTES, "arena": ARENA}
+        self._offsets, size = [], 0
+        for _ in range(world_size):
+            self._offsets.append({})
+            for name, nbytes in parts.items():
+                self._offsets[-1][name] = size
+                size += (-(-nbytes // PAGE) + 1) * PAGE
+        self._file = tempfile.TemporaryFile(dir="/dev/shm" if os.path.isdir("/dev/shm") else None)
+        self._file.truncate(size)
+        memory = torch.frombuffer(mmap.mmap(self._file.fileno(), size), dtype=torch.uint8)
+        self._parts = [
+            {name: memory[start : start + parts[name]] for name, start in offsets.items()} for offsets in self._offsets
+        ]
+        epochs, sequence = torch.tensor([epoch, max(0, epoch - 4)]).to(torch.int32)  # the same bits
+        # The channels of every algorithm, and behind them what nobody may touch, but who tells all that this rank is stopped.
+        channels, self._between = [], []
+        for first, count in {(region.first_channel, region.channels) for region in self.layout.regions.values()}:
+            at = LocalState.CONTROL_BYTES + channel_bytes * first
+            end = at + channel_bytes * count
+            channels.append(slice(at, end))
+            self._between.append(slice(end, end + channel_bytes * GAP))
+        for parts in self._parts:
+            parts["staging"][HEADER_BYTES:].fill_(0xFF)
+            for count in LocalState.COUNTS_AT:
+                parts["local"][count : count + 4].view(torch.int32).fill_(sequence)
+            parts["local"][LocalState.CHANNEL_COUNT_AT :][:4].view(torch.int32).fill_(self.layout.channels)
+            for words in channels:
+                parts["local"][words].view(torch.int32)[::2].fill_(epochs)
+            for gap in self._between:
+                parts["local"][gap].fill_(0x5A)
+        self._stderr = tempfile.TemporaryFile()
+        self._process = subprocess.Popen(
+            [executable, f"/dev/fd/{self._file.fileno()}"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._stderr,
+            pass_fds=[self._file.fileno()], env={**os.environ, "TSAN_OPTIONS": "history_size=0"},
+        )  # fmt: skip
+        self._base = int(self._process.stdout.readline() or self._crash())
+        self._queue: list[bytes] = []
+        self._calls: list[dict[tuple, PreparedCall]] = [{} for _ in range(world_size)]
+        entries = [entry for name in names for entry in cuda_module(name, world_size).entries]
+        for rank, engine in enumerate(self.engines):
+            address = {name: self._base + offset for name, offset in self._offsets[rank].items()}
+            engine.layout = self.layout
+            engine.memory = SimpleNamespace(addresses=[self._base + offsets["staging"] for offsets in self._offsets])
+            channels = address["local"] + LocalState.CONTROL_BYTES
+            engine.state = SimpleNamespace(channels=channels, control=address["local"], report=address["report"])
+            engine._kernels = {entry: (self._queue, rank, number) for number, entry in enumerate(entries)}
+        self.collectives = self.pushes = self.switches = 0
+
+    def run(self, program: Program, seed: int, *, skip: Sequence[int] = (), complete: bool = True,
+            instead: Mapping[int, Call] | None = None, **options) -> None:  # fmt: skip
+        """All calls of ``program`` on every rank, enqueued at once; then, if it is to be ``complete``, check bits and slots.
+
+        Args:
+            program: the calls.
+            seed: of the schedule.
+            skip: ranks that make no call.
+            complete: whether every call must succeed.
+            instead: what single ranks call instead of each call, with its tensors.
+            options: room (threads resident on a rank), jitter and sleep (chances that a thread loses its turn at an
+                access, and that it sleeps long), patience (steps without progress that are a hang), pokes ((step,
+                address, word): what the host writes meanwhile).
+
+        Raises:
+            Failed: whatever went wrong.
+        """
+        for rank, before in enumerate(program.before):
+            self._parts[rank]["arena"][: program.end].copy_(before)
+            if rank not in skip:
+                for call, x, out in program.steps:
+                    self._enqueue(rank, (instead or {}).get(rank, call), x, out)
+        self._run(seed, **options)
+        self.collectives += len(program.steps)
+        if complete:
+            self.check_reports()
+            for rank in range(self.world_size):
+                program.check(rank, self.arena(rank)[: program.end])
+            self.check_slots()
+
+    def _enqueue(self, rank: int, call: Call, x: Buffer, out: Buffer) -> None:
+        if not call.numel:  # as Communicator does
+            return
+        plan = self.plan(call)
+        calls, spec = self._calls[rank], all_reduce(call.dtype, call.numel)
+        if (spec, plan) not in calls:
+            with mock.patch.object(engine_module, "KernelLaunch", Recorder):
+                calls[spec, plan] = self.engines[rank].prepare(spec, plan, shape_id=len(calls) % MAX_SHAPES)
+        arena = self._base + self._offsets[rank]["arena"]
+        calls[spec, plan].launch((arena + x.start, arena + out.start), 0)
+
+    def plan(self, call: Call) -> Plan:
+        """The named algorithm or the engine's choice; one-shot where there are too few elements to stream."""
+        spec = all_reduce(call.dtype, call.numel)
+        try:
+            if call.algorithm in self.layout.regions:
+                return nvlink.plan_of(call.algorithm, call.block, spec, self.world_size, self.layout)
+            return self.engines[0].plan(spec)
+        except ValueError:
+            return nvlink.plan_of("one_shot", call.block, spec, self.world_size, self.layout)
+
+    def _run(self, seed: int, *, room: int = 0, jitter: float = 0.05, sleep: float = 0.001, patience: int = 400_000,
+             pokes: Sequence[tuple[int, int, int]] = ()) -> None:  # fmt: skip
+        slots = []
+        for rank, offsets in enumerate(self._offsets):
+            start, end = (self._base + offsets["staging"] + b for b in (HEADER_BYTES, self.layout.nbytes))
+            slots.append(struct.pack("QQII", start, end, rank, 0))
+        reports = [struct.pack("Q", self._base + offsets["report"]) for offsets in self._offsets]
+        chances = (int(jitter * 65536), int(sleep * 65536))
+        counts = (len(self._queue), len(slots), len(pokes), len(reports))
+        request = struct.pack("QQIIIIIIII", seed, patience, self.world_size, room or 64, *chances, *counts)
+        request += b"".join([*self._queue, *slots, *(struct.pack("QQII", *p, 0) for p in pokes), *reports])
+        self._queue.clear()
+        try:
+            self._process.stdin.write(request)
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            self._crash()
+        line = self._process.stdout.readline()
+        answer = json.loads(line) if line else self._crash()
+        if answer["status"] != "ok":
+            raise Failed(answer["status"], answer["text"])
+        if answer["reports"]:
+            raise Failed("race", self._log())
+        self.pushes += answer["pushes"]
+        self.switches += answer["switches"]
+
+    def check_slots(self) -> None:
+        """Every slot is empty."""
+        for rank, parts in enumerate(self._parts):
+            slots = parts["staging"][HEADER_BYTES:]
+            if slots.min() != 0xFF:
+                full = (slots.view(torch.int32) != -1).nonzero()
+                raise Failed("slots", f"rank {rank}: {len(full)} words left, the first at {int(full[0])}")
+
+    def check_reports(self) -> None:
+        """Nobody gave up, and all calls are over."""
+        for rank, parts in enumerate(self._parts):
+            if parts["report"].any() or parts["staging"][:4].any():
+                raise Failed("report", f"rank {rank} gave up: {self.report(rank)}")
+            if any((parts["local"][gap] != 0x5A).any() for gap in self._between):
+                raise Failed("guard", f"rank {rank} wrote beside its channels")
+            if len({int(parts["local"][count : count + 4].view(torch.int32)) for count in LocalState.COUNTS_AT}) > 1:
+                raise Failed("in flight", f"rank {rank} thinks that calls are still in flight")
+
+    def arena(self, rank: int) -> torch.Tensor:
+        return self._parts[rank]["arena"]
+
+    def report(self, rank: int) -> list[int]:
+        return self._parts[rank]["report"].view(torch.int32).tolist()
+
+    def staging(self, rank: int) -> torch.Tensor:
+        return self._parts[rank]["staging"]
+
+    def set_deadlines(self, deadline: int, grace: int | None = None) -> None:
+        """After how many steps of the driver, its nanoseconds, a wait ends; 0 for never. ``grace``: before ranks met."""
+        for parts in self._parts:
+            words = parts["local"][LocalState.DEADLINE_AT :][:16].view(torch.int64)
+            words.copy_(torch.tensor([deadline, deadline if grace is None else grace]))
+
+    def abort_word(self, rank: int) -> int:
+        """Address of the word that stops that rank's kernels, for pokes."""
+        return self._base + self._offsets[rank]["staging"]
+
+    def _log(self) -> str:
+        self._stderr.seek(0)
+        return self._stderr.read().decode(errors="replace")[:4000]
+
+    def _crash(self):
+        self._process.wait()
+        raise Failed("crash", f"exit status {self._process.returncode}\n{self._log()}")
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        self._process.stdin.close()
+        self._process.stdout.close()
+        self._stderr.close()
+        self._file.close()
+
+    def __enter__(self) -> World:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+
+def cramped(layout: Layout, world_size: int, under: str = "two_shot_wide") -> Layout:
+    """Room for two warps per launch, so that a few KB take many launches, and no byte between two algorithms.
+
+    Of a stream's buffers, those that may alias other slots alias the last ones of the algorithm ``under``.
+    """
+    regions, offset = {}, HEADER_BYTES
+    owners = [name for name in layout.regions if NVLINK_ALGORITHMS[name].shares_buffers_with not in layout.regions]
+    for owner in sorted(owners, key=lambda name: (NVLINK_ALGORITHMS[name].stream, name == under)):
+        algorithm = NVLINK_ALGORITHMS[owner]
+        capacity = 2 * WARP * algorithm.packets
+        buffer = (world_size - 1) * PACKET * capacity
+        offset -= algorithm.aliased_buffers * buffer
+        for name, region in layout.regions.items():
+            if owner in (name, NVLINK_ALGORITHMS[name].shares_buffers_with):
+                others = algorithm.buffers - NVLINK_ALGORITHMS[name].buffers
+                regions[name] = replace(region, offset=offset + others * buffer, capacity=capacity, channels=2)
+        offset += algorithm.buffers * buffer
+    return replace(layout, regions={name: regions[name] for name in layout.regions})
+
+
+def spread(layout: Layout) -> Layout:
+    """With ``GAP`` channels behind those of every region that are nobody's."""
+    firsts, total = {}, 0
+    for region in layout.regions.values():
+        if region.first_channel not in firsts:
+            firsts[region.first_channel] = total
+            total += region.channels + GAP
+    regions = {name: replace(r, first_channel=firsts[r.first_channel]) for name, r in layout.regions.items()}
+    return replace(layout, regions=regions, channels=total)
+
+
+class Recorder:
+    """In the place of ``driver.KernelLaunch``: puts a launch in the queue of the twin."""
+
+    def __init__(self, kernel, arguments, grid: int, block: int, pdl: bool = False):
+        self._queue, rank, number = kernel
+        (self._args,) = arguments
+        self._shape = struct.pack("IIIIII", rank, number, grid, block, pdl, 0)
+
+    def __call__(self, stream: int) -> None:
+        self._queue.append(self._shape + bytes(self._args))
