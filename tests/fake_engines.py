@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from types import SimpleNamespace
 from unittest import mock
 
@@ -136,7 +137,7 @@ def fake_gpus(group, machine="h200-x4", fails=None, change=lambda caps: caps):
     with ExitStack() as stack:
         for owner, name, value in (
             (ladder, "probe", lambda device: change(look(MACHINES[machine], rank))),
-            (ladder, "_engine", engine),
+            (ladder, "_engine_class", lambda row: partial(engine, row.path)),
             (nccl, "connect", lambda group, device, timeout_s: (FakeNccl(group), None)),
             (torch.cuda, "device", lambda device: nullcontext()),
             (torch.cuda, "synchronize", lambda *device: None),
