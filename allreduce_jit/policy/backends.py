@@ -87,8 +87,9 @@ class Backend:
     def _switched_off(self, group: Group) -> Reason | None:
         if self.switch is None:
             return None
-        field, _ = VARIABLES[self.switch]
-        return first_rank(group.settings, self._off, f"has {self.switch} off", lambda s: not getattr(s, field))
+        return first_rank(
+            group.settings, self._off, f"has {self.switch} off", lambda s: not getattr(s, VARIABLES[self.switch][0])
+        )
 
     def _path_forced(self, group: Group) -> Reason | None:
         """The first rank with the lowest choice, as that one counts; ``checks.kernels_allowed`` came before."""
@@ -125,3 +126,8 @@ def of(path: Path) -> Backend | None:
 def names() -> list[str]:
     """The paths with kernels, as users call them, the highest first."""
     return [row.path.value for row in BACKENDS]
+
+
+def wishes() -> list[str]:
+    """The fields of ``Settings`` that say which paths a rank wants."""
+    return ["path", *(VARIABLES[row.switch][0] for row in BACKENDS if row.switch)]

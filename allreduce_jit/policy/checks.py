@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import permutations
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-from ..machine.probe import Capabilities
 from ..settings import Settings
 from .verdict import CODES, Reason
+
+if TYPE_CHECKING:  # the command line's --help imports this module, and has no use for a probe
+    from ..machine.probe import Capabilities
 
 T = TypeVar("T")
 

@@ -74,7 +74,9 @@ def survey(
     """
     started = time.perf_counter()
     settings, problem = _settings()
-    choice = {"use_v2": settings.use_v2 if use_v2 is None else use_v2, "path": settings.path}
+    choice = {field: getattr(settings, field) for field in backends.wishes()}
+    if use_v2 is not None:
+        choice["use_v2"] = use_v2
     seen = probe(device)
     facts = {"capabilities": seen.to_json(), "staging_mb": settings.staging_mb, "tuning": settings.tuning}
     facts |= {"process": asdict(Process.own()), "tuned": None}  # all ranks send the same fields
