@@ -86,8 +86,8 @@ class Communicator:
         device: torch.device,
         *,
         deterministic: bool = False,
-        highest: Path = Path.V2,
-        lowest: Path = Path.LEGACY,
+        highest: Path | None = None,
+        lowest: Path | None = None,
         create_groups: bool = True,
         max_ctas: int | None = None,
     ):

@@ -14,12 +14,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from . import paths
 from .errors import SettingsError
 
 log = logging.getLogger("allreduce_jit")
 
 V2_SWITCH = "SGLANG_OPT_USE_CUSTOM_ALL_REDUCE_V2"
 PREFIX = "ALLREDUCE_JIT_"
+
+# Of ALLREDUCE_JIT_PATH: the highest rung to try; "auto" stands for the highest there is.
+PATHS = ("auto", *[path.short for path in paths.Path][1:])
 
 _TRUE = ("1", "true", "yes", "on")
 _FALSE = ("0", "false", "no", "off")
@@ -34,7 +38,7 @@ class Settings:
 
     Attributes:
         use_v2: the switch ``SGLANG_OPT_USE_CUSTOM_ALL_REDUCE_V2`` (default on).
-        path: highest rung of the ladder to try: ``auto``, ``legacy`` or ``torch``.
+        path: highest rung of the ladder to try, one of ``PATHS``: ``auto`` allows all of them.
         cache_dir: where cubins are kept; None: nowhere, as no home directory is known.
         timeout_s: seconds that a kernel waits for a peer before it gives up; 0 = for ever.
         first_timeout_s: the same in the first call of a shape, when peers may still compile or load a model.
@@ -120,10 +124,9 @@ def _bool(name: str, text: str) -> bool:
 
 
 def _path(name: str, text: str) -> str:
-    choices = ("auto", "legacy", "torch")
-    if text.strip().lower() in choices:
+    if text.strip().lower() in PATHS:
         return text.strip().lower()
-    raise SettingsError(f"{name}={text!r}: expected one of {', '.join(choices)}")
+    raise SettingsError(f"{name}={text!r}: expected one of {', '.join(PATHS)}")
 
 
 def _directory(name: str, text: str) -> Path:

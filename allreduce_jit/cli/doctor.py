@@ -12,18 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from ..harness import report
+from ..policy import backends
 from ..settings import PREFIX, V2_SWITCH, Settings, misread_switch
 
-KERNEL_PATHS = ("v2", "legacy")
 _MAX_RANKS = 8
 # Codes of reasons that are nobody's fault: the machine has nothing to reduce over, or the user wanted it so.
 _NO_HINDRANCE = ("cpu", "world-size-1", "path-forced")
-# What is imported beside torch: its distribution, and what a machine with GPUs cannot have without it.
-_NEEDED = {
-    "cuda.bindings": ("cuda-bindings", "no GPU path at all, all-reduces go to torch.distributed"),
-    "cuda.core": ("cuda-core", "V2 cannot compile its kernels"),
-    "triton": ("triton", "no legacy path, which is what runs where V2 cannot"),
-}
 _PROC_GPUS = Path("/proc/driver/nvidia/gpus")
 
 
@@ -35,7 +29,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def exit_code(document: dict[str, Any]) -> int:
-    runs_kernels = (document["verdict"] or {}).get("path") in KERNEL_PATHS
+    runs_kernels = (document["verdict"] or {}).get("path") in backends.names()
     harmless = runs_kernels or not document["gpu_present"] or not document["problems"]
     return 0 if harmless else 1
 
@@ -56,7 +50,7 @@ def examine(
     settings = look.attempt("settings", Settings.from_env)
     misread = misread_switch(os.environ)
     look.problems += [misread] if misread else []
-    look.problems += [f"{name} is not installed: {loss}" for module, (name, loss) in _NEEDED.items() if not _importable(module)]
+    look.problems += [f"{name} is not installed: {loss}" for module, name, loss in _needed() if not _importable(module)]
     visible = _visible() if gpu_count is None else gpu_count
     installed = len(list(proc_gpus.iterdir())) if proc_gpus.is_dir() else 0
     if installed and not visible:
@@ -77,6 +71,15 @@ def examine(
         "cache": cache,
         "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith(PREFIX) or k == V2_SWITCH},
     }
+
+
+def _needed() -> list[tuple[str, str, str]]:
+    """What is imported beside torch: the module, its distribution, and what a machine with GPUs cannot have without it."""
+    needed = [("cuda.bindings", "cuda-bindings", "no GPU path at all, all-reduces go to torch.distributed")]
+    for toolchain in dict.fromkeys(row.toolchain for row in backends.BACKENDS):
+        lost = ", ".join(row.path.value for row in backends.BACKENDS if row.toolchain is toolchain)
+        needed.append((toolchain.module, toolchain.distribution, f"nothing compiles the kernels of {lost}"))
+    return needed
 
 
 def _imported(module: str, name: str) -> Callable[..., Any]:
@@ -124,7 +127,7 @@ class _Look:
             return None
         path = report.word(found.path)
         reasons = [{"code": report.word(r.code), "text": r.text, "rank": r.rank} for r in found.reasons]
-        if path not in KERNEL_PATHS:
+        if path not in backends.names():
             hindrances = [reason for reason in reasons if reason["code"] not in _NO_HINDRANCE]
             self.problems += report.reasons(hindrances)
         return {"path": path, "backend": found.backend, "full_nvlink": found.full_nvlink, "reasons": reasons}
@@ -154,7 +157,7 @@ def render(document: dict[str, Any]) -> str:
     ranks = document["simulated_ranks"]
     who = f"{ranks} ranks, one per GPU" if ranks else "ranks on the CPU"
     if verdict:
-        kernels = f"{verdict['path']}, else " if verdict["path"] in KERNEL_PATHS else ""
+        kernels = f"{verdict['path']}, else " if verdict["path"] in backends.names() else ""
         lines.append(f"would run    {kernels}torch.distributed over {verdict['backend']}, for {who}")
         lines += [f"  because    {line}" for line in report.reasons(verdict["reasons"])]
     notes = dict.fromkeys(" ".join(note.split()) for facts in probes for note in facts.get("problems", ()))

@@ -14,6 +14,8 @@ from typing import Any
 
 from ..errors import AllReduceError, InputError, SettingsError
 from ..harness.report import parse_size, prepare_streams
+from ..policy import backends
+from ..policy.catalogue import WORLD_SIZES
 from ..settings import Settings
 
 PEERS = ("nccl", "nccl_symm", "torch_one_shot", "torch_two_shot", "sglang", "flashinfer")
@@ -115,7 +117,7 @@ def _soak_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seconds", type=_seconds, metavar="S", help="how long to go on at most")
     add("--max-bytes", type=_size(4), metavar="SIZE", help="largest tensor (default 1M, on the CPU 16K)")
     add("--seed", type=int, default=0, help="of sizes and inputs (default 0)")
-    add("--gemm", action="store_true", help="matrix products on another stream keep all multiprocessors busy")
+    add("--gemm", action="store_true", help="matrix products on another stream keep all SMs busy")
     add("--nccl", action="store_true", help="NCCL all-reduces on another stream and group alongside")
     add("--stalls", action="store_true", help="random pauses of hosts and devices")
 
@@ -144,10 +146,10 @@ def _bench_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _warmup_arguments(parser: argparse.ArgumentParser) -> None:
-    worlds = ["all", *map(str, range(2, 9))]
+    worlds = ["all", *map(str, WORLD_SIZES)]
     parser.add_argument("--world-size", choices=worlds, default="all", help="number of ranks (default all)")
     parser.add_argument("--arch", type=_arch, metavar="sm_90", help="to compile for (default: this machine's GPUs)")
-    parser.add_argument("--path", choices=["v2", "legacy", "all"], default="all", help="whose kernels (default all)")
+    parser.add_argument("--path", choices=[*backends.names(), "all"], default="all", help="whose kernels (default all)")
 
 
 def _rank_arguments(parser: argparse.ArgumentParser) -> None:

@@ -12,11 +12,9 @@ from typing import Any
 
 from ..errors import InputError
 from ..harness import report
-from ..policy import measured_tables
+from ..policy import backends, measured_tables
+from ..policy.catalogue import WORLD_SIZES
 from ..settings import Settings
-
-PATHS = ("v2", "legacy")
-WORLD_SIZES = tuple(range(2, 9))
 
 
 def run(
@@ -32,7 +30,7 @@ def run(
         catalogue, build = catalogue or real_catalogue, build or real_build
     cache = _open()
     archs = [args.arch] if args.arch else _archs()
-    paths = PATHS if args.path == "all" else (args.path,)
+    paths = backends.names() if args.path == "all" else (args.path,)
     sizes = WORLD_SIZES if args.world_size == "all" else (int(args.world_size),)
     specs = {spec.name: spec for path in paths for n in sizes for spec in catalogue(path, n)}
     start = time.perf_counter()

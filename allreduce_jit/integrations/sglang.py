@@ -15,8 +15,8 @@ import torch.distributed as dist
 
 from ..communicator import Communicator
 from ..inputs import as_device
+from ..paths import Path
 from ..policy.tables import NVLINK_TABLES, two_shot_above
-from ..policy.verdict import Path
 from ..setup.exchange import require_cpu_group
 from ..setup.ladder import survey, v2_is_on
 
@@ -109,7 +109,7 @@ class _CustomAllReduce:
         disabled: no kernel can run here; the log says why, once. All methods still work.
     """
 
-    _rung: Path
+    _rung: Path  # of the table of backends; no other one is built
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device | str | int, max_size: int | None = None):
         require_cpu_group(group)

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import enum
 from dataclasses import dataclass
 
+from ..paths import Path
 from ..settings import V2_SWITCH
 
 # Every code a Reason may carry; codes are stable, texts are not.
 CODES = {
     "full-nvlink": "V2 is possible: NVLink and peer access between all GPUs of the group",
     "world-size-1": "one rank: the all-reduce is the identity",
-    "path-forced": "ALLREDUCE_JIT_PATH on some rank allows nothing higher",
-    "v2-switched-off": f"{V2_SWITCH} is off on some rank",
+    "path-forced": "ALLREDUCE_JIT_PATH on some rank, or the caller, allows nothing higher",
+    "v2-switched-off": f"{V2_SWITCH} is off on some rank, or the caller wants no V2",
     "spans-nodes": "the group spans machines, or some rank cannot tell its own: there NCCL is the engine",
     "cpu": "a rank's device is the CPU",
     "rocm": "torch was built for ROCm",
@@ -39,17 +39,6 @@ CODES = {
 }
 
 
-class Path(str, enum.Enum):
-    """A rung of the ladder."""
-
-    V2 = "v2"
-    LEGACY = "legacy"
-    TORCH = "torch.distributed"
-
-    def __str__(self) -> str:  # Python 3.12 changed what a mixed-in str prints
-        return self.value
-
-
 @dataclass(frozen=True)
 class Reason:
     """Why a rung was taken or left: a stable ``code`` of ``CODES``, a sentence, and the rank that caused it."""
@@ -70,7 +59,7 @@ class Verdict:
     Attributes:
         path: the highest rung that every rank can take.
         reasons: one per step down, highest first (one alone where it rules out all kernels);
-            for V2 the one that says why it is possible.
+            for the highest rung the one that says why it is possible.
         full_nvlink: None where the path is torch.distributed, else whether all pairs have NVLink.
         backend: what torch.distributed uses for calls that no kernel takes: ``nccl`` or ``gloo``.
     """

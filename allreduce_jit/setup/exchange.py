@@ -96,6 +96,18 @@ def all_gather_json(group: Any, payload: Any, timeout_s: float = TIMEOUT_S) -> l
     return [_parse(rank, part) for rank, part in enumerate(parts)]
 
 
+def all_gather_fields(group: Any, payload: dict[str, object], timeout_s: float) -> list[dict]:
+    """As ``all_gather_json``, of objects: each with the fields of ours, or it is an ``InputError``."""
+    answers = all_gather_json(group, payload, timeout_s)
+    for rank, answer in enumerate(answers):
+        if not isinstance(answer, dict) or answer.keys() != payload.keys():
+            raise InputError(
+                f"rank {rank} takes part in another exchange than this one ({', '.join(payload)}): "
+                "do all ranks run the same version and make the same calls?"
+            )
+    return answers
+
+
 def _parse(rank: int, part: bytes) -> Any:
     try:
         return json.loads(part)

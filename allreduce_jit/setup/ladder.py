@@ -1,30 +1,39 @@
-"""From a group to the best engine that all of its ranks could build, one agreed step at a time.
+"""From a group to the best engine that all of its ranks could build: down the table of backends, together.
 
-Every exchange goes over the CPU group and every rank takes part in each, whatever went wrong on it: a rank
-that failed says so instead of leaving the others waiting, and all step down together.
+Every exchange goes over the CPU group and every rank takes part in each, whatever went wrong on it.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
+import pkgutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
-from ..errors import CommunicatorFailed, InputError, SettingsError
+from ..errors import InputError, SettingsError
 from ..machine.probe import Capabilities, probe
 from ..machine.watcher import Process
-from ..policy import measured_tables
+from ..paths import Path
+from ..policy import backends, measured_tables
+from ..policy.backends import Backend
 from ..policy.catalogue import WORLD_SIZES
 from ..policy.dispatch import decide
+from ..policy.operation import ALL_REDUCE, OpSpec
 from ..policy.tables import Bands
-from ..policy.verdict import Path, Reason, Verdict
+from ..policy.verdict import Reason, Verdict
 from ..settings import Settings
 from ..version import __version__
-from .exchange import all_gather_json
+from .exchange import all_gather_fields
+from .stages import Stages, StepDown
+
+if TYPE_CHECKING:
+    from ..engine.base import EngineConfig
 
 log = logging.getLogger("allreduce_jit")
 
@@ -33,6 +42,7 @@ log = logging.getLogger("allreduce_jit")
 class Ladder:
     """What was agreed: the engine (None = torch.distributed), why, and how long each stage took in seconds.
 
+    ``wishes``: what each rank's environment says of paths, nothing else of it.
     ``processes``: each rank's own account of which process it is, for ``watcher.watch``.
     ``tuned``: V2's tables per dtype as measured on this machine, ``tuning`` the file they are from; None = the
     package's.
@@ -42,17 +52,11 @@ class Ladder:
     capabilities: list[Capabilities]
     settings: Settings
     processes: list[Process]
+    wishes: list[Settings]
     tuned: Mapping[str, Bands] | None = None
     tuning: str | None = None
     engine: object | None = None
     timings: dict[str, float] = field(default_factory=dict)
-
-
-class StepDown(Exception):
-    """Some rank could not go on; all ranks hold the same reason."""
-
-    def __init__(self, reason: Reason):
-        self.reason = reason
 
 
 def survey(
@@ -71,14 +75,16 @@ def survey(
     """
     started = time.perf_counter()
     settings, problem = _settings()
-    choice = {"use_v2": settings.use_v2 if use_v2 is None else use_v2, "path": settings.path}
+    choice = {field: getattr(settings, field) for field in backends.wishes()}
+    if use_v2 is not None:
+        choice["use_v2"] = use_v2
     seen = probe(device)
     facts = {"capabilities": seen.to_json(), "staging_mb": settings.staging_mb, "tuning": settings.tuning}
     facts |= {"process": asdict(Process.own()), "tuned": None}  # all ranks send the same fields
     if dist.get_rank(group) == 0 and settings.tuning:
         facts["tuned"] = measured_tables.load(settings.cache_dir, measured_tables.fingerprint(seen, dist.get_world_size(group)))
     payload = {"problem": problem, "request": request, "choice": choice, **facts}
-    answers = _exchange(group, payload, settings.setup_timeout_s)
+    answers = all_gather_fields(group, payload, settings.setup_timeout_s)
     _raise_first_problem(answers)
     for rank, answer in enumerate(answers):
         if answer["request"] != answers[0]["request"]:
@@ -89,8 +95,9 @@ def survey(
     # Every address and every plan follows from it.
     settings = replace(settings, staging_mb=min(staging_mb))
     caps = list(caps)
-    verdict = decide(caps, list(choices), WORLD_SIZES)
-    ladder = Ladder(verdict, caps, settings, list(processes), *_tuned(answers))
+    wishes = list(choices)
+    verdict = decide(caps, wishes, WORLD_SIZES)
+    ladder = Ladder(verdict, caps, settings, list(processes), wishes, *_tuned(answers))
     ladder.timings["probe_s"] = time.perf_counter() - started
     return ladder
 
@@ -109,7 +116,7 @@ def _tuned(answers: list[dict]) -> tuple[dict[str, Bands] | None, str | None]:
 def v2_is_on(group: dist.ProcessGroup) -> bool:
     """Whether the environment of no rank switches V2 off. Collective; raises as ``survey`` does."""
     settings, problem = _settings()
-    answers = _exchange(group, {"problem": problem, "use_v2": settings.use_v2}, settings.setup_timeout_s)
+    answers = all_gather_fields(group, {"problem": problem, "use_v2": settings.use_v2}, settings.setup_timeout_s)
     _raise_first_problem(answers)
     return all(answer["use_v2"] for answer in answers)
 
@@ -120,18 +127,6 @@ def _settings() -> tuple[Settings, str | None]:
         return Settings.from_env(), None
     except Exception as e:  # noqa: BLE001 - whatever it is, the peers must hear of it
         return Settings(), str(e) or repr(e)
-
-
-def _exchange(group: dist.ProcessGroup, payload: dict[str, object], timeout_s: float) -> list[dict]:
-    """All ranks' payloads, each with the fields of ours."""
-    answers = all_gather_json(group, payload, timeout_s)
-    for rank, answer in enumerate(answers):
-        if not isinstance(answer, dict) or answer.keys() != payload.keys():
-            raise InputError(
-                f"rank {rank} takes part in another exchange than this one ({', '.join(payload)}): "
-                "do all ranks run the same version and make the same calls?"
-            )
-    return answers
 
 
 def _read(rank: int, answer: dict) -> tuple[Capabilities, Settings, int, Process]:
@@ -153,116 +148,56 @@ def climb(
     group: dist.ProcessGroup,
     device: torch.device,
     deterministic: bool = False,
-    highest: Path = Path.V2,
-    lowest: Path = Path.LEGACY,
+    highest: Path | None = None,
+    lowest: Path | None = None,
     max_ctas: int | None = None,
     tables: Mapping[str, Bands] | None = None,
+    families: Sequence[OpSpec] = ALL_REDUCE,
 ) -> Ladder:
     """Survey, then build the highest rung that every rank can build and verify.
 
     Args:
-        highest: no rung above it is tried.
-        lowest: below it there is torch.distributed alone.
+        highest: no rung above it is tried; None: all may be.
+        lowest: below it there is torch.distributed alone; None: the lowest there is.
         max_ctas: blocks that V2 may occupy at once; such a communicator has a table of its own.
         tables: V2's per dtype, instead of what was measured; the same on all ranks.
+        families: of the calls whose kernels are built.
     """
+    rows = [row.path for row in backends.BACKENDS]
+    highest, lowest = highest or rows[0], lowest or rows[-1]
     # Another version may lay its memory out otherwise.
     request = {"package": __version__, "deterministic": deterministic, "highest": highest, "lowest": lowest, "max_ctas": max_ctas}
+    request["families"] = [asdict(family) for family in families]
     ladder = survey(group, device, request=request)
     if tables is not None or max_ctas is not None:
         ladder.tuned, ladder.tuning = tables, None
-    verdict = ladder.verdict
-    if verdict.path is Path.V2 and highest is not Path.V2:
-        verdict = _lower(ladder, verdict, Reason("v2-switched-off", "the caller asked for the legacy kernels"))
-    while verdict.path is not Path.TORCH:
-        if verdict.path is Path.LEGACY and lowest is Path.V2:
-            verdict = replace(verdict, path=Path.TORCH, full_nvlink=None)
+    stages = Stages(group, device, ladder.settings.cache_dir, ladder.settings.setup_timeout_s, ladder.timings)
+    left: dict[Path, Reason] = {}
+    while (row := backends.of(ladder.verdict.path)) is not None:
+        if rows.index(row.path) > rows.index(lowest):
+            ladder.verdict = replace(ladder.verdict, path=Path.TORCH, full_nvlink=None)
             break
-        try:
-            ladder.engine = _build(group, device, deterministic, max_ctas, ladder, verdict.path)
-            break
-        except StepDown as step:
-            verdict = _lower(ladder, verdict, step.reason)
-    ladder.verdict = verdict
+        if rows.index(row.path) < rows.index(highest):
+            left[row.path] = row.unwanted(f"the caller asked for the {highest} kernels")
+        else:
+            construct = functools.partial(_construct, row, dist.get_rank(group), device, deterministic, max_ctas, ladder)
+            try:
+                ladder.engine = stages.build_engine(construct, families)
+                break
+            except StepDown as step:
+                left[row.path] = step.reason
+        ladder.verdict = decide(ladder.capabilities, ladder.wishes, WORLD_SIZES, left=left)
     ladder.timings["total_s"] = sum(ladder.timings.values())
     return ladder
 
 
-def _lower(ladder: Ladder, verdict: Verdict, reason: Reason) -> Verdict:
-    """The rung below, with ``reason`` for leaving this one."""
-    if verdict.path is Path.LEGACY:
-        return replace(verdict, path=Path.TORCH, reasons=(*verdict.reasons, reason), full_nvlink=None)
-    without_v2 = [Settings(use_v2=False)] * len(ladder.capabilities)
-    below = decide(ladder.capabilities, without_v2, WORLD_SIZES)
-    # It names the switch, which stands in for the failure here.
-    reasons = (reason, *(r for r in below.reasons if r.code != "v2-switched-off"))
-    return replace(below, reasons=reasons)
-
-
-def _build(group, device: torch.device, deterministic: bool, max_ctas: int | None, ladder: Ladder, path: Path):
-    """One rung in agreed stages: kernels, memory, mapping, verified traffic."""
-    rank = dist.get_rank(group)
-    engine = None
-
-    def compile_share():
-        nonlocal engine
-        from ..jit.cache import KernelCache
-
-        engine = _engine(path, _config(rank, device, deterministic, max_ctas, ladder))
-        return engine.compile(KernelCache(ladder.settings.cache_dir))
-
-    def allocate():
-        engine.load(shares)
-        return engine.allocate()
-
-    try:
-        shares = _stage(group, ladder, "build_s", "build-failed", compile_share, device)
-        handles = _stage(group, ladder, "build_s", "build-failed", allocate, device)
-        _stage(group, ladder, "map_s", "map-failed", lambda: engine.connect(handles), device)
-        _stage(group, ladder, "verify_s", "verify-failed", lambda: engine.verify(), device)
-    except BaseException:
-        if engine is not None:
-            _close(engine, device)
-        raise
-    return engine
-
-
-def _close(engine, device: torch.device) -> None:
-    """Never raises: this rank still has to take the next rung with the others."""
-    try:
-        with torch.cuda.device(device):
-            engine.close()
-    except Exception as e:  # noqa: BLE001
-        log.warning("%s: could not release everything: %s: %s", device, type(e).__name__, e)
-
-
-def _stage(group, ladder: Ladder, timing: str, code: str, work: Callable[[], object], device: torch.device) -> list:
-    """Run ``work`` on every rank; returns all results, or raises the same ``StepDown`` everywhere."""
-    started = time.perf_counter()
-    result = problem = None
-    waited = False
-    try:
-        # Whatever device the caller has made the default one, what engines check against is on the CPU.
-        with torch.cuda.device(device), torch.device("cpu"):
-            result = work()
-    except Exception as e:  # noqa: BLE001 - whatever it is, the peers must hear of it
-        problem, waited = f"{type(e).__name__}: {e}", isinstance(e, CommunicatorFailed)
-    payload = {"problem": problem, "waited": waited, "result": result}
-    answers = _exchange(group, payload, ladder.settings.setup_timeout_s)
-    ladder.timings[timing] = ladder.timings.get(timing, 0.0) + time.perf_counter() - started
-    failed = [rank for rank, answer in enumerate(answers) if answer["problem"]]
-    if failed:
-        cause = min(failed, key=lambda rank: bool(answers[rank]["waited"]))  # who waited in vain is not to blame
-        raise StepDown(Reason(code, f"rank {cause}: {answers[cause]['problem']}", cause))
-    return [answer["result"] for answer in answers]
-
-
-def _config(rank: int, device: torch.device, deterministic: bool, max_ctas: int | None, ladder: Ladder):
+def _construct(row: Backend, rank: int, device: torch.device, deterministic: bool, max_ctas: int | None, ladder: Ladder) -> Any:
+    """This rank's engine."""
     from ..engine.base import EngineConfig
 
     gpus = [c.gpu for c in ladder.capabilities]
     major, minor = gpus[rank].compute_capability
-    return EngineConfig(
+    config = EngineConfig(
         rank=rank,
         world_size=len(gpus),
         device=device,
@@ -273,13 +208,9 @@ def _config(rank: int, device: torch.device, deterministic: bool, max_ctas: int 
         max_ctas=max_ctas,
         tuned=ladder.tuned,
     )
+    return _engine_class(row)(config)
 
 
-def _engine(path: Path, config):
-    if path is Path.V2:
-        from ..engine.nvlink import NvlinkEngine
-
-        return NvlinkEngine(config)
-    from ..engine.p2p import P2PEngine
-
-    return P2PEngine(config)
+def _engine_class(row: Backend) -> Callable[[EngineConfig], Any]:
+    """Imported here, of the row that was chosen alone."""
+    return pkgutil.resolve_name(row.engine)

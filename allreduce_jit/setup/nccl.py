@@ -45,7 +45,7 @@ def connect(group: dist.ProcessGroup, device: torch.device, timeout_s: float) ->
 
 
 def _lacking(device: torch.device) -> str | None:
-    """What this rank can say without the others: to wait for one that cannot begin would be in vain."""
+    """Why this rank cannot even begin; asked first, so that none waits for it in NCCL."""
     if not dist.is_nccl_available():
         return "this torch has no NCCL"
     try:

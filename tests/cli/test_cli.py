@@ -649,7 +649,8 @@ class TestDoctor:
     def test_what_is_missing_is_told_with_what_it_costs(self, module, monkeypatch):
         monkeypatch.setattr(doctor, "_importable", lambda name: name != module)
         (problem,) = self.examine("torch.distributed", gpus=0, code="cpu")["problems"]
-        lost = {"cuda.bindings": "no GPU path at all", "cuda.core": "V2 cannot compile", "triton": "no legacy path"}
+        lost = {"cuda.bindings": "no GPU path at all", "cuda.core": "nothing compiles the kernels of v2"}
+        lost["triton"] = "nothing compiles the kernels of legacy"
         assert problem.startswith(f"{module.replace('.', '-')} is not installed: {lost[module]}")
 
     def test_importable(self):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from types import SimpleNamespace
 from unittest import mock
 
@@ -31,6 +32,7 @@ class FakeEngine:
     def __init__(self, path, config, group, fails):
         self.path, self.config, self.group, self.fails = path, config, group, fails
         self.events: list[str] = []
+        self.families = []
         self.sums = 0
         self.hands_over = not config.deterministic
         self.dead = []
@@ -46,13 +48,14 @@ class FakeEngine:
     def closed(self):
         return self.events.count("close")
 
-    def compile(self, cache):
+    def compile(self, cache, families):
         self._stage("compile")
         return [f"kernel {self.config.rank}"]
 
-    def load(self, shares):
+    def load(self, shares, families):
         assert shares == [[f"kernel {rank}"] for rank in range(self.config.world_size)]
         self._stage("load")
+        self.families += families
 
     def allocate(self):
         self._stage("allocate")
@@ -63,7 +66,7 @@ class FakeEngine:
         assert handles == [f"{self.path} of {rank}" for rank in range(self.config.world_size)]
         self._stage("connect")
 
-    def verify(self):
+    def verify(self, families):
         self._stage("verify")
 
     def close(self):
@@ -85,7 +88,7 @@ class FakeEngine:
         return Plan(self.path, algorithm, 1, 32, spec.numel)
 
     def takes(self, spec):
-        return spec.family in ALL_REDUCE and self.plan(spec).path == self.path
+        return spec.family in (self.families or ALL_REDUCE) and self.plan(spec).path == self.path
 
     def prepared(self, spec):
         return self.all_reduce
@@ -137,7 +140,7 @@ def fake_gpus(group, machine="h200-x4", fails=None, change=lambda caps: caps):
     with ExitStack() as stack:
         for owner, name, value in (
             (ladder, "probe", lambda device: change(look(MACHINES[machine], rank))),
-            (ladder, "_engine", engine),
+            (ladder, "_engine_class", lambda row: partial(engine, row.path)),
             (nccl, "connect", lambda group, device, timeout_s: (FakeNccl(group), None)),
             (torch.cuda, "device", lambda device: nullcontext()),
             (torch.cuda, "synchronize", lambda *device: None),

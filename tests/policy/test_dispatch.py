@@ -14,7 +14,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from allreduce_jit.errors import InputError
-from allreduce_jit.policy import dispatch
+from allreduce_jit.policy import checks
 from allreduce_jit.policy.dispatch import apply_multi_node_policy, decide
 from allreduce_jit.policy.verdict import CODES, Path, Reason, Verdict
 from allreduce_jit.settings import V2_SWITCH, Settings
@@ -114,12 +114,12 @@ def test_one_direction_of_one_pair_is_enough_to_step_down(rank, peer, value):
 
 
 def test_planted_one_directional_check_would_be_noticed(monkeypatch):
-    monkeypatch.setattr(dispatch, "permutations", itertools.combinations)
+    monkeypatch.setattr(checks, "permutations", itertools.combinations)
     assert judge(with_link(NVLINK, 3, 0, nvlink=False)).path is Path.V2
 
 
 def test_planted_optimism_about_the_unknown_would_be_noticed(monkeypatch):
-    monkeypatch.setattr(dispatch, "_lacking", lambda caps, fact: [])
+    monkeypatch.setattr(checks, "_lacking", lambda caps, fact: [])
     for name in ("ray-h100-x4-nvml-missing", "l40s-x4-vm", "rtx3090-x4-two-bridges"):
         found = judge(look_all(MACHINES[name]))
         assert found.path.value != MACHINES[name]["expect"]["path"]

@@ -12,9 +12,11 @@ from helpers.fake_engines import STAGES, fake_gpus, raised, suite
 
 from allreduce_jit.errors import InputError, PeerTimeout, SettingsError
 from allreduce_jit.harness import ranks
-from allreduce_jit.policy.verdict import Path
+from allreduce_jit.policy.operation import ALL_REDUCE, OpSpec
+from allreduce_jit.policy.verdict import Path, Reason
 from allreduce_jit.setup import ladder
 from allreduce_jit.setup.ladder import climb
+from allreduce_jit.setup.stages import Stages, StepDown
 
 CPU = torch.device("cpu")
 CODES = dict.fromkeys(("construct", "compile", "load", "allocate"), "build-failed") | {
@@ -179,6 +181,26 @@ def what_has_to_be_the_same_on_all_ranks(place):
         assert not built
 
 
+def kernels_of_a_live_engine(place):
+    """What is built later is agreed as at first, and leaves the engine open if it fails, with one reason on all ranks."""
+    with fake_gpus(place.control) as built:
+        found = climb(place.control, CPU)
+        agree = Stages(place.control, CPU, None, 60.0, found.timings)
+        seconds = dict(found.timings)
+        more = [OpSpec("all_reduce", "float8_e4m3fn")]
+        agree.build_kernels(found.engine, more)
+        assert found.engine.families == [*ALL_REDUCE, *more]
+        mine = more if place.rank == 1 else ALL_REDUCE
+        raised(InputError, lambda: agree.build_kernels(found.engine, mine), "rank 1 asks for the kernels of", "float8_e4m3fn")
+        assert found.engine.events == [*STAGES, "compile", "load", "verify"]
+        assert {name for name in seconds if found.timings[name] > seconds[name]} == {"build_s", "verify_s"}
+        for stage in ("compile", "load", "verify"):
+            found.engine.fails = where(place, {2}, ("v2", stage))
+            step = raised(StepDown, lambda: agree.build_kernels(found.engine, more))
+            assert step.reason == Reason(CODES[stage], "rank 2: RuntimeError: planted", 2)
+    assert built == [found.engine] and not found.engine.closed
+
+
 def settings(place):
     for name, value, words in (
         ("ALLREDUCE_JIT_TIMEOUT", "soon", ("ALLREDUCE_JIT_TIMEOUT='soon'", "seconds")),
@@ -233,6 +255,7 @@ CASES = [
     a_close_that_fails_leaves_nobody_alone,
     only_one_rung_is_wanted,
     what_has_to_be_the_same_on_all_ranks,
+    kernels_of_a_live_engine,
     settings,
     without_gpus,
     interrupted_everywhere,
