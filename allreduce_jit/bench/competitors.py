@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from ..engine import reference
 from ..harness.place import NO_MULTICAST, Place
+from ..torch_private import backend_of, symmetric_memory
 
 _T = TypeVar("_T")
 _TRIAL_NUMEL = 1 << 14
@@ -84,7 +85,7 @@ class NcclSymmetric(Nccl):
     def allocate(self, count: int, nbytes: int) -> list[torch.Tensor]:
         # Registration needs a communicator, and NCCL makes it at the first collective.
         dist.all_reduce(torch.ones(1, device=self.place.device))
-        self.backend = dist.group.WORLD._get_backend(self.place.device)
+        self.backend = backend_of(dist.group.WORLD, self.place.device)
         if not hasattr(self.backend, "register_mem_pool"):
             raise Unavailable("this torch cannot register memory pools with NCCL")
         self.pool = torch.cuda.MemPool(self.backend.mem_allocator)
@@ -105,8 +106,9 @@ class TorchOneShot(Peer):
     name = "torch_one_shot"
 
     def allocate(self, count: int, nbytes: int) -> list[torch.Tensor]:
-        from torch.distributed import _symmetric_memory as symmetric
-
+        symmetric = symmetric_memory()
+        if symmetric is None:
+            raise Unavailable("this torch has no symmetric memory")
         buffers = [symmetric.empty(nbytes, dtype=torch.uint8, device=self.place.device) for _ in range(count)]
         for buffer in buffers:
             symmetric.rendezvous(buffer, dist.group.WORLD.group_name)

@@ -30,6 +30,7 @@ from ..engine import reference
 from ..errors import AllReduceError, InputError
 from ..harness import report
 from ..harness.place import Place
+from ..torch_private import keep_gpu_busy
 
 MODULUS = 17
 LARGEST_SUM = 256  # integers up to it are exact in bf16
@@ -312,7 +313,7 @@ class _Soak:
                 few.turn(self.plain)
             self.place.synchronize()
             if self.on_gpu:
-                torch.cuda._sleep(_SLEEP_CYCLES)
+                keep_gpu_busy(_SLEEP_CYCLES)
             for _ in range(self.timed):
                 few.turn(partial(self.mark, marks))
         if number == 1:
@@ -373,7 +374,7 @@ class _Soak:
         if self.options.stalls and self.private.random() < 0.005:
             self.stalls += 1
             if self.on_gpu:
-                torch.cuda._sleep(int(10 ** self.private.uniform(3, 6)))  # up to half a millisecond
+                keep_gpu_busy(int(10 ** self.private.uniform(3, 6)))  # up to half a millisecond
             else:
                 self.host_stall(1.0)
         call()

@@ -22,6 +22,7 @@ from ..policy.catalogue import DTYPES, KernelSpec, catalogue
 from ..policy.plan import PACKET, Layout, Plan
 from ..policy.tables import Bands
 from ..settings import Settings
+from ..torch_private import current_raw_stream, stream_is_capturing
 from .driver import Launch, failure, load_module
 from .failure import SIGNATURES, SIGNATURES_AT, Kind, abort_code, explain, heard, last_signed
 from .graph_cache import GraphCache, replayed
@@ -36,9 +37,6 @@ VERIFY_SECONDS = 10.0
 # like earlier ones in all else. The driver gives no memory there.
 NO_ADDRESS = 1 << 32
 MAX_SHAPES = 4096  # Control.met of staging.cuh
-# Not a stream object: that takes longer to make than the rest of a call's preparation.
-_current_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
-_capturing = getattr(torch._C, "_cuda_isCurrentStreamCapturing", None)
 
 
 @dataclass(frozen=True)
@@ -103,7 +101,7 @@ class Prepared:
         engine = self.engine
         if engine._stopped or engine.state.words[0]:
             engine._refuse()
-        stream = _current_stream(engine._raw_device)
+        stream = current_raw_stream(engine._raw_device)
         call = self.step, x.data_ptr(), out.data_ptr()
         if call[1] < NO_ADDRESS or call[2] < NO_ADDRESS:
             raise_no_memory(x, out, engine.config.rank)
@@ -111,7 +109,7 @@ class Prepared:
         try:  # a with statement takes twice as long
             lock.acquire()
             # The default stream is never captured; asking costs as much as all of these lines.
-            if stream and _capturing():
+            if stream and stream_is_capturing():
                 order.enter_captured(stream)
                 self.step.fire(call[1], call[2], stream)
                 return
@@ -310,7 +308,7 @@ class KernelEngine:
     def run(self, plan: Plan, x: torch.Tensor, out: torch.Tensor) -> None:
         """Launch ``plan`` on the current stream, whatever the tables would have picked. The current device is this engine's."""
         step = self._step(plan, x.numel(), x.dtype, config=0)
-        step.fire(x.data_ptr(), out.data_ptr(), _current_stream(self._raw_device))
+        step.fire(x.data_ptr(), out.data_ptr(), current_raw_stream(self._raw_device))
 
     def _register(self, spec: KernelSpec, entry: str, artifact: Artifact, kernel) -> None:
         raise NotImplementedError
