@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from ..errors import CommunicatorFailed, InputError, SettingsError
 from ..machine.probe import Capabilities, probe
-from ..machine.watcher import Process
+from ..machine.process import Process
 from ..policy import measured_tables
 from ..policy.catalogue import WORLD_SIZES
 from ..policy.dispatch import decide
