@@ -23,6 +23,7 @@ from .setup import groups
 from .setup.exchange import require_cpu_group, require_group
 from .setup.ladder import climb
 from .setup.service import release, torch_engine, watch_peers
+from .torch_private import current_device
 
 if TYPE_CHECKING:
     from .engine.protocol import Engine
@@ -32,7 +33,6 @@ log = logging.getLogger("allreduce_jit")
 LOCAL_CLOSE_S = 3.0
 _STRIDED = torch.strided
 _Tensor = torch.Tensor
-_current_device = getattr(torch._C, "_cuda_getDevice", None)  # without the check whether CUDA was set up
 
 
 def init(
@@ -93,7 +93,7 @@ class Communicator:
     ):
         self.device = device
         self._index = index = -1 if device.type == "cpu" else device.index  # as Tensor.get_device has it
-        self._current = _current_device if device.type == "cuda" and torch.cuda.is_available() else lambda: index
+        self._current = current_device if device.type == "cuda" and torch.cuda.is_available() else lambda: index
         self.deterministic = deterministic
         self.rank = dist.get_rank(group)
         self.world_size = dist.get_world_size(group)

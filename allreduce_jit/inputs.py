@@ -9,25 +9,7 @@ from typing import NoReturn
 import torch
 
 from .errors import InputError, InputTypeError
-
-
-def _tensor_guards() -> type | None:
-    """What torch compares tensors with in one call, for its compiler; None where it is not there, or not what it was.
-
-    It is no public name: so it is held against what is relied upon.
-    """
-    try:
-        guards = torch._C._dynamo.guards.TensorGuards
-        x = torch.empty(2, 3)
-        check = guards(x, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
-        unlike = (x.double(), x[:1], x.view(3, 2), x.view(6), torch.empty(3, 2).t(), x.to("meta"), torch._neg_view(x),
-                  torch.empty(2, 3, requires_grad=True))  # fmt: skip
-        return guards if check(x) and check(torch.empty(2, 3)) and not any(map(check, unlike)) else None
-    except Exception:  # noqa: BLE001 - no public names: whatever has become of them
-        return None
-
-
-_Guards = _tensor_guards()
+from .torch_private import quick_empty, tensor_check, without_overrides
 
 
 def never_matches(x: torch.Tensor) -> bool:
@@ -69,7 +51,7 @@ def memory_problem(x: torch.Tensor) -> str | None:
     if x.numel() == 0:
         return None
     try:
-        with torch._C.DisableTorchFunctionSubclass():  # the tensor itself, whatever its class makes of it
+        with without_overrides():
             storage = x.untyped_storage()
             if storage.device != x.device:
                 return f"a {type(x).__name__} whose storage is on {storage.device}: it has no data"
@@ -136,28 +118,14 @@ def tensor_guard(x: torch.Tensor) -> Callable[[torch.Tensor], bool]:
 
     A no may be wrong (in another inference mode), a yes is not.
     """
-    if _Guards is None or x.requires_grad or not plain(x):
+    if tensor_check is None or x.requires_grad or not plain(x):
         return never_matches
-    return _Guards(x, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
-
-
-@functools.cache
-def _quick_empty(kind: str) -> Callable[..., torch.Tensor] | None:
-    """What torch's compiled code calls to make a tensor on the current device of that kind, quicker than ``torch.empty_like``.
-
-    It is no public name either; None where what it makes is not what is relied upon.
-    """
-    try:
-        quick = getattr(torch._C._dynamo.guards, f"_empty_strided_{kind}")
-        alike, made = tensor_guard(torch.empty(2, 3, dtype=torch.bfloat16, device=kind)), quick((2, 3), (3, 1), torch.bfloat16)
-        return quick if plain(made) and alike(made) else None
-    except Exception:  # noqa: BLE001 - no public names: whatever has become of them
-        return None
+    return tensor_check(x)
 
 
 def maker(x: torch.Tensor) -> Callable[[], torch.Tensor]:
     """Makes uninitialised tensors with the shape, strides and dtype of ``x``, which is contiguous and on the current device."""
-    quick = _quick_empty(x.device.type)
+    quick = quick_empty(x.device.type)
     if quick is None:
         return functools.partial(torch.empty, x.shape, dtype=x.dtype, device=x.device)
     return functools.partial(quick, tuple(x.shape), x.stride(), x.dtype)

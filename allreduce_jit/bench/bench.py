@@ -1,4 +1,4 @@
-"""``allreduce-jit bench``: nccl-tests' table for our all-reduce, with its competitors to the right."""
+"""``allreduce-jit bench``: measure our all-reduce and its competitors, row by row."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -18,18 +19,19 @@ from ..errors import InputError
 from ..harness import ranks, report
 from ..harness.place import Place
 from . import html, speed_of_light, timing
-from .competitors import Peer, Unavailable, agreed, open_peers
+from .competitors import Competitor, agreed, open_competitors, require_right_sums
+from .table import render
 
 DTYPES = {"float": torch.float32, "half": torch.float16, "bfloat16": torch.bfloat16}
 _EVER_NEW = "ever_new", "ever_new_with_out"  # fields of a row
 EVER_NEW_UP_TO = 1 << 20  # bytes: beyond, the GPU is waited for
 ALIGNED = 256  # elements
-_TURNS = 3  # at everybody, one after the other: what drifts during a row drifts for all
+_TURNS = 3  # of us and each competitor: what drifts during a row drifts for all
 
 
 @dataclass(frozen=True)
 class Options:
-    """What to measure; ``mode`` is ``graph``, ``eager`` or ``both``, ``max_bytes`` None = by device."""
+    """What to measure; ``mode`` is ``graph``, ``eager`` or ``both``, ``max_bytes`` None = by device, ``peers`` the competitors."""
 
     min_bytes: int
     max_bytes: int | None
@@ -45,7 +47,8 @@ class Options:
 
     def sizes(self, device: torch.device) -> list[int]:
         """Bytes of every row: whole elements, growing by ``factor``."""
-        found, size = [], max(1, self.min_bytes)
+        found: list[int] = []
+        size = max(1, self.min_bytes)
         itemsize = DTYPES[self.dtype].itemsize
         last = self.max_bytes if self.max_bytes is not None else (64 if device.type == "cuda" else 1) << 20
         while size <= last or not found:
@@ -132,7 +135,7 @@ def work(place: Place, options: Options, init: Callable[..., Any] | None) -> dic
             "unit": "µs per call: p50 and p99 over bursts on each rank, then the slowest rank; 1 GB = 1e9 bytes",
             "multicast": "off",
             "floor": light.to_json() if light else {"reason": no_light},
-            "peers": {peer.name: None for peer in bench.peers} | bench.missing,
+            "peers": {one.name: None for one in bench.competitors} | bench.missing,
             "rows": rows,
             "wrong": wrong,
             "average_busbw_gbs": sum(row["busbw_gbs"] for row in rows) / len(rows) if rows else 0.0,
@@ -146,7 +149,7 @@ class _Bench:
         self.progress = report.Progress(place.rank == 0)
         self.sizes = options.sizes(place.device)
         self.barrier = timing.device_barrier(place, communicator)
-        self.peers, self.missing = open_peers(place, list(options.peers), timing.ROTATE, self.sizes[-1])
+        self.competitors, self.missing = open_competitors(place, list(options.peers), timing.ROTATE, self.sizes[-1])
 
     def modes(self) -> list[str]:
         """What was asked for, but eager alone where nothing can be captured."""
@@ -162,7 +165,7 @@ class _Bench:
             reference.values(self.options.seed + i, self.place.rank, numel, self.dtype, self.place.device)
             for i in range(timing.ROTATE)
         ]
-        ours, besides, peers = self._times(mode, numel, sources)
+        ours, besides, theirs = self._times(mode, numel, sources)
         sol_us = self.floor.sol_us(nbytes, n) if self.floor else None
         algbw = nbytes / ours.p50_us / 1e3
         return {
@@ -180,14 +183,14 @@ class _Bench:
             "algbw_gbs": algbw,
             "busbw_gbs": algbw * 2 * (n - 1) / n,
             "wrong": self._wrong(numel, report.word(plan.path)) if self.options.check else None,
-            "peers": peers,
+            "peers": theirs,
         }
 
     def _times(self, mode: str, numel: int, sources: list[torch.Tensor]) -> tuple[timing.Timing, dict[str, Any], dict[str, Any]]:
-        """Ours, what the row says besides, and every peer: its timing or its reason.
+        """Ours; what else the row says of ours; and of every competitor its timing, or the reason why there is none.
 
-        Besides: calls in a burst; and of eager calls ours with an output that is given (in a graph nobody allocates), and
-        both ways with ever new addresses, as a model in eager mode has them.
+        Else: calls in a burst; and in eager mode ours with an output that is given (in a graph nothing is allocated), and
+        both ways with addresses that are new in every call, as a model in eager mode has them.
         """
         all_reduce, inputs = self.communicator.all_reduce, [source.clone() for source in sources]
         ours = {"new": timing.Workload(all_reduce, inputs, sources)}
@@ -197,25 +200,25 @@ class _Bench:
             if inputs[0].nbytes <= EVER_NEW_UP_TO:
                 ours |= self._ever_new(inputs)
         graphs = [timing.record(load, self.communicator.capture) if mode == "graph" else None for load in ours.values()]
-        ready, reasons = {}, {}
-        for peer in self.peers:
-            ready[peer.name], reasons[peer.name] = self._prepared(peer, mode, numel, sources)
-        samples: list[list[float]] = [[] for _ in ours]
-        theirs: dict[str, list[float]] = {peer.name: [] for peer in self.peers}
+        theirs, reasons = {}, {}
+        for competitor in self.competitors:
+            theirs[competitor.name], reasons[competitor.name] = self._prepared(competitor, mode, numel, sources)
+        our_samples: list[list[float]] = [[] for _ in ours]
+        samples: dict[str, list[float]] = {name: [] for name in theirs}
         for counts in self._turns():
-            for mine, load, graph in zip(samples, ours.values(), graphs):
+            for mine, load, graph in zip(our_samples, ours.values(), graphs):
                 mine += self._samples(mode, load, graph, counts)
-            for name, times in theirs.items():
+            for name, (load, graph) in theirs.items():
                 if reasons[name] is None:
-                    more, reasons[name] = agreed(self.place, lambda: self._samples(mode, *ready[name], counts))
-                    times += more or []
-        summary = {name: timing.slowest(self.place, mine) for name, mine in zip(ours, samples)}
-        peers = {
+                    more, reasons[name] = agreed(self.place, partial(self._samples, mode, load, graph, counts))
+                    samples[name] += more or []
+        summary = {name: timing.slowest(self.place, mine) for name, mine in zip(ours, our_samples)}
+        cells = {
             name: {"reason": reasons[name]} if reasons[name] else asdict(timing.slowest(self.place, times))
-            for name, times in theirs.items()
+            for name, times in samples.items()
         }
         besides = {name: asdict(summary[name]) if name in summary else None for name in ("with_out", *_EVER_NEW)}
-        return summary["new"], {"calls": ours["new"].calls, **besides}, peers
+        return summary["new"], {"calls": ours["new"].calls, **besides}, cells
 
     def _ever_new(self, inputs: list[torch.Tensor]) -> dict[str, timing.Workload]:
         """Bursts in which no two calls have the same addresses."""
@@ -249,102 +252,25 @@ class _Bench:
         return sum(place.gather(reference.compare(self.communicator.all_reduce(mine), want).wrong))
 
     def _prepared(
-        self, peer: Peer, mode: str, numel: int, sources: list[torch.Tensor]
-    ) -> tuple[tuple[timing.Workload, Any] | None, str | None]:
-        """What to time of this peer, or why it cannot do this size; in steps that all ranks take alike."""
-        load = timing.Workload(peer.call, peer.tensors(numel, self.dtype), sources)
+        self, competitor: Competitor, mode: str, numel: int, sources: list[torch.Tensor]
+    ) -> tuple[tuple[timing.Workload, Any], str | None]:
+        """What to time (a workload and its graph), and why this size is not done, if so; in steps that all ranks take alike."""
+        load = timing.Workload(competitor.call, competitor.tensors(numel, self.dtype), sources)
         want = self.communicator.all_reduce(sources[0]) if self.options.check else None
 
         def trial() -> None:
             load.refill()
-            result = peer.call(load.inputs[0])
+            result = competitor.call(load.inputs[0])
             self.place.synchronize()
             if want is not None:
-                _check_roughly(result, want, self.place.world_size)
+                require_right_sums(result, want, self.place.world_size)
 
         graph = None
         _, trouble = agreed(self.place, trial)
         if trouble is None and mode == "graph":
-            graph, trouble = agreed(self.place, lambda: timing.record(load, peer.capture))
+            graph, trouble = agreed(self.place, lambda: timing.record(load, competitor.capture))
         return (load, graph), trouble
 
     def close(self) -> None:
-        for peer in self.peers:
-            agreed(self.place, peer.close)
-
-
-def _check_roughly(result: torch.Tensor, want: torch.Tensor, world_size: int) -> None:
-    """A peer may add and round in its own way, but a call that goes wrong must not look fast."""
-    allowed = 16 * world_size * torch.finfo(want.dtype).eps  # the addends are below 4
-    off = float((result.reshape(-1).float() - want.float()).abs().max())
-    if not off <= allowed:
-        raise Unavailable(f"wrong sums: off by up to {off:.3g}, and rounding explains {allowed:.3g}")
-
-
-def render(document: dict[str, Any]) -> str:
-    """The tables as text."""
-    facts = document["communicator"]
-    lines = [
-        f"# {report.headline(document['machine'])}",
-        f"# {facts['world_size']} ranks, path {facts['path']}; {'; '.join(report.reasons(facts['reasons']))}",
-        f"# {document['unit']}; NVLink multicast {document['multicast']}",
-        f"# {_speed_of_light(document)}",
-    ]
-    peers = document["peers"].items()
-    lines += [f"# peer {name}: {'ok' if why is None else 'unavailable: ' + why}" for name, why in peers]
-    names = [name for name, why in peers if why is None]
-    for mode in dict.fromkeys(row["mode"] for row in document["rows"]):
-        rows = [row for row in document["rows"] if row["mode"] == mode]
-        columns = _columns(rows, names)
-        cells = ([cell(row) for cell in columns.values()] for row in rows)
-        headers = [header.split("/")[-1] for header in columns]
-        lines += ["", f"# {mode}", report.table(headers, cells)]
-        if any(row.get("ever_new") for row in rows):
-            lines.append("# *: no two calls of a burst with the same addresses; otherwise a few that come again and again")
-        lines += _refusals(rows)
-    verdict = "OK" if document["ok"] else "FAILED"
-    average = document["average_busbw_gbs"]
-    lines += ["", f"# Out of bounds values : {document['wrong']} {verdict}"]
-    return "\n".join([*lines, f"# Avg bus bandwidth    : {average:.4g} GB/s"])
-
-
-def _speed_of_light(document: dict[str, Any]) -> str:
-    """The floor of a document in one line, or why it has none."""
-    light = document.get("floor", {"reason": "not measured"})
-    if "reason" in light:
-        return f"no SoL: {light['reason']}"
-    return (
-        f"SoL: t_flag {light['flag_us']:.2f} µs + min((n-1)·S/BW, t_hop {light['hop_us']:.2f} µs + 2(n-1)/n·S/BW), "
-        f"BW {light['egress_gbs']:.1f} GB/s, measured in this run"
-    )
-
-
-def _columns(rows: list[dict[str, Any]], names: list[str]) -> dict[str, Callable[[dict[str, Any]], Any]]:
-    """Header (what stands before a slash keeps it apart from others) → the cell of a row."""
-    columns: dict[str, Callable[[dict[str, Any]], Any]] = {
-        "size": lambda row: row["bytes"],
-        "count": lambda row: row["count"],
-        "type": lambda row: row["dtype"],
-        "redop": lambda row: row["redop"],
-        "algorithm": lambda row: row["algorithm"],
-        "time": lambda row: row["p50_us"],
-        "p99": lambda row: row["p99_us"],
-        "algbw": lambda row: row["algbw_gbs"],
-        "busbw": lambda row: row["busbw_gbs"],
-        "#wrong": lambda row: "N/A" if row["wrong"] is None else row["wrong"],
-    }
-    for header, field in (("out=", "with_out"), ("new/time*", "ever_new"), ("new/out=*", "ever_new_with_out")):
-        if any(row.get(field) for row in rows):
-            columns[header] = lambda row, field=field: (row.get(field) or {}).get("p50_us")
-    if any(row.get("sol_us") for row in rows):
-        columns["SoL"] = lambda row: row["sol_us"]
-        columns["xSoL"] = lambda row: row["sol_ratio"]
-    for name in names:
-        columns[name] = lambda row, name=name: row["peers"][name].get("p50_us")
-        columns[f"{name}/p99"] = lambda row, name=name: row["peers"][name].get("p99_us")
-    return columns
-
-
-def _refusals(rows: list[dict[str, Any]]) -> list[str]:
-    texts = {f"# - {name}: {r['reason']}": None for row in rows for name, r in row["peers"].items() if "reason" in r}
-    return list(texts)
+        for competitor in self.competitors:
+            agreed(self.place, competitor.close)

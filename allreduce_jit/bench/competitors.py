@@ -15,22 +15,23 @@ import torch.distributed as dist
 
 from ..engine import reference
 from ..harness.place import NO_MULTICAST, Place
+from ..torch_private import backend_of, symmetric_memory
 
 _T = TypeVar("_T")
 _TRIAL_NUMEL = 1 << 14
 
 
 class Unavailable(Exception):
-    """This machine or this torch does not have the peer, or the peer does not do this size."""
+    """This machine or this torch does not have the competitor, or it does not do this size."""
 
 
-class Peer:
+class Competitor:
     """One competitor.
 
     Attributes:
         name: as in ``--peers`` and in the table.
-        modules: what has to be importable, on every rank, before any rank builds the peer.
-        buffers: byte tensors, as many as inputs are wanted at once; where they live is the peer's affair.
+        modules: what has to be importable, on every rank, before any rank builds it.
+        buffers: byte tensors, as many as inputs are wanted at once, in memory of its choice.
     """
 
     name = ""
@@ -61,7 +62,7 @@ class Peer:
         self.buffers = []
 
 
-class Nccl(Peer):
+class Nccl(Competitor):
     """``torch.distributed.all_reduce``."""
 
     name = "nccl"
@@ -84,7 +85,7 @@ class NcclSymmetric(Nccl):
     def allocate(self, count: int, nbytes: int) -> list[torch.Tensor]:
         # Registration needs a communicator, and NCCL makes it at the first collective.
         dist.all_reduce(torch.ones(1, device=self.place.device))
-        self.backend = dist.group.WORLD._get_backend(self.place.device)
+        self.backend = backend_of(dist.group.WORLD, self.place.device)
         if not hasattr(self.backend, "register_mem_pool"):
             raise Unavailable("this torch cannot register memory pools with NCCL")
         self.pool = torch.cuda.MemPool(self.backend.mem_allocator)
@@ -99,14 +100,15 @@ class NcclSymmetric(Nccl):
         super().close()
 
 
-class TorchOneShot(Peer):
+class TorchOneShot(Competitor):
     """torch's symmetric memory, every rank reads all inputs."""
 
     name = "torch_one_shot"
 
     def allocate(self, count: int, nbytes: int) -> list[torch.Tensor]:
-        from torch.distributed import _symmetric_memory as symmetric
-
+        symmetric = symmetric_memory()
+        if symmetric is None:
+            raise Unavailable("this torch has no symmetric memory")
         buffers = [symmetric.empty(nbytes, dtype=torch.uint8, device=self.place.device) for _ in range(count)]
         for buffer in buffers:
             symmetric.rendezvous(buffer, dist.group.WORLD.group_name)
@@ -125,7 +127,7 @@ class TorchTwoShot(TorchOneShot):
         return torch.ops.symm_mem.two_shot_all_reduce_(tensor, "sum", dist.group.WORLD.group_name)
 
 
-class Sglang(Peer):
+class Sglang(Competitor):
     """SGLang's ``CustomAllReduceV2``, which compiles its kernels at the first use; its own choice of algorithm.
 
     Its multicast follows torch's symmetric memory, where ``NO_MULTICAST`` switches it off.
@@ -158,7 +160,7 @@ class Sglang(Peer):
         super().close()
 
 
-class FlashInfer(Peer):
+class FlashInfer(Competitor):
     """FlashInfer's TensorRT-LLM all-reduce over peer memory; one-shot or two-shot, as it chooses.
 
     Its MNNVL form is left out: it stands on NVLink multicast.
@@ -219,7 +221,7 @@ class FlashInfer(Peer):
 
 
 _KINDS = (Nccl, NcclSymmetric, TorchOneShot, TorchTwoShot, Sglang, FlashInfer)
-PEERS: dict[str, type[Peer]] = {kind.name: kind for kind in _KINDS}
+COMPETITORS: dict[str, type[Competitor]] = {kind.name: kind for kind in _KINDS}
 
 
 def agreed(place: Place, step: Callable[[], _T]) -> tuple[_T | None, str | None]:
@@ -237,25 +239,25 @@ def agreed(place: Place, step: Callable[[], _T]) -> tuple[_T | None, str | None]
     return value, None
 
 
-def open_peers(place: Place, names: list[str], count: int, nbytes: int) -> tuple[list[Peer], dict[str, str]]:
+def open_competitors(place: Place, names: list[str], count: int, nbytes: int) -> tuple[list[Competitor], dict[str, str]]:
     """Those of ``names`` that every rank has and that sum right, and why the others are missing."""
     ready, missing = [], {}
     for name in names:
-        peer = None
-        _, trouble = agreed(place, lambda: _require(PEERS[name]))
+        competitor = None
+        _, trouble = agreed(place, lambda: _require(COMPETITORS[name]))
         if trouble is None:
-            peer, trouble = agreed(place, lambda: PEERS[name](place, count, max(nbytes, _TRIAL_NUMEL * 4)))
-        if peer is not None:
-            _, trouble = agreed(place, lambda: _trial(peer))
+            competitor, trouble = agreed(place, lambda: COMPETITORS[name](place, count, max(nbytes, _TRIAL_NUMEL * 4)))
+        if competitor is not None:
+            _, trouble = agreed(place, lambda: _trial(competitor))
         if trouble is None:
-            ready.append(peer)
+            ready.append(competitor)
         else:
             missing[name] = trouble
     return ready, missing
 
 
-def _require(kind: type[Peer]) -> None:
-    """Import what the peer needs, before it begins to talk to the other ranks."""
+def _require(kind: type[Competitor]) -> None:
+    """Import what it needs, before it begins to talk to the other ranks."""
     for name in kind.modules:
         package = name.split(".")[0]
         if importlib.util.find_spec(package) is None:
@@ -264,14 +266,22 @@ def _require(kind: type[Peer]) -> None:
     os.environ.update(NO_MULTICAST)  # whatever the import has set
 
 
-def _trial(peer: Peer) -> None:
-    """One small sum that is exact in any order: a peer that is called wrongly must not look fast."""
-    place, dtype = peer.place, torch.bfloat16
+def _trial(competitor: Competitor) -> None:
+    """One small sum that is exact in any order: one that is called wrongly must not look fast."""
+    place, dtype = competitor.place, torch.bfloat16
     what: dict[str, Any] = {"kind": reference.INTEGERS}
-    tensor = peer.tensors(_TRIAL_NUMEL, dtype)[0]
+    tensor = competitor.tensors(_TRIAL_NUMEL, dtype)[0]
     mine = reference.values(0, place.rank, _TRIAL_NUMEL, dtype, place.device, world_size=place.world_size, **what)
     want = reference.expected(0, place.world_size, _TRIAL_NUMEL, dtype, place.device, **what)
     tensor.copy_(mine)
-    wrong = reference.compare(peer.call(tensor), want).wrong
+    wrong = reference.compare(competitor.call(tensor), want).wrong
     if wrong:
         raise Unavailable(f"wrong sums in a trial call ({wrong} of {_TRIAL_NUMEL} elements)")
+
+
+def require_right_sums(result: torch.Tensor, want: torch.Tensor, world_size: int) -> None:
+    """Refuse sums that rounding does not explain: a competitor may add in its own order, but a wrong call must not look fast."""
+    allowed = 16 * world_size * torch.finfo(want.dtype).eps  # the addends are below 4
+    off = float((result.reshape(-1).float() - want.float()).abs().max())
+    if not off <= allowed:
+        raise Unavailable(f"wrong sums: off by up to {off:.3g}, and rounding explains {allowed:.3g}")

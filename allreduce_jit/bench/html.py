@@ -92,18 +92,18 @@ def _mode(mode: str, rows: list[dict[str, Any]], names: list[str]) -> str:
     rows = sorted(rows, key=lambda row: row["bytes"])
     ours = Series("ours", 1, _points(rows, lambda row: row["p50_us"]))
     light = Series("SoL", 0, _points(rows, lambda row: row.get("sol_us")), dashed=True)
-    peers = [
+    competitors = [
         Series(name, SLOTS.get(name, 2 + i % 6), _points(rows, lambda row, name=name: _time(row, name)))
         for i, name in enumerate(names)
     ]
     ratios = [
         Series("ours / SoL", 1, _points(rows, lambda row: row.get("sol_ratio"))),
-        Series("ours / best peer", 2, _points(rows, _to_best_peer)),
+        Series("ours / best competitor", 2, _points(rows, _to_best_competitor)),
     ]
     return "\n".join(
         [
             f"<h3>{escape(mode)}: time per call</h3>",
-            _figure([light, *peers, ours], "µs", "time per call in µs (p50) over the size of the message"),
+            _figure([light, *competitors, ours], "µs", "time per call in µs (p50) over the size of the message"),
             f"<h3>{escape(mode)}: ratios</h3>",
             _figure(ratios, "×", "time of ours as a multiple; 1 is equal, less is faster", one=True),
             f"<h3>{escape(mode)}: figures in µs</h3>",
@@ -121,7 +121,7 @@ def _time(row: dict[str, Any], name: str) -> float | None:
     return row["peers"].get(name, {}).get("p50_us")
 
 
-def _to_best_peer(row: dict[str, Any]) -> float | None:
+def _to_best_competitor(row: dict[str, Any]) -> float | None:
     times = [cell["p50_us"] for cell in row["peers"].values() if cell.get("p50_us")]
     return row["p50_us"] / min(times) if times else None
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ..harness.place import Place
+from ..torch_private import keep_gpu_busy
 
 # Calls in one timed burst: their common start-up is divided by this, so short calls come in longer bursts. The same
 # for everybody who is measured.
@@ -135,7 +136,7 @@ def replays_of(
         """One replay; how long the host took over what the gate has to cover, in µs."""
         if refill is not None:
             refill()
-        torch.cuda._sleep(int(gate * CYCLES_PER_US))
+        keep_gpu_busy(int(gate * CYCLES_PER_US))
         began = time.perf_counter()
         if barrier is not None:
             barrier()

@@ -11,6 +11,7 @@ import torch
 from ..inputs import raise_no_memory
 from ..policy.operation import OpSpec
 from ..policy.plan import PACKET
+from ..torch_private import current_raw_stream, stream_is_capturing
 from .driver import KernelLaunch, failure
 from .graph_cache import repeats_as_graph
 from .streams import PER_THREAD
@@ -21,9 +22,6 @@ if TYPE_CHECKING:
 # Below are offsets into storages that have been freed under their tensors, to which torch gives no address: tensors that are
 # like earlier ones in all else. The driver gives no memory there.
 NO_ADDRESS = 1 << 32
-# Not a stream object: that takes longer to make than the rest of a call's preparation.
-_current_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
-_capturing = getattr(torch._C, "_cuda_isCurrentStreamCapturing", None)
 
 # A launch with its arguments for the pointers of the operation, in order, and how far into each tensor it begins, in bytes.
 Binding = tuple[KernelLaunch, tuple[tuple[ctypes._SimpleCData, int], ...]]
@@ -58,7 +56,7 @@ class PreparedCall:
         engine = self.engine
         if engine._stopped or engine.state.words[0]:
             engine._refuse()
-        stream = _current_stream(engine._raw_device)
+        stream = current_raw_stream(engine._raw_device)
         call = self, x.data_ptr(), out.data_ptr()
         if others:
             call += tuple([tensor.data_ptr() for tensor in others])
@@ -68,7 +66,7 @@ class PreparedCall:
         try:  # a with statement takes twice as long
             lock.acquire()
             # The default stream is never captured; asking costs as much as all of these lines.
-            if stream and _capturing():
+            if stream and stream_is_capturing():
                 order.enter_captured(stream)
                 self.launch(call[1:], stream)
                 return
@@ -89,7 +87,7 @@ class PreparedCall:
 
     def run(self, *tensors: torch.Tensor) -> None:
         """Launch as it is, on the current stream: no order among streams, no graph."""
-        self.launch([tensor.data_ptr() for tensor in tensors], _current_stream(self.engine._raw_device))
+        self.launch([tensor.data_ptr() for tensor in tensors], current_raw_stream(self.engine._raw_device))
 
     def launches(self, addresses: Sequence[int]) -> Iterator[KernelLaunch]:
         """The launches, whose arguments hold these addresses until the next one is asked for."""

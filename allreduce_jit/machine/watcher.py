@@ -1,76 +1,24 @@
-"""Who among the peers has died, known at once: one thread per process waits on the pidfds of all of them.
+"""Deaths of peers, known at once: one thread per process waits on the pidfds of all of them.
 
-A process id alone proves nothing: it may mean another process in another container, or be in use again. So ranks
-exchange their ``Process``, and only one that means the same here is watched; a refusal is a value, not an error,
+Ranks exchange their ``Process``, and only one that means the same here is watched; a refusal is a value, not an error,
 since the kernels' deadline protects all the same.
 """
 
 from __future__ import annotations
 
 import atexit
-import errno
 import logging
 import os
 import select
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
 
-from .sources import HostSource
+from .process import Process, open_pidfd, readable
 
 log = logging.getLogger("allreduce_jit")
 
 _JOIN_S = 1.0
-
-
-@dataclass(frozen=True)
-class Process:
-    """A process and what proves that it is meant; ``dataclasses.asdict`` gives its JSON.
-
-    Attributes:
-        pid: its id, in its own namespace.
-        boot: the kernel's boot id, which tells hosts apart; empty if it cannot be known.
-        namespaces: inodes of its namespaces of process ids and of time, ``pid/time``; empty if they cannot be known.
-        started: when it started, in clock ticks since boot; -1 if that cannot be known.
-    """
-
-    pid: int
-    boot: str
-    namespaces: str
-    started: int
-
-    @classmethod
-    def own(cls) -> Process:
-        """This process."""
-        pid = os.getpid()
-        try:
-            boot = HostSource().boot_id()
-            if os.readlink("/proc/self") != str(pid):
-                raise OSError("/proc is another namespace's")
-            return cls(pid, boot, f"{_inode('pid')}/{_inode('time')}", _start_ticks(pid))
-        except (OSError, ValueError) as e:
-            log.debug("watcher: this process cannot prove which one it is: %s", e)
-            return cls(pid, "", "", -1)
-
-    @classmethod
-    def from_json(cls, fields: Any) -> Process:
-        """Raises ``ValueError`` for anything that ``asdict`` did not give."""
-        wanted = {"pid": int, "boot": str, "namespaces": str, "started": int}
-        if not isinstance(fields, dict) or {k: type(v) for k, v in fields.items()} != wanted or fields["pid"] <= 0:
-            raise ValueError(f"no process: {fields!r}")
-        return cls(**fields)
-
-    def refusal(self, here: Process) -> str | None:
-        """Why ``here`` must not watch this process, or None."""
-        if not (self.boot and self.namespaces and here.boot and here.namespaces):
-            return "a process cannot prove its identity (no usable /proc)"
-        if self.boot != here.boot:
-            return "it runs under another kernel"
-        if self.namespaces != here.namespaces:
-            return "it lives in another namespace of process ids or of time"
-        return None
 
 
 class Watch:
@@ -134,7 +82,7 @@ def watch(peers: Mapping[int, Process], on_death: Callable[[int], None], level: 
         problem = peer.refusal(here)
         fd = None
         if problem is None:
-            fd, problem = _open(peer)
+            fd, problem = open_pidfd(peer)
         if problem is not None:
             handle.refused[rank] = problem
         elif fd is None:
@@ -227,7 +175,7 @@ class _Loop:
                     return
                 _quietly(os.eventfd_read, self.wake)
                 # An event is a hint: its descriptor may have been closed since, and its number be another's now.
-                found = [self.forget(fd) for fd, _ in events if fd in self.peers and _readable(fd)]
+                found = [self.forget(fd) for fd, _ in events if fd in self.peers and readable(fd)]
                 found += self.dead
                 self.dead.clear()
             while found:
@@ -264,52 +212,6 @@ def _running_loop() -> _Loop:
     if _loop is None:
         _loop = _Loop()
     return _loop
-
-
-def _open(peer: Process) -> tuple[int | None, str | None]:
-    """A pidfd of ``peer``, or None if it is dead; or why there is none."""
-    try:
-        fd = os.pidfd_open(peer.pid)
-    except ProcessLookupError:
-        return None, None
-    except AttributeError:  # Python was built for an older kernel
-        return None, "this Python has no pidfd_open"
-    except OSError as e:
-        return None, f"pidfd_open: {errno.errorcode.get(e.errno, e.errno)}"
-    # Only now: a process held by a descriptor keeps its id, so that what /proc says is about that process.
-    try:
-        same = _start_ticks(peer.pid) == peer.started
-    except (OSError, ValueError) as e:
-        if _readable(fd):
-            same = False
-        else:
-            os.close(fd)
-            return None, f"/proc does not show it: {e}"
-    if same:
-        return fd, None
-    os.close(fd)
-    return None, None
-
-
-def _start_ticks(pid: int) -> int:
-    with open(f"/proc/{pid}/stat", "rb") as file:
-        # The name, in parentheses, may hold anything, parentheses and spaces too.
-        return int(file.read().rpartition(b")")[2].split()[19])
-
-
-def _inode(kind: str) -> int:
-    try:
-        return os.stat(f"/proc/self/ns/{kind}").st_ino
-    except FileNotFoundError:
-        if kind == "time":  # before Linux 5.6
-            return 0
-        raise
-
-
-def _readable(fd: int) -> bool:
-    poll = select.poll()
-    poll.register(fd, select.POLLIN)
-    return bool(poll.poll(0))
 
 
 def _quietly(call: Callable[[int], object], fd: int) -> None:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import weakref
 from datetime import timedelta
+from typing import Any
 
 import torch.distributed as dist
 
 from ..errors import SettingsError
 from ..settings import Settings
+from ..torch_private import new_gloo_group, shared_store
 from .exchange import TIMEOUT_S, missing
+
+_made: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()  # siblings by name; torch holds them
 
 
 def has_backend(group: dist.ProcessGroup, what: str) -> bool:
@@ -25,27 +30,29 @@ def gloo_sibling(group: dist.ProcessGroup) -> dist.ProcessGroup:
     Raises ``PeerTimeout`` where a rank does not come within ``Settings.setup_timeout_s``.
     It takes functions that torch keeps to itself; where they have changed, ``new_group`` has to do.
     """
-    from torch.distributed import distributed_c10d as c10d
-
     name = f"{group.group_name}_allreduce_jit_gloo"
-    known = next((one for one, its_name in c10d._world.pg_names.items() if its_name == name), None)
-    if known is not None:
-        return known
-    ranks = dist.get_process_group_ranks(group)
-    store, place = c10d._get_default_store(), dist.get_rank(group)
-    usual = c10d._get_default_timeout(dist.Backend("gloo"))
-    timeout = _setup_timeout(usual)
+    made = _made.get(name)
+    if made is not None and _alive(made):
+        return made
+    ranks, place, store = dist.get_process_group_ranks(group), dist.get_rank(group), shared_store(group)
+    timeout = _setup_timeout(dist.default_pg_timeout)
     store.set(f"{name}/{place}", "here")
     try:
-        made, _ = c10d._new_process_group_helper(len(ranks), place, ranks, dist.Backend("gloo"), store, name, timeout=timeout)
-        if timeout != usual:
-            c10d._set_pg_timeout(usual, made)  # that of its collectives
-    except (AttributeError, TypeError):
-        return dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+        made = new_gloo_group(ranks, place, store, name, timeout, dist.default_pg_timeout)
     except RuntimeError as e:
         raise missing(place, dict.fromkeys(_absent(store, name, len(ranks)), e), timeout.total_seconds()) from e
-    c10d._world.pg_group_ranks[made] = {rank: place for place, rank in enumerate(ranks)}
+    if made is None:
+        made = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+    _made[name] = made
     return made
+
+
+def _alive(group: dist.ProcessGroup) -> bool:
+    """Whether torch still knows it: it may have been destroyed, alone or with all others."""
+    try:
+        return dist.get_rank(group) >= 0
+    except ValueError:
+        return False
 
 
 def _absent(store: dist.Store, name: str, world_size: int) -> list[int]:

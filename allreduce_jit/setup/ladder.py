@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from ..errors import InputError, SettingsError
 from ..machine.probe import Capabilities, probe
-from ..machine.watcher import Process
+from ..machine.process import Process
 from ..paths import Path
 from ..policy import backends, measured_tables
 from ..policy.backends import Backend

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from ..engine.nccl import Nccl
+from ..torch_private import shared_store
 from .exchange import all_gather_json
 
 _POLL_S = 0.05
@@ -72,9 +73,7 @@ class _Attempt:
     """NCCL's first collective, in a thread: a rank that waits in it for one that failed hears of that through the store."""
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device, name: str):
-        from torch.distributed import distributed_c10d as c10d
-
-        store = c10d._get_default_store()
+        store = shared_store(group)
         self.group, self.device, self.name = group, device, name
         # A store of its own connection: a wait in one holds up all others that share it.
         self.board = dist.PrefixStore(f"{name}_board", store.clone())

@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 import pytest
 from helpers import ROOT
 
-from allreduce_jit.bench import bench
+from allreduce_jit.bench import bench, table
 from allreduce_jit.bench import html as bench_page
 from allreduce_jit.bench import speed_of_light as floor
 
@@ -75,7 +75,7 @@ def test_old_documents_render(recorded):
     assert shown.tags.count("table") == 2 * 2
     assert "no SoL: not measured" in text and "ours / SoL" not in text
     for document in recorded:
-        assert "no SoL: not measured" in bench.render(document)
+        assert "no SoL: not measured" in table.render(document)
         for row in document["rows"]:
             assert f"{row['p50_us']:.2f}" in shown.cells
             assert f"{row['peers']['nccl']['p99_us']:.2f}" in shown.cells
@@ -100,7 +100,7 @@ def test_speed_of_light_and_ratios(with_floor):
     assert f"ours, 1K: {first['p50_us']:.4g} µs" in shown.titles
     assert f"SoL, 1K: {first['sol_us']:.4g} µs" in shown.titles
     assert f"ours / SoL, 1K: {first['sol_ratio']:.4g} ×" in shown.titles
-    assert f"ours / best peer, 1K: {first['p50_us'] / best:.4g} ×" in shown.titles
+    assert f"ours / best competitor, 1K: {first['p50_us'] / best:.4g} ×" in shown.titles
     assert "7.25" in shown.cells
 
 

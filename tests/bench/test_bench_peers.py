@@ -1,4 +1,4 @@
-"""SGLang and FlashInfer as peers, against stand-ins with the signatures of their releases."""
+"""SGLang and FlashInfer as competitors, against stand-ins with the signatures of their releases."""
 
 import os
 import sys
@@ -8,18 +8,18 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
-from allreduce_jit.bench import competitors as bench_peers
+from allreduce_jit.bench import competitors
 from allreduce_jit.bench.competitors import FlashInfer, Sglang, Unavailable
 
 PLACE = SimpleNamespace(rank=1, world_size=4, device=torch.device("cpu"), control="control")
 
 
 def built(kind, nbytes=1 << 20):
-    """The peer on CPU buffers, which its constructor would refuse."""
-    peer = object.__new__(kind)
-    peer.place = PLACE
-    peer.buffers = peer.allocate(2, nbytes)
-    return peer
+    """The competitor on CPU buffers, which its constructor would refuse."""
+    competitor = object.__new__(kind)
+    competitor.place = PLACE
+    competitor.buffers = competitor.allocate(2, nbytes)
+    return competitor
 
 
 class Reduce:
@@ -62,18 +62,18 @@ def sglang(monkeypatch, kind):
 @pytest.mark.parametrize(("nbytes", "limit"), [(1 << 20, 1 << 20), (1 << 30, 64 << 20)])
 def test_sglang(monkeypatch, kind, nbytes, limit):
     sglang(monkeypatch, kind)
-    monkeypatch.setattr(bench_peers.Peer, "allocate", lambda *_: [torch.ones(64, dtype=torch.uint8)])
-    peer = built(Sglang, nbytes)
-    assert peer.reduce.max_size == limit
-    (x,) = peer.tensors(32, torch.bfloat16)
-    assert torch.equal(peer.call(x), x * 4)
-    with peer.capture() as captured:
-        assert captured is peer.reduce
-    peer.reduce.max_size = 1
+    monkeypatch.setattr(competitors.Competitor, "allocate", lambda *_: [torch.ones(64, dtype=torch.uint8)])
+    competitor = built(Sglang, nbytes)
+    assert competitor.reduce.max_size == limit
+    (x,) = competitor.tensors(32, torch.bfloat16)
+    assert torch.equal(competitor.call(x), x * 4)
+    with competitor.capture() as captured:
+        assert captured is competitor.reduce
+    competitor.reduce.max_size = 1
     with pytest.raises(Unavailable, match="leaves this size"):
-        peer.call(x)
-    peer.close()
-    assert peer.reduce.closed
+        competitor.call(x)
+    competitor.close()
+    assert competitor.reduce.closed
 
 
 @pytest.mark.parametrize(("what", "reason"), [("disabled", "refuses"), ("has_multicast", "multicast")])
@@ -115,20 +115,20 @@ def flashinfer(monkeypatch):
 
 @pytest.mark.parametrize(("numel", "shape"), [(512, (1, 512)), (24, (3, 8)), (1 << 15, (8, 4096))])
 def test_flashinfer(flashinfer, numel, shape):
-    peer = built(FlashInfer)
+    competitor = built(FlashInfer)
     assert flashinfer.pop() == ("create", 1, 4, 1 << 20, False)
-    x = peer.tensors(numel, torch.bfloat16)[0].fill_(1)
-    assert torch.equal(peer.call(x), x * 4) and x[0] == 1
+    x = competitor.tensors(numel, torch.bfloat16)[0].fill_(1)
+    assert torch.equal(competitor.call(x), x * 4) and x[0] == 1
     assert flashinfer.pop() == ("fusion", *shape, "workspace", 0)
-    peer.close()
+    competitor.close()
     assert flashinfer.pop() == ("destroy", "handles")
 
 
 @pytest.mark.parametrize(("numel", "dtype"), [(1 << 20, torch.bfloat16), (512, torch.float32), (7, torch.float16)])
 def test_flashinfer_is_not_given_what_would_hang_it(flashinfer, numel, dtype):
-    peer = built(FlashInfer)
+    competitor = built(FlashInfer)
     with pytest.raises(Unavailable, match="16-byte packets"):
-        peer.call(torch.ones(numel, dtype=dtype))
+        competitor.call(torch.ones(numel, dtype=dtype))
     assert [call[0] for call in flashinfer] == ["create"]
 
 
@@ -140,7 +140,7 @@ def test_flashinfer_knows_three_world_sizes(flashinfer, monkeypatch):
 
 
 def test_what_an_import_sets_is_set_back(flashinfer, monkeypatch):
-    for name in bench_peers.NO_MULTICAST:
+    for name in competitors.NO_MULTICAST:
         monkeypatch.setenv(name, "changed")
-    bench_peers._require(SimpleNamespace(modules=()))
-    assert {name: os.environ[name] for name in bench_peers.NO_MULTICAST} == bench_peers.NO_MULTICAST
+    competitors._require(SimpleNamespace(modules=()))
+    assert {name: os.environ[name] for name in competitors.NO_MULTICAST} == competitors.NO_MULTICAST

@@ -14,8 +14,7 @@ import torch.distributed as dist
 from helpers import ROOT
 from helpers.fake_communicator import Fake
 
-from allreduce_jit.bench import bench, timing
-from allreduce_jit.bench import competitors as bench_peers
+from allreduce_jit.bench import bench, competitors, table, timing
 from allreduce_jit.cli import doctor, selftest, warmup
 from allreduce_jit.cli import main as cli
 from allreduce_jit.errors import CompileError
@@ -51,7 +50,7 @@ def plans_differ(group=None, device=None):
     return Fake(device, "torch.distributed", "plans differ")
 
 
-class GoodPeer(bench_peers.Peer):
+class Good(competitors.Competitor):
     """In place over gloo; refuses more than 2048 bytes."""
 
     name = "good"
@@ -67,16 +66,16 @@ class GoodPeer(bench_peers.Peer):
         return tensor
 
 
-class HalfPeer(GoodPeer):
+class Half(Good):
     name = "half"
 
     def __init__(self, place, count, nbytes):
         if place.rank == 1:
-            raise bench_peers.Unavailable("not on rank 1")
+            raise competitors.Unavailable("not on rank 1")
         super().__init__(place, count, nbytes)
 
 
-class LiarPeer(GoodPeer):
+class Liar(Good):
     name = "liar"
 
     def call(self, tensor):
@@ -86,7 +85,7 @@ class LiarPeer(GoodPeer):
 SMALL = selftest.Options(max_bytes=4096, seed=3)
 
 
-class BreakingPeer(GoodPeer):
+class Breaking(Good):
     """Right in its trial, wrong by a little too much at the sizes that follow."""
 
     name = "breaking"
@@ -96,7 +95,7 @@ class BreakingPeer(GoodPeer):
         return tensor if tensor.numel() > 4096 else tensor + 1
 
 
-class AbsentPeer(GoodPeer):
+class Absent(Good):
     name = "absent"
     modules = ("no_such_package.shares_buffers_with",)
 
@@ -115,7 +114,7 @@ FAKES = {fake.__name__: fake for fake in (gloo, kernels, *FAULTS)}
 def everything(place):
     """All that needs three ranks, in one set of processes: they cost seconds each."""
     timing.BURSTS, timing.CALLS = (), 2
-    bench_peers.PEERS = {peer.name: peer for peer in (GoodPeer, HalfPeer, LiarPeer, BreakingPeer, AbsentPeer)}
+    competitors.COMPETITORS = {kind.name: kind for kind in (Good, Half, Liar, Breaking, Absent)}
     documents = {name: selftest.work(place, SMALL, init) for name, init in FAKES.items()}
     documents["bench"] = bench.work(place, BENCH, kernels)
     documents["bench reverse_order"] = bench.work(place, replaced(max_bytes=1024, peers=(), dtype="float"), reverse_order)
@@ -215,7 +214,7 @@ class TestBench:
         busbw = [row["busbw_gbs"] for row in rows]
         assert documents["bench"]["average_busbw_gbs"] == pytest.approx(sum(busbw) / 3)
 
-    def test_peers_are_used_only_if_all_ranks_have_them_and_they_sum_right(self, documents):
+    def test_competitors_are_used_only_if_all_ranks_have_them_and_they_sum_right(self, documents):
         peers = documents["bench"]["peers"]
         assert peers["good"] is None
         assert peers["half"] == "rank 1: not on rank 1"
@@ -230,14 +229,14 @@ class TestBench:
     def test_no_floor_without_gpus(self, documents):
         assert documents["bench"]["floor"] == {"reason": "the ranks are on the CPU"}
         assert {(row["sol_us"], row["sol_ratio"]) for row in documents["bench"]["rows"]} == {(None, None)}
-        assert "# no SoL: the ranks are on the CPU" in bench.render(documents["bench"]).splitlines()
+        assert "# no SoL: the ranks are on the CPU" in table.render(documents["bench"]).splitlines()
 
     def test_eager_rows_time_a_given_output_too(self, documents):
         """And both ways with ever new addresses."""
         for row in documents["bench"]["rows"]:
             for field in ("with_out", "ever_new", "ever_new_with_out"):
                 assert 0 < row[field]["p50_us"] <= row[field]["p99_us"]
-        assert "# *: no two calls of a burst with the same addresses" in bench.render(documents["bench"])
+        assert "# *: no two calls of a burst with the same addresses" in table.render(documents["bench"])
 
     def test_no_two_calls_of_a_burst_have_the_same_addresses(self):
         seen = []
@@ -275,7 +274,7 @@ class TestBench:
         assert cells[2] == {"reason": "rank 0: RuntimeError: too much for me"}
 
     def test_table(self, documents):
-        lines = [line.split() for line in bench.render(documents["bench"]).splitlines()]
+        lines = [line.split() for line in table.render(documents["bench"]).splitlines()]
         header = next(line for line in lines if line[0:1] == ["size"])
         expected = "size count type redop algorithm time p99 algbw busbw #wrong out= time* out=* good p99 breaking p99"
         assert header == expected.split()
@@ -283,14 +282,14 @@ class TestBench:
         assert row[:5] == ["4096", "2048", "bfloat16", "sum", "fake"] and row[-8] == "0" and row[-4:] == ["-"] * 4
         assert ["#", "Out", "of", "bounds", "values", ":", "0", "OK"] in lines
         assert lines[-1][:6] == ["#", "Avg", "bus", "bandwidth", ":", lines[-1][5]]
-        assert "# peer half: unavailable: rank 1: not on rank 1".split() in lines
+        assert "# competitor half: unavailable: rank 1: not on rank 1".split() in lines
 
     def test_wrong_sums_are_counted_and_can_be_left_unchecked(self, documents):
         assert not documents["bench reverse_order"]["ok"] and documents["bench reverse_order"]["wrong"] > 0
-        assert "FAILED" in bench.render(documents["bench reverse_order"])
+        assert "FAILED" in table.render(documents["bench reverse_order"])
         unchecked = documents["bench unchecked"]
         assert unchecked["ok"] and unchecked["rows"][0]["wrong"] is None
-        assert "N/A" in bench.render(unchecked)
+        assert "N/A" in table.render(unchecked)
 
     def test_sizes(self):
         cpu = torch.device("cpu")
@@ -299,8 +298,8 @@ class TestBench:
         assert replaced(min_bytes=1 << 19, max_bytes=None).sizes(cpu) == [1 << 19, 1 << 20]
         assert replaced(min_bytes=1 << 26, max_bytes=None).sizes(torch.device("cuda")) == [1 << 26]
 
-    def test_the_command_line_knows_the_peers(self):
-        assert cli.PEERS == tuple(bench_peers.PEERS)
+    def test_the_command_line_knows_the_competitors(self):
+        assert cli.PEERS == tuple(competitors.COMPETITORS)
 
 
 class TestExitCodes:
@@ -314,7 +313,7 @@ class TestExitCodes:
         arguments = "bench --cpu 2 -b 1K -e 1K -n 1 -w 0 -d fp16 --peers nccl,torch_two_shot --deadline 100"
         assert cli.main(arguments.split(), init=kernels) == 0
         out = capfd.readouterr().out
-        assert "# peer nccl: unavailable: rank 0: " in out and "# peer torch_two_shot: unavailable" in out
+        assert "# competitor nccl: unavailable: rank 0: " in out and "# competitor torch_two_shot: unavailable" in out
         assert "# Out of bounds values : 0 OK" in out
 
     def test_few_blocks_are_asked_for(self, capfd):

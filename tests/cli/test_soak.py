@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 from types import SimpleNamespace
 
@@ -10,8 +11,9 @@ import pytest
 import torch
 from helpers.fake_communicator import Fake
 
+from allreduce_jit.cli import bursts, soak
 from allreduce_jit.cli import main as cli
-from allreduce_jit.cli import soak
+from allreduce_jit.cli.ledger import resources
 from allreduce_jit.engine.graph_cache import SHORTS
 from allreduce_jit.errors import InputError, PeerTimeout
 
@@ -72,8 +74,8 @@ def test_a_clean_run(capsys):
     assert ledger["elements"] > 10 * total and ledger["latency_us"]["p99.9"] >= ledger["latency_us"]["median"] > 0
     # Bursts of 40 on the CPU: the first one does not count, nor the first call of any.
     assert ledger["latency_us"]["samples"] == (total // 40 - 1) * 39
-    for resources in ledger["resources"]:
-        assert resources[-1]["descriptors"] <= resources[0]["descriptors"] + 2
+    for found in ledger["resources"]:
+        assert found[-1]["descriptors"] <= found[0]["descriptors"] + 2
 
 
 def test_seconds_end_a_run(capsys):
@@ -87,7 +89,7 @@ def test_planted_bugs_are_located(capsys, init):
     assert code == 1 and not ledger["ok"] and ledger["wrong"] and ledger["hangs"] == 0
     assert ledger["calls"]["total"] < 200  # it ends with the round
     assert {failure["call"] for failure in ledger["failures"]} == {57, 58}
-    calls = bursts(2)
+    calls = first_calls(2)
     for failure in ledger["failures"]:
         call = calls[failure["call"]]
         assert failure["rank"] == 1 and failure["kind"] == "eager"
@@ -97,9 +99,9 @@ def test_planted_bugs_are_located(capsys, init):
     assert ledger["wrong"] == sum(failure["wrong"] for failure in ledger["failures"])
 
 
-def bursts(n):
+def first_calls(n):
     """The calls of the first ``n`` rounds with the defaults of the CPU."""
-    return [call for turn in range(n) for call in soak.draw(random.Random(f"0/{turn}"), soak.FEW, 1 << 20, 16 << 10)]
+    return [call for turn in range(n) for call in bursts.draw(random.Random(f"0/{turn}"), soak.FEW, 1 << 20, 16 << 10)]
 
 
 def test_a_lost_peer_ends_the_run_and_is_told(capsys):
@@ -134,8 +136,8 @@ def test_resources_without_proc(monkeypatch):
     def missing(folder):
         raise FileNotFoundError(folder)
 
-    monkeypatch.setattr(soak.os, "listdir", missing)
-    assert soak._resources(SimpleNamespace(device=torch.device("cpu"))) == {}
+    monkeypatch.setattr(os, "listdir", missing)
+    assert resources(SimpleNamespace(device=torch.device("cpu"))) == {}
 
 
 def test_eager_calls_come_again_before_they_are_forgotten():
@@ -146,24 +148,24 @@ def test_eager_calls_come_again_before_they_are_forgotten():
 
 
 @pytest.mark.parametrize("n", range(1, 9))
-@pytest.mark.parametrize("dtype", soak.DTYPES.values(), ids=str)
+@pytest.mark.parametrize("dtype", bursts.DTYPES.values(), ids=str)
 def test_sums_are_exact_and_tell_calls_apart(n, dtype):
     """In any order of adding; a contribution of one to 16 calls ago changes the sum of every element."""
-    calls = [soak.Call(50, dtype, False, 50 * i) for i in range(60)]
-    flats = [soak._Flat(SimpleNamespace(world_size=n, rank=r, device="cpu"), calls, dtype, 3) for r in range(n)]
+    calls = [bursts.Call(50, dtype, False, 50 * i) for i in range(60)]
+    flats = [bursts.FlatBuffers(SimpleNamespace(world_size=n, rank=r, device="cpu"), calls, dtype, 3) for r in range(n)]
     phase = torch.zeros((), dtype=torch.int16)
     for flat in flats:
         flat.fill(phase)
     inputs = torch.stack([flat.x for flat in flats])
     exact = inputs.double().sum(0)
-    assert exact.abs().max() <= soak.LARGEST_SUM and inputs.unique().numel() > 17 - (n == 8)
+    assert exact.abs().max() <= bursts.LARGEST_SUM and inputs.unique().numel() > 17 - (n == 8)
     rounded = torch.zeros(inputs.shape[1], dtype=dtype)
     for row in reversed(inputs):
         rounded = rounded + row
-    errors, untroubled = torch.zeros((), dtype=torch.int64), torch.tensor(True)
+    errors, clean = torch.zeros((), dtype=torch.int64), torch.tensor(True)
     for flat in flats:
         flat.y.copy_(rounded)
-        flat.compare(errors, untroubled)
+        flat.compare(errors, clean)
     assert not errors and torch.equal(rounded.double(), exact)
     sums = exact.view(60, 50)
     parts = inputs.double().view(n, 60, 50)
@@ -175,7 +177,7 @@ def test_sums_are_exact_and_tell_calls_apart(n, dtype):
 
 
 def test_sizes():
-    calls = [call for turn in range(30) for call in soak.draw(random.Random(turn), 200, 1 << 22, 1 << 16)]
+    calls = [call for turn in range(30) for call in bursts.draw(random.Random(turn), 200, 1 << 22, 1 << 16)]
     sizes = [call.numel * call.dtype.itemsize for call in calls]
     assert min(call.numel for call in calls) == 1 and max(sizes) <= 1 << 16 and max(sizes) > 60_000
     small = sum(size < 256 for size in sizes) / len(sizes)
@@ -183,7 +185,7 @@ def test_sizes():
     assert {call.in_place for call in calls} == {True, False} and len({call.dtype for call in calls}) == 3
     assert 0.1 < sum(call.offset * call.dtype.itemsize % 16 != 0 for call in calls) / len(calls) < 0.4
     for turn in range(30):
-        ends = dict.fromkeys(soak.DTYPES.values(), 0)
-        for call in soak.draw(random.Random(turn), 200, 1 << 22, 1 << 16):
+        ends = dict.fromkeys(bursts.DTYPES.values(), 0)
+        for call in bursts.draw(random.Random(turn), 200, 1 << 22, 1 << 16):
             assert call.offset >= ends[call.dtype]
             ends[call.dtype] = call.offset + call.numel

@@ -102,8 +102,8 @@ def test_legacy_ranks_share_the_work(monkeypatch):
 def current(monkeypatch):
     """The stream that is current on this rank's device."""
     current = SimpleNamespace(stream=77, capturing=False)
-    monkeypatch.setattr(prepared, "_current_stream", lambda device: current.stream)
-    monkeypatch.setattr(prepared, "_capturing", lambda: current.capturing)
+    monkeypatch.setattr(prepared, "current_raw_stream", lambda device: current.stream)
+    monkeypatch.setattr(prepared, "stream_is_capturing", lambda: current.capturing)
     return current
 
 

@@ -84,8 +84,8 @@ def here(monkeypatch):
         here.asked += 1
         return here.capturing
 
-    monkeypatch.setattr(prepared, "_current_stream", lambda device: here.stream)
-    monkeypatch.setattr(prepared, "_capturing", capturing)
+    monkeypatch.setattr(prepared, "current_raw_stream", lambda device: here.stream)
+    monkeypatch.setattr(prepared, "stream_is_capturing", capturing)
     FakeDriver(monkeypatch, streams, cuStreamGetCaptureInfo=lambda stream: capture_info(None),
                cuStreamGetPriority=lambda stream: here.priority.get(stream, 0))  # fmt: skip
     one._streams = streams.StreamOrder()

@@ -544,36 +544,6 @@ def test_tensor_guard():
     assert fits_of(z)(z) and not fits_of(z)(z.conj()) and not fits_of(z.conj())(z)
 
 
-@pytest.mark.parametrize("check", [lambda self, x: True, lambda self, x: 1 / 0], ids=["says yes to all", "fails"])
-def test_guards_that_are_not_what_they_were_are_not_used(monkeypatch, check):
-    other = type("TensorGuards", (), {"__init__": lambda self, *x, **options: None, "check": check})
-    assert inputs._tensor_guards() is not None
-    monkeypatch.setattr(torch._C._dynamo.guards, "TensorGuards", other)
-    assert inputs._tensor_guards() is None
-    monkeypatch.setattr(inputs, "_Guards", None)
-    assert not inputs.tensor_guard(torch.ones(2))(torch.ones(2))
-
-
-@pytest.mark.parametrize("shape", [(), (1,), (0, 3), (4, 6), (1, 2, 3, 1)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.cfloat])
-@pytest.mark.parametrize("quick", [True, False])
-def test_new_tensors_are_like_the_input(monkeypatch, shape, dtype, quick):
-    inputs._quick_empty.cache_clear()
-    if quick:
-        assert inputs._quick_empty("cpu") is torch._C._dynamo.guards._empty_strided_cpu
-    else:
-        monkeypatch.setattr(torch._C._dynamo.guards, "_empty_strided_cpu", lambda shape, strides, dtype: torch.empty(shape))
-        assert inputs._quick_empty("cpu") is None
-    x = torch.ones(shape, dtype=dtype)
-    for mode in (torch.no_grad(), torch.inference_mode()):
-        with mode:
-            made = inputs.maker(x)()
-            assert (made.shape, made.dtype, made.device, made.stride()) == (x.shape, dtype, x.device, x.stride())
-            assert not made.requires_grad and made.is_inference() == torch.is_inference_mode_enabled()
-    inputs._quick_empty.cache_clear()
-    monkeypatch.undo()
-
-
 def test_calls_while_another_device_is_current(driven, monkeypatch):
     current, seen = [3], []
 
@@ -731,7 +701,7 @@ def test_routes_are_few_and_right(driven, monkeypatch):
 def test_a_tensor_that_is_not_told_by_one_call_is_not_planned_anew(driven, monkeypatch):
     """A subclass, and every tensor where torch lacks the guards: who runs the call is known from the first one."""
     for x in (torch.nn.Parameter(torch.ones(8), requires_grad=False), torch.ones(9)):
-        monkeypatch.setattr(inputs, "_Guards", None)
+        monkeypatch.setattr(inputs, "tensor_check", None)
         driven.all_reduce(x)
         sums = driven._engine.sums
         with monkeypatch.context() as patch:

@@ -15,10 +15,9 @@ import torch.distributed as dist
 
 import allreduce_jit
 from allreduce_jit.bench import bench as benchmark
-from allreduce_jit.bench import competitors as bench_peers
+from allreduce_jit.bench import competitors, table, timing
 from allreduce_jit.bench import html as bench_page
 from allreduce_jit.bench import speed_of_light as light
-from allreduce_jit.bench import timing
 from allreduce_jit.cli import soak, tune
 from allreduce_jit.communicator import Communicator
 from allreduce_jit.engine import graph_cache as replay
@@ -486,14 +485,14 @@ def missing_flag(place):
 
 def bench(place):
     """A short run with every peer that is here: rows beside their floor, and the page of it."""
-    options = benchmark.Options(1 << 10, 4 << 20, 64, 4, 1, "bfloat16", True, "both", tuple(bench_peers.PEERS), 0)
+    options = benchmark.Options(1 << 10, 4 << 20, 64, 4, 1, "bfloat16", True, "both", tuple(competitors.COMPETITORS), 0)
     document = benchmark.work(place, options, None)
     assert document["ok"] and document["peers"]["nccl"] is None, document["peers"]
     assert [row["mode"] for row in document["rows"]] == ["graph"] * 3 + ["eager"] * 3
     for row in document["rows"]:
         assert row["p50_us"] > 0.8 * row["sol_us"], row  # nobody is faster than light, but for the noise
         assert row["peers"]["nccl"]["p50_us"] > row["sol_us"], row
-    assert "ours / SoL" in bench_page.page([document]) and "xSoL" in benchmark.render(document)
+    assert "ours / SoL" in bench_page.page([document]) and "xSoL" in table.render(document)
 
 
 def soaked(place):

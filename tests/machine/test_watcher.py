@@ -23,7 +23,8 @@ from helpers import ROOT
 
 from allreduce_jit.machine import watcher
 from allreduce_jit.machine.probe import probe
-from allreduce_jit.machine.watcher import Process, watch
+from allreduce_jit.machine.process import Process, start_ticks
+from allreduce_jit.machine.watcher import watch
 
 LATENCY_S = 0.1  # on an idle machine; tests take the best of several, since this one may be busy
 
@@ -38,7 +39,7 @@ def tasks():
 
 def described(pid):
     """What the process would tell of itself."""
-    return replace(Process.own(), pid=pid, started=watcher._start_ticks(pid))
+    return replace(Process.own(), pid=pid, started=start_ticks(pid))
 
 
 @pytest.fixture
@@ -179,7 +180,7 @@ def test_what_means_another_process_is_never_watched(sleepers, told, caplog, fie
 
 def test_another_pid_namespace_is_refused():
     """Two real namespaces: the same number, another process."""
-    program = "import json, dataclasses; from allreduce_jit.machine.watcher import Process; print(json.dumps(dataclasses.asdict(Process.own())))"
+    program = "import json, dataclasses; from allreduce_jit.machine.process import Process; print(json.dumps(dataclasses.asdict(Process.own())))"
     found = subprocess.run(
         ["unshare", "--user", "--map-root-user", "--pid", "--fork", "--mount-proc", sys.executable, "-c", program],
         capture_output=True, text=True, cwd=ROOT,
@@ -256,14 +257,14 @@ def test_no_thread_to_be_had(monkeypatch, sleepers, told):
 
 def test_a_hidden_process_is_refused(monkeypatch, sleepers, told):
     (peer,) = sleepers()
-    known, real = described(peer.pid), watcher._start_ticks
+    known, real = described(peer.pid), start_ticks
 
     def hidden(pid):
         if pid == peer.pid:
             raise FileNotFoundError("hidden")
         return real(pid)
 
-    monkeypatch.setattr(watcher, "_start_ticks", hidden)
+    monkeypatch.setattr("allreduce_jit.machine.process.start_ticks", hidden)
     before = descriptors()
     with watch({1: known}, told.put) as handle:
         assert handle.refused == {1: "/proc does not show it: hidden"}
@@ -416,8 +417,9 @@ EXIT = """
 import os, subprocess, sys, time
 from dataclasses import replace
 from allreduce_jit.machine import watcher
+from allreduce_jit.machine.process import Process, start_ticks
 peer = subprocess.Popen(["sleep", "5"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-handle = watcher.watch({1: replace(watcher.Process.own(), pid=peer.pid, started=watcher._start_ticks(peer.pid))}, print)
+handle = watcher.watch({1: replace(Process.own(), pid=peer.pid, started=start_ticks(peer.pid))}, print)
 MORE
 """
 
