@@ -31,10 +31,10 @@ def unguarded(engine, plan, spec):
     bare = cuda_module(plan.algorithm, world_size, guarded=False)
     module = load_module(build(bare, engine.config.arch, KernelCache(None))[0].cubin)
     kernel = module.kernel(entry(plan.algorithm, spec.dtype, world_size, whole=True))
-    ((launch, pointers),) = engine.prepare(spec, plan, shape_id=0).aligned
+    ((launch, *pointers),) = engine.prepare(spec, plan, shape_id=0).aligned
     assert not NVLINK_ALGORITHMS[plan.algorithm].stream
     launch = KernelLaunch(kernel, launch.arguments, launch.grid - 1, plan.block, pdl=engine._pdl)
-    return PreparedCall(engine, spec, [(launch, pointers)], [])
+    return PreparedCall(engine, spec, [(launch, *pointers)], [])
 
 
 def work(place):

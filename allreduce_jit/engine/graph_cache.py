@@ -86,7 +86,7 @@ class GraphCache:
             return None
         self._seen.remove(call)
         prepared, *addresses = call
-        launches = list(prepared.launches(addresses))
+        launches = [launch for launch, *_ in prepared.bind(addresses)]
         ring = self._short if len(launches) == 1 else self._long
         turn = ring.next
         ring.next = (turn + 1) % len(ring.graphs)

@@ -13,7 +13,7 @@ from ..policy.plan import MAX_BLOCK, PACKET, Plan
 from .base import EngineConfig, KernelEngine
 from .driver import KernelLaunch
 from .failure import tag
-from .prepared import PreparedCall
+from .prepared import PreparedCall, binding
 
 
 class Args(ctypes.Structure):
@@ -99,11 +99,12 @@ class NvlinkEngine(KernelEngine):
             args.staging[:world_size] = self.memory.addresses
             for whole, bindings in forms.items():
                 kernel = self._kernels[entry(plan.algorithm, spec.dtype, world_size, whole)]
-                pointers = tuple(
+                launch = KernelLaunch(kernel, [args], piece.grid, plan.block, pdl=self._pdl)
+                pointers = [
                     (ctypes.c_uint64.from_buffer(args, getattr(Args, pointer.name).offset), piece.start * pointer.stride)
                     for pointer in spec.pointers
-                )
-                bindings.append((KernelLaunch(kernel, [args], piece.grid, plan.block, pdl=self._pdl), pointers))
+                ]
+                bindings.append(binding(launch, pointers))
         return PreparedCall(self, spec, forms[spec.nbytes % PACKET == 0], forms[False])
 
     def _modules(self, families: Sequence[OpSpec]) -> list[KernelSpec]:

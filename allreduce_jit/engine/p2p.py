@@ -13,7 +13,7 @@ from ..triton_kernels.legacy import signature
 from .base import EngineConfig, KernelEngine
 from .driver import KernelLaunch
 from .failure import tag
-from .prepared import PreparedCall
+from .prepared import PreparedCall, binding
 
 _ARGUMENTS = {"input": "x", "output": "out"}  # the kernels' names for the pointers of a call
 _CTYPES = {"i32": ctypes.c_int32, "i64": ctypes.c_int64}
@@ -55,8 +55,9 @@ class P2PEngine(KernelEngine):
                 values = self._arguments(plan.algorithm, spec, of_launch)
                 # Triton's two trailing scratch pointers. No dependent launch: the protocol leans on kernel boundaries.
                 arguments = [*values.values(), ctypes.c_uint64(0), ctypes.c_uint64(0)]
-                pointers = tuple((values[_ARGUMENTS[p.name]], piece.start * p.stride) for p in spec.pointers)
-                bindings.append((KernelLaunch(kernel, arguments, piece.grid, plan.block, shared_bytes), pointers))
+                launch = KernelLaunch(kernel, arguments, piece.grid, plan.block, shared_bytes)
+                pointers = [(values[_ARGUMENTS[p.name]], piece.start * p.stride) for p in spec.pointers]
+                bindings.append(binding(launch, pointers))
         return PreparedCall(self, spec, forms[True], forms[False])
 
     def _arguments(self, algorithm: str, spec: OpSpec, of_launch: dict[str, int]) -> dict[str, ctypes._SimpleCData]:

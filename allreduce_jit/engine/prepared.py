@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,8 +23,16 @@ if TYPE_CHECKING:
 # like earlier ones in all else. The driver gives no memory there.
 NO_ADDRESS = 1 << 32
 
-# A launch with its arguments for the pointers of the operation, in order, and how far into each tensor it begins, in bytes.
-Binding = tuple[KernelLaunch, tuple[tuple[ctypes._SimpleCData, int], ...]]
+Argument = ctypes._SimpleCData
+# A launch, with its arguments for the pointers of the operation (input, output, others), each followed by how far into that tensor
+# it begins, in bytes. Flat, as unpacking it is a part of every eager call.
+Binding = tuple[KernelLaunch, Argument, int, Argument, int, tuple[tuple[Argument, int], ...]]
+
+
+def binding(launch: KernelLaunch, pointers: Sequence[tuple[Argument, int]]) -> Binding:
+    """``pointers``: (argument, offset in bytes) of each pointer of the operation."""
+    (x, x_offset), (out, out_offset), *rest = pointers
+    return launch, x, x_offset, out, out_offset, tuple(rest)
 
 
 class PreparedCall:
@@ -68,7 +76,7 @@ class PreparedCall:
             # The default stream is never captured; asking costs as much as all of these lines.
             if stream and stream_is_capturing():
                 order.enter_captured(stream)
-                self.launch(call[1:], stream)
+                self.bind(call[1:], stream)
                 return
             if stream != order.last:
                 order.enter(stream)
@@ -77,7 +85,7 @@ class PreparedCall:
             if self.as_graph and not order.priority:  # the kernels of a graph do not take a stream's priority over
                 graph = engine._graph_cache.ready.get(call) or engine._graph_cache.assign(call)
             if graph is None:
-                self.launch(call[1:], stream)
+                self.bind(call[1:], stream)
             elif error := graph.launch():
                 raise failure("graph launch", error)
             if stream == PER_THREAD:
@@ -87,19 +95,20 @@ class PreparedCall:
 
     def run(self, *tensors: torch.Tensor) -> None:
         """Launch as it is, on the current stream: no order among streams, no graph."""
-        self.launch([tensor.data_ptr() for tensor in tensors], current_raw_stream(self.engine._raw_device))
+        self.bind([tensor.data_ptr() for tensor in tensors], current_raw_stream(self.engine._raw_device))
 
-    def launches(self, addresses: Sequence[int]) -> Iterator[KernelLaunch]:
-        """The launches, whose arguments hold these addresses until the next one is asked for."""
-        low_bits = 0
-        for address in addresses:
+    def bind(self, addresses: Sequence[int], stream: int | None = None) -> Sequence[Binding]:
+        """Have the arguments of the launches hold these addresses; given a stream, launch each one as soon as they do."""
+        source, target, *others = addresses
+        low_bits = source | target
+        for address in others:
             low_bits |= address
-        for launch, pointers in self.unaligned if low_bits % PACKET else self.aligned:
-            for (argument, offset), address in zip(pointers, addresses):
+        bindings = self.unaligned if low_bits % PACKET else self.aligned
+        for launch, x, x_offset, out, out_offset, rest in bindings:
+            x.value = source + x_offset
+            out.value = target + out_offset
+            for (argument, offset), address in zip(rest, others) if rest else ():
                 argument.value = address + offset
-            yield launch
-
-    def launch(self, addresses: Sequence[int], stream: int) -> None:
-        """Launch all of it, with these addresses."""
-        for launch in self.launches(addresses):
-            launch(stream)
+            if stream is not None:
+                launch(stream)
+        return bindings

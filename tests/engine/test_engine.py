@@ -220,8 +220,9 @@ class Plain(KernelEngine):
         return Plan("v2", "one_shot", 1, 32, spec.numel)
 
     def prepare(self, spec, plan, shape_id):
-        launch = partial(self._launch, spec.numel, shape_id)
-        return prepared.PreparedCall(self, spec, [(launch, ())], [(launch, ())])
+        pointers = [(ctypes.c_uint64(), 0)] * 2
+        launches = [prepared.binding(partial(self._launch, spec.numel, shape_id), pointers)]
+        return prepared.PreparedCall(self, spec, launches, launches)
 
     def _launch(self, numel, shape_id, stream):
         self.log.append((numel, shape_id, stream))

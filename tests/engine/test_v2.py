@@ -48,7 +48,7 @@ def engine(request, monkeypatch):
 
 def launched(engine, numel, dtype="bfloat16", source=1 << 40, target=1 << 41):
     FakeLaunch.fired = []
-    engine.prepared(all_reduce(dtype, numel)).launch((source, target), 7)
+    engine.prepared(all_reduce(dtype, numel)).bind((source, target), 7)
     return FakeLaunch.fired
 
 
@@ -126,7 +126,7 @@ def test_tensors_off_a_packets_border_take_the_ragged_kernel(engine):
 def test_explicit_plans_have_the_flag_of_no_shape(engine):
     spec = all_reduce("bfloat16", 999)
     call = engine.prepare(spec, nvlink.plan_of("one_shot", 32, spec, engine.config.world_size, engine.layout), shape_id=0)
-    assert {launch.args.config for launch, _ in call.unaligned} == {0}
+    assert {launch.args.config for launch, *_ in call.unaligned} == {0}
     assert min(one.config for one in launched(engine, 1)) == 1
 
 

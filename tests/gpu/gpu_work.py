@@ -208,7 +208,7 @@ def repeated(place, path, many_launches=False):
         assert new.device == x.device and not reference.compare(new, want).wrong
 
         def small():
-            return {call for call in ready if len(call[0].whole) == 1}
+            return {call for call in ready if len(call[0].aligned) == 1}
 
         def occupied():
             torch.cuda.synchronize()

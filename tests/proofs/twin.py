@@ -374,7 +374,7 @@ class World:
             with mock.patch.object(engine_module, "KernelLaunch", Recorder):
                 calls[spec, plan] = self.engines[rank].prepare(spec, plan, shape_id=len(calls) % MAX_SHAPES)
         arena = self._base + self._offsets[rank]["arena"]
-        calls[spec, plan].launch((arena + x.start, arena + out.start), 0)
+        calls[spec, plan].bind((arena + x.start, arena + out.start), 0)
 
     def plan(self, call: Call) -> Plan:
         """The named algorithm or the engine's choice; one-shot where there are too few elements to stream."""
