@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from ..abi import MAX_SHAPES
 from ..errors import CommunicatorFailed, Poisoned, SetupError
 from ..inputs import raise_no_memory
 from ..jit.cache import Artifact, KernelCache, decode, encode
@@ -35,7 +36,6 @@ VERIFY_SECONDS = 10.0
 # Below are offsets into storages that have been freed under their tensors, to which torch gives no address: tensors that are
 # like earlier ones in all else. The driver gives no memory there.
 NO_ADDRESS = 1 << 32
-MAX_SHAPES = 4096  # Control.met of staging.cuh
 # Not a stream object: that takes longer to make than the rest of a call's preparation.
 _current_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 _capturing = getattr(torch._C, "_cuda_isCurrentStreamCapturing", None)

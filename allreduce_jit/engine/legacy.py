@@ -9,7 +9,7 @@ import torch
 
 from ..policy.catalogue import ITEMSIZE
 from ..policy.plan import PACKET, Plan, ceil_div, legacy_layout, legacy_part, legacy_plan, legacy_shape
-from ..triton_kernels.legacy import BLOCK_BYTES, NUM_WARPS, signature
+from ..triton_kernels.p2p import BLOCK_BYTES, NUM_WARPS, signature
 from .base import DTYPE_NAMES, EngineConfig, KernelEngine, Step
 from .driver import Launch
 from .failure import tag
@@ -69,7 +69,7 @@ class LegacyEngine(KernelEngine):
             for aligned, found in ((True, step.whole), (False, step.ragged)):
                 vector = aligned and count * itemsize % PACKET == 0
                 kernel, shared_bytes = self._kernels[plan.algorithm, name, vector]
-                values = self._arguments(plan.algorithm, name, numel=count, total=numel, part=part, config=config)
+                values = self._arguments(plan.algorithm, name, numel=count, total=numel, part=part, shape_id=config)
                 # Triton's two trailing scratch pointers. No dependent launch: the protocol leans on kernel boundaries.
                 scratch = ctypes.c_uint64(0), ctypes.c_uint64(0)
                 launch = Launch(kernel, [*values.values(), *scratch], blocks, THREADS, shared_bytes)

@@ -8,36 +8,12 @@ from typing import NamedTuple
 
 import torch
 
+from ..abi import Args, Channel
 from ..policy.catalogue import ITEMSIZE, V2_ALGORITHMS, KernelSpec, catalogue, entry
 from ..policy.plan import MAX_BLOCK, PACKET, RESIDENT_PACKETS, Plan, ceil_div, v2_bands, v2_layout, v2_plan, v2_shape
 from .base import DTYPE_NAMES, EngineConfig, KernelEngine, Step
 from .driver import Launch
 from .failure import tag
-
-
-class Args(ctypes.Structure):
-    """``Args`` of kernels/cuda/staging.cuh, field by field."""
-
-    _fields_ = [
-        ("staging", ctypes.c_uint64 * 8),
-        ("own", ctypes.c_uint64),
-        ("input", ctypes.c_uint64),
-        ("output", ctypes.c_uint64),
-        ("numel", ctypes.c_uint64),
-        ("total", ctypes.c_uint64),
-        ("slots", ctypes.c_uint64),
-        ("channels", ctypes.c_uint64),
-        ("control", ctypes.c_uint64),
-        ("report", ctypes.c_uint64),
-        ("rank", ctypes.c_uint32),
-        ("capacity", ctypes.c_uint32),
-        ("tag", ctypes.c_uint32),
-        ("config", ctypes.c_uint32),
-        ("launch", ctypes.c_uint32),
-        ("scatter", ctypes.c_uint32),
-        ("gather", ctypes.c_uint32),
-        ("last", ctypes.c_uint32),
-    ]
 
 
 class Piece(NamedTuple):
@@ -80,7 +56,7 @@ class V2Engine(KernelEngine):
     """Push all-reduce for GPUs that are all connected by NVLink."""
 
     path = "v2"
-    channel_bytes = 8  # Channel of staging.cuh
+    channel_bytes = ctypes.sizeof(Channel)
 
     def __init__(self, config: EngineConfig):
         tuned = config.tuned or {}
@@ -137,7 +113,7 @@ class V2Engine(KernelEngine):
                 rank=self.config.rank,
                 capacity=region.capacity,
                 tag=tag(plan.algorithm, name),
-                config=config,
+                shape_id=config,
                 launch=i,
                 scatter=piece.scatter,
                 gather=piece.gather,

@@ -6,15 +6,17 @@ Every input of a plan is the same on all ranks, so all ranks choose alike.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from ctypes import sizeof
 from dataclasses import dataclass, replace
 
+from ..abi import Header
 from .catalogue import ITEMSIZE, V2_ALGORITHMS, v2_algorithms
 from .tables import BLOCKS, LEGACY_TABLES, NEVER, V2_TABLES, Band, Bands
 
 PACKET = 16
 WARP = 32
 MAX_BLOCK = 512
-HEADER_BYTES = 4096  # Header of kernels/cuda/staging.cuh, before the slots
+HEADER_BYTES = sizeof(Header)  # before the slots
 # Launches of a stream overlap, if each is resident at once: two blocks of 512 threads on each of 132 multiprocessors.
 RESIDENT_PACKETS = 264 * MAX_BLOCK
 
