@@ -5,7 +5,7 @@ Usage: python tools/compare_cubins.py BEFORE AFTER [--all]
 
 ``BEFORE`` and ``AFTER`` are folders of cubins, as ``--compile`` leaves them, or checkouts, which are compiled first. Needs no
 GPU. A kernel is the ``same`` if the bytes of its ``.text`` section are; ``operands`` if the same opcodes follow each other, with
-other registers or addresses; else ``code``. The table shows what changed in size: instructions (16 bytes each, padding
+other registers or addresses; ``order`` if they are as many of each, in another order; else ``code``. The table shows what changed in size: instructions (16 bytes each, padding
 included), registers, bytes of stack (spills) and of static shared memory. ``--all`` lists kernels that are the same, too.
 """
 
@@ -170,7 +170,11 @@ def verdict(old: Kernel | None, new: Kernel | None) -> str:
         return "new" if old is None else "gone"
     if old == new:
         return "same"
-    return "operands" if old.figures == new.figures and old.opcodes == new.opcodes else "code"
+    if old.figures != new.figures:
+        return "code"
+    if old.opcodes == new.opcodes:
+        return "operands"
+    return "order" if sorted(old.opcodes) == sorted(new.opcodes) else "code"
 
 
 def table(rows: list[tuple[str, str, Kernel | None, Kernel | None]]) -> str:

@@ -23,12 +23,13 @@ __device__ inline void one_shot(const Args &a) {
     if (Config::GUARDED && blockIdx.x == 0) return guard<Config>(a);
     griddepcontrol_launch_dependents();
     const u32 thread = (blockIdx.x - Config::GUARDED) * blockDim.x + threadIdx.x, lane = thread % WARP, channel = thread / WARP;
-    const Partition partition(packets_of<T>(a.numel), channel, lane);
+    const u32 first = channel * WARP * PACKETS + lane;  // of this thread's slots, which are WARP apart
+    const Partition partition(packets_of<T>(a.numel), first);
     if (partition.idle(lane)) return;
     Tensor<T, WHOLE> in(a.input, a.numel, partition.origin());
     Epilogue epilogue(a, partition);
 
-    const Slots<Config> slots(a, partition.first);
+    const Slots<Config> slots(a, first);
     Epoch<Config> epoch(a, channel);
     materialize(in.address);
     materialize(epilogue.out.address);

@@ -45,12 +45,13 @@ __device__ inline void two_shot(const Args &a) {
     if (guarded && blockIdx.x == 0) return guard<Config>(a);
     if (!STREAM) griddepcontrol_launch_dependents();
     const u32 thread = (blockIdx.x - guarded) * blockDim.x + threadIdx.x, lane = thread % WARP, channel = thread / WARP;
-    const Partition partition(packets_of<T>(a.numel), channel, lane);
+    const u32 first = channel * WARP * PACKETS + lane;  // of this thread's slots, which are WARP apart
+    const Partition partition(packets_of<T>(a.numel), first);
     if (partition.idle(lane)) return;
     const Tensor<T, WHOLE> in(a.input, a.numel, partition.origin());
     Epilogue epilogue(a, partition);
 
-    const Slots<Config> slots(a, partition.first);
+    const Slots<Config> slots(a, first);
     Epoch<Config> epoch(a, channel);
     materialize(epoch.address);
     u32 rank = a.rank;

@@ -29,8 +29,8 @@ struct Flat : FlatShare<Config, PARTS> {
 
     u32 packets;  // of the tensors
 
-    __device__ Flat(u32 packets, u32 channel, u32 lane)
-        : Share{channel * PER_CHANNEL + lane, (packets + PARTS - 1) / PARTS}, packets(packets) {}
+    __device__ Flat(u32 packets, u32 slot)
+        : Share{slot, (packets + PARTS - 1) / PARTS}, packets(packets) {}
 
     // Whether the channel has nothing to do, on every rank alike.
     __device__ bool idle(u32 lane) const { return first - lane >= part; }
@@ -44,6 +44,7 @@ struct Flat : FlatShare<Config, PARTS> {
     // Packet number k of this thread in the part of a rank; past the end of the tensors if there is none.
     __device__ u32 at(u32 rank, u32 k) const {
         if (PARTS == 1) return k * WARP;
-        return this->has(k) ? this->index(rank, k) : packets;
+        const u32 packet = first + k * WARP;
+        return packet < part ? rank * part + packet : packets;
     }
 };
