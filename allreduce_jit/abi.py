@@ -157,7 +157,7 @@ CONSTANTS = {
 
 def headers() -> dict[str, str]:
     """The headers of ``kernels/cuda`` that are made from this module, by name."""
-    constants = "#define offsetof(type, field) u64(__builtin_offsetof(type, field))  // NVRTC has no <stddef.h>\n"
+    constants = "#pragma once\n#define offsetof(type, field) u64(__builtin_offsetof(type, field))  // NVRTC has no <stddef.h>\n"
     constants += "".join(f"constexpr u32 {name} = {value};\n" for name, value in CONSTANTS.items())
     return {
         "abi_constants.cuh": constants,

@@ -764,7 +764,7 @@ def test_legacy_launches_cover_the_tensor(world_size, monkeypatch):
             names = ("x", "out", "numel", "total", "part")
             launched.append(SimpleNamespace(**{n: v.value for n, v in zip(names, self.values, strict=True)}, **self.about))
 
-    def arguments(algorithm, dtype, numel, total, part, config):
+    def arguments(algorithm, dtype, numel, total, part, shape_id):
         return {name: ctypes.c_int64(value) for name, value in
                 {"x": 0, "out": 0, "numel": numel, "total": total, "part": part}.items()}  # fmt: skip
 

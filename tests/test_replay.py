@@ -14,12 +14,13 @@ pytest.importorskip("cuda.bindings.driver")
 
 from fake_driver import FakeDriver, capture_info
 
+from allreduce_jit.abi import Args
 from allreduce_jit.engine import base as engines
 from allreduce_jit.engine import driver, streams, v2, verify
 from allreduce_jit.engine import graph_cache as replay
 from allreduce_jit.engine.base import EngineConfig
 from allreduce_jit.engine.graph_cache import FEWEST, LARGEST, LONGS, MOST, SHORTS, replayed
-from allreduce_jit.engine.v2 import Args, V2Engine
+from allreduce_jit.engine.v2 import V2Engine
 from allreduce_jit.errors import AllReduceError
 from allreduce_jit.policy.catalogue import ITEMSIZE, entry, v2_algorithms
 from allreduce_jit.settings import Settings

@@ -9,6 +9,7 @@ import torch
 
 pytest.importorskip("cuda.bindings.driver")
 
+from allreduce_jit.abi import Args
 from allreduce_jit.engine import v2
 from allreduce_jit.engine.base import MAX_SHAPES, EngineConfig
 from allreduce_jit.engine.v2 import V2Engine, launches
@@ -26,7 +27,7 @@ class FakeLaunch:
         (self.args,), self.kernel, self.grid, self.block, self.pdl = arguments, kernel, grid, block, pdl
 
     def __call__(self, stream):
-        values = {name: getattr(self.args, name) for name, _ in v2.Args._fields_ if name != "staging"}
+        values = {name: getattr(self.args, name) for name, _ in Args._fields_ if name != "staging"}
         about = {"kernel": self.kernel, "grid": self.grid, "block": self.block, "stream": stream}
         FakeLaunch.fired.append(SimpleNamespace(**about, **values))
 
@@ -124,22 +125,22 @@ def test_tensors_off_a_packets_border_take_the_ragged_kernel(engine):
 def test_explicit_plans_have_the_flag_of_no_shape(engine):
     plan = v2_shape("one_shot", 32, engine.config.world_size, "bfloat16", 999, engine.layout)
     step = engine._step(plan, 999, torch.bfloat16, config=0)
-    assert {launch.args.config for launch, *_ in step.ragged} == {0}
-    assert min(one.config for one in launched(engine, 1)) == 1
+    assert {launch.args.shape_id for launch, *_ in step.ragged} == {0}
+    assert min(one.shape_id for one in launched(engine, 1)) == 1
 
 
 def test_flags_of_shapes_stay_apart_and_inside_control(engine):
     """More shapes than flags: they are handed out anew, and no two shapes that are remembered share one."""
     live = {}
     for numel in range(1, 3 * MAX_SHAPES):
-        (config,) = {one.config for one in launched(engine, numel)}
+        (config,) = {one.shape_id for one in launched(engine, numel)}
         assert 1 <= config < MAX_SHAPES
         if len(engine._steps) < len(live):
             live.clear()
         assert config not in live.values()
         live[numel] = config
         assert len(engine._steps) == len(live) < MAX_SHAPES
-    (again,) = {one.config for one in launched(engine, numel)}
+    (again,) = {one.shape_id for one in launched(engine, numel)}
     assert again == live[numel]  # the same shape, the same flag
-    other = launched(engine, numel, torch.float16)[0].config
+    other = launched(engine, numel, torch.float16)[0].shape_id
     assert other not in live.values()

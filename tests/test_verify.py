@@ -53,7 +53,7 @@ def test_two_calls_of_each_full_plan_use_every_slot_of_v2(world_size, staging_mb
 @pytest.mark.parametrize("world_size", WORLDS)
 def test_two_calls_of_each_full_plan_use_every_slot_of_legacy(world_size, staging_mb):
     pytest.importorskip("triton")
-    from allreduce_jit.triton_kernels.legacy import BLOCK_BYTES
+    from allreduce_jit.triton_kernels.p2p import BLOCK_BYTES
 
     from allreduce_jit.engine.legacy import LegacyEngine
     from allreduce_jit.policy.plan import legacy_part

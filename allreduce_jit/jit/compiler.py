@@ -11,7 +11,6 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache as memoise
-from pathlib import Path
 
 from .. import abi
 from ..errors import CompileError
@@ -97,7 +96,7 @@ def _nvrtc(spec: KernelSpec, arch: str) -> Artifact:
 @memoise
 def _triton_source() -> str:
     kernels = importlib.resources.files("allreduce_jit.triton_kernels").joinpath("p2p.py").read_text()
-    return kernels + Path(abi.__file__).read_text()  # of which it takes its constants
+    return kernels + "".join(abi.headers().values())  # all offsets and constants, which it takes from the same module
 
 
 def _triton(spec: KernelSpec, arch: str) -> Artifact:
