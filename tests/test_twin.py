@@ -309,7 +309,7 @@ BUGS = {
     "no griddepcontrol_wait in the launches that follow": ("streamed calls", ANY, [("two_shot.cu", "if (follows) griddepcontrol_wait();", "")]),
     "a stream has two scatter buffers": ("streamed calls", ANY, [("two_shot.cu", "STREAM ? a.scatter ^", "STREAM ? (a.scatter ? a.scatter : 2) ^")]),
     "a stream has one gather buffer": ("streamed calls", ANY, [("two_shot.cu", "STREAM ? a.gather", "STREAM ? 4")]),
-    "a stream begins with the same buffer in every epoch": ("mixed calls", ANY, [("two_shot.cu", "a.scatter ^ (parity & a.scatter >> 1)", "a.scatter")]),
+    "a stream begins with the same buffer in every epoch": ("mixed calls", ANY, [("two_shot.cu", "a.scatter ^ (epoch.parity & a.scatter >> 1)", "a.scatter")]),
     "a stream flips the epoch": ("mixed calls", ANY, [("two_shot.cu", "if (!STREAM && lane == 0)", "if ((!STREAM || a.last) && lane == 0)")]),
     "a stream's launches start at once": ("streamed calls", ANY, [("two_shot.cu", "if (!STREAM) griddepcontrol_launch_dependents();", "griddepcontrol_launch_dependents();")]),
     "gather and scatter share slots": ("mixed calls", ANY, [("two_shot.cu", "STREAM ? a.gather : 2", "STREAM ? a.gather : 1")]),
