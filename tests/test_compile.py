@@ -408,6 +408,21 @@ def test_warnings_as_errors(language, how):
     assert out == ["True"], err
 
 
+@needs_nvrtc
+def test_the_first_modules_may_be_compiled_by_several_threads():
+    """``cuda.core`` fails in most attempts where several threads import it at once."""
+    code = """
+from allreduce_jit.jit import compiler
+from allreduce_jit.jit.cache import KernelCache
+from allreduce_jit.policy.catalogue import cuda_module
+compiler.workers = lambda sharing: 4
+print(len(compiler.build_all([(cuda_module("one_shot", n), "sm_90") for n in (2, 3, 4, 5)], KernelCache(None))))
+"""
+    for _ in range(2):
+        out, err = in_a_process(code)
+        assert out == ["4"], err
+
+
 @needs_triton
 def test_what_others_set_for_triton_is_not_ours():
     """Whatever is set for kernels of others, in the environment or in the process: ours are the same."""

@@ -38,7 +38,7 @@ __device__ inline u32 packets_of(u64 numel) {
 }
 
 // The user's tensor: any number of elements at any element-aligned address. WHOLE: the address is a multiple of 16
-// and the elements fill whole packets; such tensors need a fraction of the code, which is what small messages wait for.
+// and the elements fill whole packets; such tensors take a fraction of the code, and to fetch code is what small messages wait for.
 // Packets are numbered from `first` on.
 template <class T, bool WHOLE>
 struct Tensor {

@@ -292,7 +292,7 @@ def _peers(table, rank, WORLD: tl.constexpr):
 
 @triton.jit
 def _stopped(staging):
-    """_STOPPED if this rank's abort word is set, as this thread sees it, else 0."""
+    """_STOPPED if this rank's header holds an abort code, as this thread sees it, else 0."""
     return tl.where(tl.load(_words(staging, 0, tl.int32), volatile=True) != 0, _STOPPED, 0)
 
 

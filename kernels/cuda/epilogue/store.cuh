@@ -4,6 +4,7 @@
 //
 // Store: the sum is the result.
 #pragma once
+#include "abi.cuh"
 #include "packet.cuh"
 
 template <class T, bool WHOLE>
