@@ -7,7 +7,6 @@ hop, or those of reduce-scatter and all-gather in two.
 
 from __future__ import annotations
 
-import ctypes
 import statistics
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -15,6 +14,7 @@ from typing import Any
 
 import torch
 
+from ..abi import FloorArgs
 from ..errors import PeerTimeout, SetupError
 from ..harness.place import Place
 from ..policy.catalogue import KernelSpec
@@ -27,7 +27,6 @@ REPLAYS = 15
 WARMUP = 3
 TIMEOUT_S = 2.0  # of one wait for a flag
 FLAGS_BYTES = 4096  # the flags, in front of the data
-FLAG_STRIDE = 128  # as in floor.cu
 ENTRIES = ("floor_empty", "floor_flag", "floor_store")
 
 
@@ -63,19 +62,6 @@ class Floor:
 
     def to_json(self) -> dict[str, float]:
         return {**asdict(self), "hop_us": self.hop_us}
-
-
-class Args(ctypes.Structure):
-    """``Floor`` of kernels/cuda/floor.cu, field by field."""
-
-    _fields_ = [
-        ("flags", ctypes.c_uint64 * 8),
-        ("data", ctypes.c_uint64 * 8),
-        ("state", ctypes.c_uint64),
-        ("timeout_ns", ctypes.c_uint64),
-        ("rank", ctypes.c_uint32),
-        ("packets", ctypes.c_uint32),
-    ]
 
 
 def module(world_size: int) -> KernelSpec:
@@ -144,7 +130,7 @@ class _Probe:
 
     def connect(self, handles: list[str]) -> None:
         self.memory.connect(handles)
-        args = Args(
+        args = FloorArgs(
             state=self.state.data_ptr(),
             timeout_ns=int(TIMEOUT_S * 1e9),
             rank=self.place.rank,

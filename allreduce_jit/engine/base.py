@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..abi import MAX_SHAPES
 from ..errors import CommunicatorFailed, Poisoned, SetupError
 from ..jit.cache import Artifact, KernelCache, decode, encode
 from ..jit.compiler import build_all
@@ -30,7 +31,6 @@ from .streams import StreamOrder
 from .verify import READ_BYTES, verify
 
 VERIFY_SECONDS = 10.0
-MAX_SHAPES = 4096  # Control.met of staging.cuh
 
 
 @dataclass(frozen=True)

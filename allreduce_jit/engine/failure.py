@@ -2,39 +2,29 @@
 
 from __future__ import annotations
 
-import struct
+import ctypes
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from enum import IntEnum
 
+from .. import abi
+from ..abi import CULPRIT_SHIFT, DTYPE_SHIFT, FINDER_SHIFT, IN_PLACE, NUMEL_SHIFT, Kind
 from ..errors import CallMismatch, CommunicatorFailed, ConcurrentUse, PeerLost, PeerTimeout, Poisoned
 from ..policy.catalogue import NVLINK_ALGORITHMS
 from ..policy.operation import DTYPES
 
-SIGNATURES_AT, SIGNATURES = 256, 2 * 8 * 16  # in the staging memory's header: per parity, per source
-_IN_PLACE = 1 << 15
+SIGNATURES_AT, SIGNATURES = abi.Header.signatures.offset, abi.Header.signatures.size  # bytes of the staging memory
 LEGACY_NUMBERS = {"legacy_one_shot": 32, "legacy_two_shot": 33}
 _ALGORITHMS = {what.number: name for name, what in NVLINK_ALGORITHMS.items()} | {n: name for name, n in LEGACY_NUMBERS.items()}
 
 
-class Kind(IntEnum):
-    """Why kernels stop: the low byte of an abort code. Kernels know the first three."""
-
-    TIMEOUT = 1
-    MISMATCH = 2
-    CONCURRENT = 3
-    LOST = 4
-    ABORTED = 5
-
-
 def abort_code(kind: Kind, culprit: int, by: int) -> int:
     """``culprit``: the rank to blame; ``by``: the rank that found out."""
-    return kind | culprit << 8 | by << 16
+    return kind | culprit << CULPRIT_SHIFT | by << FINDER_SHIFT
 
 
 @dataclass(frozen=True)
 class Signature:
-    """What a call says of itself to the other ranks (guard.cuh)."""
+    """What a call says of itself to the other ranks (kernels/cuda/guard.cuh)."""
 
     numel: int
     dtype: str
@@ -43,8 +33,10 @@ class Signature:
 
     @classmethod
     def decode(cls, low: int, tag: int) -> Signature:
-        dtype = list(DTYPES)[tag >> 8 & 15] if (tag >> 8 & 15) < len(DTYPES) else "?"
-        return cls(low | (tag >> 16) << 32, dtype, _ALGORITHMS.get(tag & 0xFF, "?"), bool(tag & _IN_PLACE))
+        number = tag >> DTYPE_SHIFT & 15
+        dtype = list(DTYPES)[number] if number < len(DTYPES) else "?"
+        numel = low | tag >> NUMEL_SHIFT << 32
+        return cls(numel, dtype, _ALGORITHMS.get(tag & 0xFF, "?"), bool(tag & IN_PLACE))
 
     def __str__(self) -> str:
         return f"{self.algorithm} of {self.numel} {self.dtype}{' in place' if self.in_place else ''}"
@@ -53,13 +45,13 @@ class Signature:
 def tag(algorithm: str, dtype: str) -> int:
     """What kernels are given to sign with, besides the number of elements."""
     number = LEGACY_NUMBERS.get(algorithm) or NVLINK_ALGORITHMS[algorithm].number
-    return number | list(DTYPES).index(dtype) << 8
+    return number | list(DTYPES).index(dtype) << DTYPE_SHIFT
 
 
 def last_signed(header: bytes, rank: int) -> tuple[int, int, int] | None:
     """(sequence number, low word, tag) of the last call that ``rank`` signed in the ``SIGNATURES`` bytes of a header."""
-    both = [struct.unpack_from("<4I", header, (parity * 8 + rank) * 16) for parity in (0, 1)]
-    signed = [(sequence, low, tag) for low, sequence, tag, again in both if tag and sequence == again]
+    both = [row[rank] for row in (abi.Signature * abi.MAX_RANKS * 2).from_buffer_copy(header)]
+    signed = [(s.sequence, s.numel, s.tag) for s in both if s.tag and s.sequence == s.sequence_again]
     # Sequence numbers wrap: of two neighbours the later one is ahead by one.
     if len(signed) == 2 and (signed[0][0] + 1) & 0xFFFFFFFF == signed[1][0]:
         signed.reverse()
@@ -82,35 +74,35 @@ def explain(
     """The exception for an abort ``code``.
 
     Args:
-        words: ``Report`` of staging.cuh; all zero if no kernel of this rank has noticed yet.
+        words: of an ``abi.Report``; all zero if no kernel of this rank has noticed yet.
         signed: ``heard`` of this rank's header.
         alive: whether a rank's process lives; None = unknown.
     """
-    _, sequence, call_tag, buffer, channel, waited_ms, *signatures = words
-    kind, culprit, by = Kind(code & 0xFF), code >> 8 & 0xFF, code >> 16 & 0xFF
-    call = Signature.decode(0, call_tag) if call_tag else None
-    phase = _phase(call.algorithm, buffer) if call else None
+    seen = abi.Report.from_buffer_copy((ctypes.c_uint32 * len(words))(*words))
+    kind, culprit, by = Kind(code & 0xFF), code >> CULPRIT_SHIFT & 0xFF, code >> FINDER_SHIFT & 0xFF
+    call = Signature.decode(0, seen.tag) if seen.tag else None
+    phase = _phase(call.algorithm, seen.buffer) if call else None
     report = {
         "kind": kind.name.lower(),
         "culprit": culprit,
         "found_by": by,
         "rank": rank,
-        "sequence": sequence if call else None,
+        "sequence": seen.sequence if call else None,
         "algorithm": call.algorithm if call else None,
         "dtype": call.dtype if call else None,
         "phase": phase,
-        "channel": channel,
-        "waited_ms": waited_ms,
+        "channel": seen.channel,
+        "waited_ms": seen.waited_ms,
         "ranks": [
             {"rank": r, "alive": alive(r), "last_call": s and {"sequence": s[0], **asdict(s[1])}} for r, s in enumerate(signed)
         ],
     }
-    where = f" in call {sequence} ({call.algorithm}, {call.dtype}, {phase})" if call and by == rank else ""
+    where = f" in call {seen.sequence} ({call.algorithm}, {call.dtype}, {phase})" if call and by == rank else ""
     told = "" if by == rank else f" (rank {by} told rank {rank})"
     lives = {True: "lives", False: "is dead", None: "may live or not"}[alive(culprit)]
     error: type[CommunicatorFailed] = PeerTimeout
     if kind is Kind.TIMEOUT:
-        waited = f" after {waited_ms / 1000:.1f} s" if by == rank else ""
+        waited = f" after {seen.waited_ms / 1000:.1f} s" if by == rank else ""
         text = f"rank {by} timed out{waited} waiting for rank {culprit}{where}; its process {lives}"
         if alive(culprit) is False:
             error = PeerLost
@@ -119,9 +111,9 @@ def explain(
     elif kind is Kind.MISMATCH:
         error, text = CallMismatch, f"rank {by} and rank {culprit} came to one call with different signatures"
         if by == rank:
-            mine, theirs = Signature.decode(*signatures[:2]), Signature.decode(*signatures[2:4])
+            mine, theirs = Signature.decode(*seen.mine), Signature.decode(*seen.theirs)
             report |= {"mine": asdict(mine), "theirs": asdict(theirs)}
-            text = f"call {sequence} is {mine} on rank {rank}, but {theirs} on rank {culprit}"
+            text = f"call {seen.sequence} is {mine} on rank {rank}, but {theirs} on rank {culprit}"
     elif kind is Kind.CONCURRENT:
         error = ConcurrentUse
         text = f"rank {culprit} had two calls of one communicator in flight at once: order their streams, or use two"

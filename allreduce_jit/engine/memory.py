@@ -9,14 +9,16 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections.abc import Sequence
+from ctypes import sizeof
 
 from cuda.bindings import driver
 
+from ..abi import Control
 from ..policy.plan import HEADER_BYTES
 from .driver import beside_captures, call
 
 GRANULARITY = 2 << 20  # allocations of whole 2 MiB pages share no page with anything else
-REPORT_BYTES = 64
+REPORT_BYTES = 64  # a Report, and what fills its cache line
 
 
 class StagingMemory:
@@ -69,7 +71,7 @@ class StagingMemory:
 
 
 class SideChannel:
-    """Small copies between host and device that pass beside kernels which spin: to stop them, and to learn why.
+    """Small copies between host and device beside kernels that spin: to stop them, and to learn why.
 
     Usable from any thread, beside a graph capture of any thread; everything is allocated ahead, as allocating would wait for
     those kernels.
@@ -115,48 +117,47 @@ class SideChannel:
 
 
 class LocalState:
-    """What only this rank's kernels touch: the control block, epoch words, and the report on the host.
+    """What only this rank's kernels touch: a ``Control`` and the channels in device memory, the ``Report`` on the host.
 
-    Device layout: ``Control`` (staging.cuh) in the first ``CONTROL_BYTES``, legacy's table of staging addresses at its end;
-    then ``channel_bytes`` per channel, which begin with its u32 epoch.
+    The channels follow the control block, ``channel_bytes`` each, and begin with their u32 epoch.
 
     Attributes:
         control: address of the control block.
-        table: address of the table.
+        table: address of legacy's table of staging memories, in the control block.
         channels: address of the first channel.
         report: address of the report, for kernels.
         words: the report, for the host.
     """
 
-    CONTROL_BYTES = 32 << 10
-    DEADLINE_AT, GRACE_AT = 8, 16
-    COUNTS_AT = 0, 4, 28  # of calls: sequence, ended, entered; equal while none is in flight
-    REPORTED_AT, CHANNEL_COUNT_AT = 24, 32 + 4 * 4096
-    TABLE_AT = CONTROL_BYTES - 64  # eight addresses
+    COUNTS_AT = Control.sequence.offset, Control.completed.offset, Control.entered.offset  # equal while no call is in flight
 
     def __init__(self, channels: int, channel_bytes: int):
-        nbytes = self.CONTROL_BYTES + channel_bytes * channels
+        nbytes = sizeof(Control) + channel_bytes * channels
         self.nbytes = -(-nbytes // GRANULARITY) * GRANULARITY
         self.control = int(call("cuMemAlloc", self.nbytes))
         call("cuMemsetD32", self.control, 0, self.nbytes // 4)
-        call("cuMemsetD32", self.control + self.CHANNEL_COUNT_AT, channels, 1)
-        self.channels = self.control + self.CONTROL_BYTES
-        self.table = self.control + self.TABLE_AT
+        call("cuMemsetD32", self.control + Control.channels.offset, channels, 1)
+        self.channels = self.control + sizeof(Control)
+        self.table = self.control + Control.table.offset
         flags = driver.CU_MEMHOSTALLOC_DEVICEMAP | driver.CU_MEMHOSTALLOC_PORTABLE
         self.report = int(call("cuMemHostAlloc", REPORT_BYTES, flags))
         ctypes.memset(self.report, 0, REPORT_BYTES)
         self.words = (ctypes.c_uint32 * (REPORT_BYTES // 4)).from_address(self.report)
 
     def set_deadlines(self, deadline: float, grace: float) -> None:
-        """Seconds that kernels launched from now on wait for a peer (0 = for ever): one that was met in this shape of
-        call before, and one that was not."""
-        values = (ctypes.c_uint64 * 2)(int(deadline * 1e9), int(grace * 1e9))
-        call("cuMemcpyHtoD", self.control + self.DEADLINE_AT, ctypes.addressof(values), ctypes.sizeof(values))
+        """Seconds that kernels launched from now on wait for a peer (0 = for ever): in a shape of call that is handshaken,
+        and in one that is not."""
+        values = Control(deadline_ns=int(deadline * 1e9), grace_ns=int(grace * 1e9))
+        self._store(values, Control.deadline_ns.offset, Control.deadline_ns.size + Control.grace_ns.size)
 
     def store_table(self, addresses: Sequence[int]) -> None:
-        """Where kernels find the staging memory of each rank, at most eight of them."""
-        values = (ctypes.c_uint64 * 8)(*addresses)
-        call("cuMemcpyHtoD", self.table, ctypes.addressof(values), ctypes.sizeof(values))
+        """Where legacy's kernels find the staging memory of each rank, at most ``MAX_RANKS`` of them."""
+        values = Control()
+        values.table[: len(addresses)] = addresses
+        self._store(values, Control.table.offset, Control.table.size)
+
+    def _store(self, values: Control, offset: int, nbytes: int) -> None:
+        call("cuMemcpyHtoD", self.control + offset, ctypes.addressof(values) + offset, nbytes)
 
     def close(self) -> None:
         if self.control:

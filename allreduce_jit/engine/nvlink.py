@@ -6,6 +6,7 @@ import ctypes
 from collections.abc import Iterator, Sequence
 from itertools import chain
 
+from ..abi import Args, Channel
 from ..policy import nvlink
 from ..policy.catalogue import NVLINK_ALGORITHMS, KernelSpec, entry, nvlink_modules
 from ..policy.operation import ITEMSIZE, OpSpec, all_reduce
@@ -16,36 +17,11 @@ from .failure import tag
 from .prepared import PreparedCall, binding
 
 
-class Args(ctypes.Structure):
-    """``Args`` of kernels/cuda/staging.cuh, field by field."""
-
-    _fields_ = [
-        ("staging", ctypes.c_uint64 * 8),
-        ("own", ctypes.c_uint64),
-        ("input", ctypes.c_uint64),
-        ("output", ctypes.c_uint64),
-        ("numel", ctypes.c_uint64),
-        ("total", ctypes.c_uint64),
-        ("slots", ctypes.c_uint64),
-        ("channels", ctypes.c_uint64),
-        ("control", ctypes.c_uint64),
-        ("report", ctypes.c_uint64),
-        ("rank", ctypes.c_uint32),
-        ("capacity", ctypes.c_uint32),
-        ("tag", ctypes.c_uint32),
-        ("config", ctypes.c_uint32),
-        ("launch", ctypes.c_uint32),
-        ("scatter", ctypes.c_uint32),
-        ("gather", ctypes.c_uint32),
-        ("last", ctypes.c_uint32),
-    ]
-
-
 class NvlinkEngine(KernelEngine):
     """Push all-reduce for GPUs that are all connected by NVLink."""
 
     path = "v2"
-    channel_bytes = 8  # Channel of staging.cuh
+    channel_bytes = ctypes.sizeof(Channel)
 
     def __init__(self, config: EngineConfig):
         tuned = config.tuned or {}
@@ -93,7 +69,7 @@ class NvlinkEngine(KernelEngine):
                 rank=self.config.rank,
                 capacity=region.capacity,
                 tag=tag(plan.algorithm, spec.dtype),
-                config=shape_id,
+                shape_id=shape_id,
                 **dict(piece.arguments),
             )
             args.staging[:world_size] = self.memory.addresses

@@ -9,7 +9,7 @@ from ..policy import p2p
 from ..policy.catalogue import KernelSpec, p2p_modules
 from ..policy.operation import ITEMSIZE, OpSpec, all_reduce
 from ..policy.plan import PACKET, Plan
-from ..triton_kernels.legacy import signature
+from ..triton_kernels.p2p import signature
 from .base import EngineConfig, KernelEngine
 from .driver import KernelLaunch
 from .failure import tag
@@ -51,7 +51,7 @@ class P2PEngine(KernelEngine):
             for aligned, bindings in forms.items():
                 vector = aligned and piece.numel * ITEMSIZE[spec.dtype] % PACKET == 0
                 kernel, shared_bytes = self._kernels[plan.algorithm, spec.dtype, vector]
-                of_launch = dict(piece.arguments) | {"numel": piece.numel, "total": spec.numel, "config": shape_id}
+                of_launch = dict(piece.arguments) | {"numel": piece.numel, "total": spec.numel, "shape_id": shape_id}
                 values = self._arguments(plan.algorithm, spec, of_launch)
                 # Triton's two trailing scratch pointers. No dependent launch: the protocol leans on kernel boundaries.
                 arguments = [*values.values(), ctypes.c_uint64(0), ctypes.c_uint64(0)]

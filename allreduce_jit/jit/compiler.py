@@ -6,23 +6,25 @@ import hashlib
 import importlib.resources
 import logging
 import os
-import re
 import sys
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache as memoise
 
+from .. import abi
 from ..errors import CompileError
 from ..machine import toolchain
+from ..policy import p2p
 from ..policy.catalogue import KernelSpec
 from ..version import __version__
-from . import triton_process
+from . import source, triton_process
 from .cache import Artifact, KernelCache
 
 log = logging.getLogger("allreduce_jit")
 
 TRITON_ARCHS = ("sm_80", "sm_86", "sm_87", "sm_89", "sm_90", "sm_100", "sm_120")
-_INCLUDE = re.compile(r'^#include "([^"]+)"\n', re.M)
+_importing = threading.Lock()  # cuda.core fails where several threads import it at once
 
 
 def build(spec: KernelSpec, arch: str, cache: KernelCache) -> tuple[Artifact, bool]:
@@ -61,7 +63,7 @@ def build_all(jobs: Sequence[tuple[KernelSpec, str]], cache: KernelCache, sharin
 
 
 def _key(spec: KernelSpec, arch: str) -> str:
-    text = _cuda_source(spec.source) if spec.language == "cuda" else _triton_source()
+    text = _cuda_source(spec) if spec.language == "cuda" else _triton_source()
     parts = (__version__, repr(spec), arch, _version(spec.language), text)  # the version: for options set here
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
@@ -79,32 +81,24 @@ def _version(language: str) -> str:
 
 
 @memoise
-def _cuda_source(filename: str) -> str:
-    """The file with its includes put in place, each once: NVRTC then needs no include path."""
-    seen: set[str] = set()
-
-    def expand(name: str) -> str:
-        if name in seen:
-            return ""
-        seen.add(name)
-        text = importlib.resources.files("allreduce_jit.cuda_kernels").joinpath(name).read_text()
-        text = text.replace("#pragma once\n", "")
-        return _INCLUDE.sub(lambda m: expand(m[1]), text)
-
-    return expand(filename)
+def _cuda_source(spec: KernelSpec) -> str:
+    return source.unit(spec, source.expand(spec.source, source.files()))
 
 
 def _nvrtc(spec: KernelSpec, arch: str) -> Artifact:
-    from cuda.core import Program, ProgramOptions
+    with _importing:
+        from cuda.core import Program, ProgramOptions
 
-    options = ProgramOptions(name=spec.source, arch=arch, std="c++17", define_macro=[(k, str(v)) for k, v in spec.constants])
-    cubin = Program(_cuda_source(spec.source), "c++", options).compile("cubin").code
+    options = ProgramOptions(name=spec.source, arch=arch, std="c++17")
+    cubin = Program(_cuda_source(spec), "c++", options).compile("cubin").code
     return Artifact(spec.name, arch, 0, 0, bytes(cubin))
 
 
 @memoise
 def _triton_source() -> str:
-    return importlib.resources.files("allreduce_jit.triton_kernels").joinpath("legacy.py").read_text()
+    kernels = importlib.resources.files("allreduce_jit.triton_kernels").joinpath("p2p.py").read_text()
+    # With all offsets and constants, which it takes from the same modules.
+    return kernels + "".join(abi.headers().values()) + f"{p2p.BLOCK_BYTES} {p2p.NUM_WARPS}"
 
 
 def _triton(spec: KernelSpec, arch: str) -> Artifact:

@@ -22,6 +22,7 @@ from typing import Any
 from ..errors import CompileError
 from ..policy.catalogue import KernelSpec
 from ..policy.operation import ITEMSIZE
+from ..policy.p2p import BLOCK_BYTES, NUM_WARPS
 from .cache import Artifact
 
 _START = (
@@ -76,15 +77,15 @@ def _compile(source: str, constants: dict[str, Any], arch: str) -> tuple[bytes, 
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from ..triton_kernels import legacy
+    from ..triton_kernels import p2p
 
-    constants["BLOCK"] = legacy.BLOCK_BYTES // ITEMSIZE[constants["DTYPE"]]
+    constants["BLOCK"] = BLOCK_BYTES // ITEMSIZE[constants["DTYPE"]]
     constants["DTYPE"] = getattr(triton.language, constants["DTYPE"])
     constants["INTERPRET"] = False
-    kernel = ASTSource(getattr(legacy, source), signature=legacy.signature(source), constexprs=constants)
+    kernel = ASTSource(getattr(p2p, source), signature=p2p.signature(source), constexprs=constants)
     target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
-    # Fusion is said, though nothing here multiplies: Triton 3.9 warns where it is left to it.
-    options = {"num_warps": legacy.NUM_WARPS, "maxnreg": legacy.MAX_REGISTERS, "enable_fp_fusion": False}
+    # Stated, though nothing here multiplies: Triton 3.9 warns where it is left to it.
+    options = {"num_warps": NUM_WARPS, "maxnreg": p2p.MAX_REGISTERS, "enable_fp_fusion": False}
     compiled = triton.compile(kernel, target=target, options=options)
     meta = compiled.metadata
     return compiled.asm["cubin"], {"threads": 32 * meta.num_warps, "shared_bytes": meta.shared}

@@ -18,9 +18,10 @@ class KernelSpec:
     Attributes:
         name: unique name, also in the cache listing, e.g. ``two_shot_ws4``.
         language: ``cuda`` (NVRTC) or ``triton``.
-        source: a file of ``kernels/cuda`` or a function of ``kernels/triton/legacy.py``.
-        constants: macros, or Triton constexprs, by name.
+        source: a file of ``kernels/cuda`` or a function of ``kernels/triton/p2p.py``.
+        constants: members of the CUDA struct ``Config``, or Triton constexprs, by name.
         entries: names of the kernels inside.
+        bodies: the CUDA device function that each entry runs; none where the source defines its kernels itself.
     """
 
     name: str
@@ -28,6 +29,7 @@ class KernelSpec:
     source: str
     constants: tuple[tuple[str, object], ...]
     entries: tuple[str, ...]
+    bodies: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -108,17 +110,18 @@ def cuda_module(algorithm: str, world_size: int, virtual_ranks: bool = False, gu
     calls and waits, for a test that measures what that costs."""
     what = NVLINK_ALGORITHMS[algorithm]
     constants: tuple[tuple[str, object], ...] = (
-        ("NAME", algorithm),
         ("WORLD_SIZE", world_size),
         ("PACKETS", what.packets),
         ("STREAM", int(what.stream)),
         ("GUARDED", int(guarded)),
+        ("VIRTUAL_RANKS", int(virtual_ranks)),
     )
-    if virtual_ranks:
-        constants += (("VIRTUAL_RANKS", 1),)
-    entries = tuple(entry(algorithm, dtype, world_size, whole) for dtype in DTYPES for whole in (True, False))
+    forms = [(dtype, whole) for dtype in DTYPES for whole in (True, False)]
+    entries = tuple(entry(algorithm, dtype, world_size, whole) for dtype, whole in forms)
+    function = what.source.removesuffix(".cu")
+    bodies = tuple(f"{function}<Config, {DTYPES[dtype].title()}, {str(whole).lower()}>" for dtype, whole in forms)
     suffix = ("_virtual" if virtual_ranks else "") + ("" if guarded else "_unguarded")
-    return KernelSpec(f"{algorithm}_ws{world_size}{suffix}", "cuda", what.source, constants, entries)
+    return KernelSpec(f"{algorithm}_ws{world_size}{suffix}", "cuda", what.source, constants, entries, bodies)
 
 
 def entry(algorithm: str, dtype: str, world_size: int, whole: bool) -> str:

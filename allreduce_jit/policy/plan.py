@@ -5,12 +5,15 @@
 
 from __future__ import annotations
 
+from ctypes import sizeof
 from dataclasses import dataclass
+
+from ..abi import Header
 
 PACKET = 16
 WARP = 32
 MAX_BLOCK = 512
-HEADER_BYTES = 4096  # what lies in the staging memory before the slots (Header of kernels/cuda)
+HEADER_BYTES = sizeof(Header)  # in the staging memory, before the slots
 
 
 @dataclass(frozen=True)

@@ -1,34 +1,29 @@
-// Kernel entry points: NAME_DTYPE_wsN(Args) and NAME_DTYPE_wsN_ragged(Args), names that show in profilers. NAME is
-// defined by the compiler front; the ragged form takes tensors that are not made of whole, aligned packets.
+// Kernel entry points, which the compiler front appends to a source: ENTRY(NAME, body). The names show in profilers. `Config` is
+// the front's, too: a struct of the compile-time constants WORLD_SIZE, PACKETS (of a thread), STREAM, GUARDED, VIRTUAL_RANKS.
 //
-// With VIRTUAL_RANKS defined the kernels take an array of Args and blockIdx.y is the rank: all ranks of a
-// world in one cooperative launch on one GPU, for tests and compute-sanitizer.
+// With VIRTUAL_RANKS the kernels take an array of Args and blockIdx.y is the rank: all ranks of a world in one cooperative
+// launch on one GPU, for tests and compute-sanitizer.
 #pragma once
-#include "packet.cuh"
-#include "staging.cuh"
+#include "abi.cuh"
 
-#define JOIN_(a, b, c, d) a##_##b##_ws##c##d
-#define JOIN(a, b, c, d) JOIN_(a, b, c, d)
+template <bool VIRTUAL_RANKS>
+struct Parameter {
+    typedef Args Type;
+    __device__ static const Args &of(const Args &args) { return args; }
+};
 
-#ifdef VIRTUAL_RANKS
-#define PARAMETER const Args *ranks
-#define ARGS ranks[blockIdx.y]
-#else
-#define PARAMETER const __grid_constant__ Args args
-#define ARGS args
-#endif
+template <>
+struct Parameter<true> {
+    typedef const Args *Type;
+    __device__ static const Args &of(const Args *ranks) { return ranks[blockIdx.y]; }
+};
 
-#define ENTRY(dtype, Dtype, suffix, whole, body)                                                          \
-    extern "C" __global__ void __launch_bounds__(512, WORLD_SIZE > 4 || PACKETS > 1 ? 1 : 2)              \
-        JOIN(NAME, dtype, WORLD_SIZE, suffix)(PARAMETER) {                                                \
-        body<Dtype, whole>(ARGS);                                                                         \
+// Blocks of 512 threads that an SM must have registers for. Few-SM modes and many peers need more registers a thread.
+template <class Config>
+constexpr u32 MIN_BLOCKS = Config::WORLD_SIZE > 4 || Config::PACKETS > 1 ? 1 : 2;
+
+#define ENTRY(name, ...)                                                                      \
+    extern "C" __global__ void __launch_bounds__(512, MIN_BLOCKS<Config>)                     \
+        name(const __grid_constant__ Parameter<Config::VIRTUAL_RANKS>::Type parameter) {      \
+        __VA_ARGS__(Parameter<Config::VIRTUAL_RANKS>::of(parameter));                         \
     }
-
-#define ENTRIES(dtype, Dtype, body)        \
-    ENTRY(dtype, Dtype, , true, body)      \
-    ENTRY(dtype, Dtype, _ragged, false, body)
-
-#define ENTRY_ALL_DTYPES(body)   \
-    ENTRIES(fp32, Fp32, body)    \
-    ENTRIES(fp16, Fp16, body)    \
-    ENTRIES(bf16, Bf16, body)

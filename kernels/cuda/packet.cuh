@@ -32,8 +32,13 @@ struct Bf16 {
 template <class T>
 constexpr u32 ELEMENTS = 4 * T::PER_WORD;  // elements of dtype T in a packet
 
+template <class T>
+__device__ inline u32 packets_of(u64 numel) {
+    return (u32(numel) + ELEMENTS<T> - 1) / ELEMENTS<T>;
+}
+
 // The user's tensor: any number of elements at any element-aligned address. WHOLE: the address is a multiple of 16
-// and the elements fill whole packets; such tensors need a fraction of the code, which is what small messages wait for.
+// and the elements fill whole packets; such tensors take a fraction of the code, and to fetch code is what small messages wait for.
 // Packets are numbered from `first` on.
 template <class T, bool WHOLE>
 struct Tensor {
@@ -43,16 +48,15 @@ struct Tensor {
     u32 first;
 
     __device__ Tensor(u64 address, u64 numel, u32 first = 0)
-        : address(address + u64(first) * 16), numel(numel), packets((u32(numel) + ELEMENTS<T> - 1) / ELEMENTS<T>),
-          first(first) {}
+        : address(address + u64(first) * 16), numel(numel), packets(packets_of<T>(numel)), first(first) {}
 
     // Packet number `packet`, zeros past the end: padding is sent like data, so that every thread of
     // an active warp always exchanges a packet with every peer (the protocol's safety needs it).
     __device__ Packet load(u32 packet) const {
-        if (first + packet >= packets) return ZEROS;
+        if (first + packet >= packets) return splat(0);
         u64 at = address + u64(packet) * 16;
         if (WHOLE) return ld_global_v4(at);
-        Packet p = ZEROS;
+        Packet p = splat(0);
         const typename T::Bits *x = reinterpret_cast<const typename T::Bits *>(at);
 #pragma unroll
         for (u32 i = 0; i < ELEMENTS<T>; i++)
@@ -72,16 +76,17 @@ struct Tensor {
     }
 };
 
-// fp32 sum in absolute rank order, rounded once to T: the same bits in every algorithm. The own addend has its turn by
-// predicates: to put it among the others by selects would take twice as long. The sum starts from the first two ranks'
-// values, whose order does not matter, not from zero, so that -0 + -0 stays -0.
-template <class T>
-__device__ inline Packet sum(const Packet (&peers)[WORLD_SIZE - 1], Packet own, u32 rank) {
+// fp32 sum in absolute rank order, rounded once to T: the same bits in every algorithm. The local contribution is added in rank
+// order by predicated adds: to select its place among the peers' would take twice as long. The sum starts from the first two
+// ranks' values, whose order does not matter, not from zero, so that -0 + -0 stays -0.
+template <class T, class Wire, u32 PEERS>
+__device__ inline Packet sum(const Packet (&peers)[PEERS], Packet own, u32 rank) {
+    constexpr u32 WORLD_SIZE = PEERS + 1;
     Packet r;
 #pragma unroll
     for (u32 i = 0; i < 4; i++) {
         float acc[T::PER_WORD], mine[T::PER_WORD], x[T::PER_WORD];
-        T::unpack(peers[0].w[i], acc);
+        T::unpack(Wire::decode(peers[0]).w[i], acc);
         T::unpack(own.w[i], mine);
 #pragma unroll
         for (u32 turn = 1; turn < WORLD_SIZE; turn++) {
@@ -89,7 +94,7 @@ __device__ inline Packet sum(const Packet (&peers)[WORLD_SIZE - 1], Packet own, 
 #pragma unroll
             for (u32 e = 0; e < T::PER_WORD; e++) add_if(now, acc[e], mine[e]);
             if (turn == WORLD_SIZE - 1) break;
-            T::unpack(peers[turn].w[i], x);
+            T::unpack(Wire::decode(peers[turn]).w[i], x);
 #pragma unroll
             for (u32 e = 0; e < T::PER_WORD; e++) acc[e] += x[e];
         }

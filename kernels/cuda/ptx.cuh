@@ -8,7 +8,8 @@ typedef unsigned long long u64;
 struct alignas(16) Packet {
     u32 w[4];
 };
-#define ZEROS Packet{{0, 0, 0, 0}}
+
+__device__ constexpr Packet splat(u32 word) { return Packet{{word, word, word, word}}; }
 
 // Weak accesses: the user's tensors.
 __device__ inline Packet ld_global_v4(u64 address) {
@@ -36,7 +37,7 @@ __device__ inline Packet ld_relaxed_sys_v4(u64 address) {
     return p;
 }
 
-// Only if `yes`: a predicate, as a branch would take longer than the store.
+// Predicated on `yes`: a branch would take longer than the store.
 __device__ inline void st_relaxed_sys_v4(u64 address, Packet p, bool yes = true) {
     asm volatile("{ .reg .pred yes; setp.ne.u32 yes, %5, 0; @yes "
                  "st.relaxed.sys.global.v4.u32 [%0], {%1, %2, %3, %4}; }" ::"l"(address), "r"(p.w[0]), "r"(p.w[1]),
@@ -75,7 +76,7 @@ __device__ inline u64 ld_relaxed_gpu_u64(u64 address) {
     return v;
 }
 
-// Two words, each whole: a load of both at once could not race with a store of one.
+// Two words, each whole. One 8-byte load could not race with a 4-byte store: the memory model wants equal sizes.
 __device__ inline u64 ld_relaxed_gpu_v2_u32(u64 address) {
     u32 low, high;
     asm volatile("ld.relaxed.gpu.global.v2.u32 {%0, %1}, [%2];" : "=r"(low), "=r"(high) : "l"(address) : "memory");
@@ -121,9 +122,9 @@ __device__ inline u64 globaltimer() {
     return t;
 }
 
-// 0, but not for all that the assembler knows: what this is added to is kept in a register. Else it is computed anew
-// wherever it is needed, from the launch's arguments, and reading those takes dozens of cycles. (Measured on sm_90; for
-// others nothing is forced, as registers may be too few.)
+// 0 at run time, unknown at compile time: a value to which this is added stays in a register. Otherwise the compiler computes
+// it again wherever it is needed, from the launch's arguments, and reading those takes dozens of cycles. (Measured on sm_90;
+// nothing is forced on others, where registers may be too few.)
 __device__ inline u32 zero() {
 #if __CUDA_ARCH__ == 900
     return threadIdx.y;
@@ -132,7 +133,8 @@ __device__ inline u32 zero() {
 #endif
 }
 
-// The value, not 1 (not all ones), is in a register when this returns: a branch on it keeps the assembler from putting it off.
+// The value, never 1 (never all ones), is in a register when this returns: the compiler cannot sink its computation below a
+// branch on it.
 __device__ inline void materialize(u64 &value) {
     value += zero();
     asm volatile("{ .reg .pred none; setp.eq.u64 none, %0, 1; @none exit; }" : "+l"(value)::"memory");
@@ -142,8 +144,8 @@ __device__ inline void materialize(u32 &value) {
     asm volatile("{ .reg .pred none; setp.eq.u32 none, %0, 0xFFFFFFFF; @none exit; }" : "+r"(value)::"memory");
 }
 
-// Whatever is known about the value is forgotten, so that no branch on it is joined with one before, and nothing that leads
-// to it is put off.
+// Optimisation barrier: the compiler loses what it knows about the value, so it neither merges a branch on it with an earlier
+// one nor sinks the computation of it.
 __device__ inline void opaque(u32 &value) { asm volatile("" : "+r"(value)); }
 __device__ inline void opaque(Packet &p) {
 #pragma unroll
@@ -155,10 +157,10 @@ __device__ inline void opaque(Packet &p) {
     __builtin_unreachable();
 }
 
-// Of the lanes in `mask`, all of which take part.
+// Whether `p` holds in every lane of `mask`; all of them take part.
 __device__ inline bool all_sync(u32 mask, bool p) { return __all_sync(mask, p); }
 
-// What lane 0 has; the lanes in `mask` take part.
+// Lane 0's value; the lanes of `mask` take part.
 __device__ inline u32 broadcast(u32 mask, u32 v) { return __shfl_sync(mask, v, 0); }
 
 // Programmatic dependent launch (sm_90 and later; before it, kernels of a stream do not overlap).
@@ -175,7 +177,7 @@ __device__ inline void griddepcontrol_wait() {
 #endif
 }
 
-// One instruction, where the compiler would make a comparison and a select of it.
+// One instruction; the compiler would emit a comparison and a select.
 __device__ inline u32 min_u32(u32 a, u32 b) {
     u32 r;
     asm("min.u32 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
@@ -188,7 +190,7 @@ __device__ inline u32 max_u32(u32 a, u32 b) {
     return r;
 }
 
-// sum += x, if `yes`.
+// sum += x, predicated on `yes`.
 __device__ inline void add_if(bool yes, float &sum, float x) {
     asm("{ .reg .pred yes; setp.ne.u32 yes, %2, 0; @yes add.f32 %0, %0, %1; }" : "+f"(sum) : "f"(x), "r"(u32(yes)));
 }

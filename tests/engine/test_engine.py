@@ -13,9 +13,11 @@ import torch
 from helpers.cubins import needs_nvrtc, needs_triton
 from helpers.fake_driver import FakeDriver, capture_info
 
+from allreduce_jit import abi
+from allreduce_jit.abi import MAX_SHAPES
 from allreduce_jit.engine import base as engines
 from allreduce_jit.engine import prepared, streams
-from allreduce_jit.engine.base import MAX_SHAPES, EngineConfig, KernelEngine
+from allreduce_jit.engine.base import EngineConfig, KernelEngine
 from allreduce_jit.engine.failure import SIGNATURES, SIGNATURES_AT, Kind, abort_code, tag
 from allreduce_jit.errors import AllReduceError, CallMismatch, InputError, PeerLost, PeerTimeout, Poisoned
 from allreduce_jit.jit.cache import KernelCache
@@ -159,7 +161,7 @@ def test_v2_launches(monkeypatch, current):
                 assert (a.channels, a.control, a.report) == ((1 << 30) + 8 * region.first_channel, 13, 14)
                 assert (a.rank, a.capacity, a.tag) == (1, region.capacity, tag(plan.algorithm, str(dtype)[6:]))
                 assert launch.kernel == entry(plan.algorithm, str(dtype)[6:], 3, True) and launch.pdl
-            seen.add(args[0].config)
+            seen.add(args[0].shape_id)
             assert args[-1].last and fire(one, numel, dtype) and len(one._prepared) == len(seen)  # nothing is prepared twice
             assert all(launch.kernel.endswith("_ragged") for launch in fire(one, numel, dtype, source=X + 4))
     assert seen == {1, 2, 3, 4}
@@ -167,7 +169,7 @@ def test_v2_launches(monkeypatch, current):
 
 def legacy_values(launch, algorithm):
     """The kernel's arguments by name."""
-    from allreduce_jit.triton_kernels.legacy import signature
+    from allreduce_jit.triton_kernels.p2p import signature
 
     names = [name for name, kind in signature(algorithm).items() if kind != "constexpr"]
     assert [len(value) for value in launch.values[len(names) :]] == [8, 8] and not any(map(any, launch.values[len(names) :]))
@@ -195,7 +197,7 @@ def test_legacy_launches(monkeypatch, current, numel, algorithm):
         assert (v["table"], v["staging"], v["slots"]) == (15, BASES[1], region.offset)
         assert region.offset >= HEADER_BYTES
         assert (v["epoch"], v["control"], v["report"]) == ((1 << 30) + 4 * region.first_channel, 13, 14)
-        assert (v["rank"], v["tag"], v["total"], v["config"]) == (1, tag(algorithm, "float16"), numel, 1)
+        assert (v["rank"], v["tag"], v["total"], v["shape_id"]) == (1, tag(algorithm, "float16"), numel, 1)
         block = BLOCK_BYTES // 2
         if algorithm == "legacy_two_shot":
             assert v["part"] % block == 0 and 3 * v["part"] >= v["numel"] > 3 * (v["part"] - block)
@@ -564,13 +566,14 @@ def test_local_state_has_its_channels_behind_the_control_block(monkeypatch, chan
                       cuMemHostAlloc=lambda nbytes, flags: ctypes.addressof(report), cuMemcpyHtoD=copy)  # fmt: skip
     calls = fake.log
     state = memory.LocalState(501_003, channel_bytes)
-    assert state.channels == start + state.CONTROL_BYTES
+    assert state.channels == start + ctypes.sizeof(abi.Control)
     assert state.control + state.nbytes >= state.channels + 501_003 * channel_bytes and ("cuMemAlloc", state.nbytes) in calls
     # All zero, then how many channels there are, for whoever tells them all.
     cleared, told = [call[1:] for call in calls if call[0] == "cuMemsetD32"]
-    assert cleared == (start, 0, state.nbytes // 4) and told == (start + state.CHANNEL_COUNT_AT, 501_003, 1)
-    assert state.CHANNEL_COUNT_AT % 4 == 0 and max(state.COUNTS_AT) < state.CHANNEL_COUNT_AT < state.CONTROL_BYTES
+    assert cleared == (start, 0, state.nbytes // 4) and told == (start + abi.Control.channels.offset, 501_003, 1)
     # Nothing that kernels rely on is the caller's allocator's, which may take it back while an engine sleeps.
     state.store_table(BASES)
     assert stored == [(state.table, struct.pack("<8Q", *BASES, *[0] * 5))] and state.table % 8 == 0
-    assert state.CHANNEL_COUNT_AT < state.TABLE_AT and state.table + 64 == state.channels
+    stored.clear()
+    state.set_deadlines(1.5, 600)
+    assert stored == [(start + abi.Control.deadline_ns.offset, struct.pack("<2Q", 1_500_000_000, 600_000_000_000))]

@@ -14,11 +14,12 @@ pytest.importorskip("cuda.bindings.driver")
 
 from helpers.fake_driver import FakeDriver, capture_info
 
+from allreduce_jit.abi import Args
 from allreduce_jit.engine import driver, nvlink, prepared, streams, verify
 from allreduce_jit.engine import graph_cache as replay
 from allreduce_jit.engine.base import EngineConfig
 from allreduce_jit.engine.graph_cache import FEWEST, LARGEST, LONGS, MOST, SHORTS, repeats_as_graph
-from allreduce_jit.engine.nvlink import Args, NvlinkEngine
+from allreduce_jit.engine.nvlink import NvlinkEngine
 from allreduce_jit.errors import AllReduceError
 from allreduce_jit.policy.catalogue import entry, nvlink_algorithms
 from allreduce_jit.policy.operation import ALL_REDUCE, ITEMSIZE, all_reduce

@@ -9,9 +9,10 @@ import torch
 
 pytest.importorskip("cuda.bindings.driver")
 
+from allreduce_jit.abi import MAX_SHAPES, Args
 from allreduce_jit.engine import nvlink as engine_module
-from allreduce_jit.engine.base import MAX_SHAPES, EngineConfig
-from allreduce_jit.engine.nvlink import Args, NvlinkEngine
+from allreduce_jit.engine.base import EngineConfig
+from allreduce_jit.engine.nvlink import NvlinkEngine
 from allreduce_jit.policy import nvlink
 from allreduce_jit.policy.catalogue import NVLINK_ALGORITHMS, entry, nvlink_algorithms
 from allreduce_jit.policy.operation import ITEMSIZE, all_reduce
@@ -126,22 +127,22 @@ def test_tensors_off_a_packets_border_take_the_ragged_kernel(engine):
 def test_explicit_plans_have_the_flag_of_no_shape(engine):
     spec = all_reduce("bfloat16", 999)
     call = engine.prepare(spec, nvlink.plan_of("one_shot", 32, spec, engine.config.world_size, engine.layout), shape_id=0)
-    assert {launch.args.config for launch, *_ in call.unaligned} == {0}
-    assert min(one.config for one in launched(engine, 1)) == 1
+    assert {launch.args.shape_id for launch, *_ in call.unaligned} == {0}
+    assert min(one.shape_id for one in launched(engine, 1)) == 1
 
 
 def test_flags_of_shapes_stay_apart_and_inside_control(engine):
     """More shapes than flags: they are handed out anew, and no two shapes that are remembered share one."""
     live = {}
     for numel in range(1, 3 * MAX_SHAPES):
-        (config,) = {one.config for one in launched(engine, numel)}
+        (config,) = {one.shape_id for one in launched(engine, numel)}
         assert 1 <= config < MAX_SHAPES
         if len(engine._prepared) < len(live):
             live.clear()
         assert config not in live.values()
         live[numel] = config
         assert len(engine._prepared) == len(live) < MAX_SHAPES
-    (again,) = {one.config for one in launched(engine, numel)}
+    (again,) = {one.shape_id for one in launched(engine, numel)}
     assert again == live[numel]  # the same shape, the same flag
-    other = launched(engine, numel, "float16")[0].config
+    other = launched(engine, numel, "float16")[0].shape_id
     assert other not in live.values()

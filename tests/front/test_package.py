@@ -20,6 +20,7 @@ import pytest
 from helpers import ROOT
 
 import allreduce_jit
+from allreduce_jit import abi
 from allreduce_jit.settings import V2_SWITCH, VARIABLES, Settings
 
 
@@ -100,7 +101,7 @@ print(json.dumps([same, modules]))
 
 # In the order of the data flow: each may import those further down, and nothing else of ours.
 ROOMS = ["__main__", "cli", "bench", "harness", "__init__", "integrations", "communicator", "describe", "routes", "setup", "engine", "jit", "policy",
-         "machine", "inputs", "torch_private", "settings", "paths", "errors", "version"]  # fmt: skip
+         "machine", "inputs", "torch_private", "settings", "paths", "errors", "abi", "version"]  # fmt: skip
 KERNELS = {"cuda_kernels", "triton_kernels"}
 
 
@@ -223,8 +224,9 @@ USE = """
 import importlib.resources, importlib.util, sys
 import allreduce_jit.policy.catalogue, allreduce_jit.policy.plan
 from allreduce_jit.cuda_kernels import __file__ as where
-files = sorted(f.name for f in importlib.resources.files("allreduce_jit.cuda_kernels").iterdir() if not f.name.startswith("__"))
-legacy = importlib.util.find_spec("allreduce_jit.triton_kernels.legacy").origin
+from allreduce_jit.jit import source
+files = sorted(source.files())
+legacy = importlib.util.find_spec("allreduce_jit.triton_kernels.p2p").origin
 typed = importlib.resources.files("allreduce_jit").joinpath("py.typed").is_file()
 print(allreduce_jit.__file__, where, legacy, typed, importlib.util.find_spec("kernels"), *files, sep="\\n")
 """
@@ -237,11 +239,13 @@ def check_installed(package, tmp_path):
     python = home / "bin" / "python"
     pip("--python", python, "install", "--no-deps", package)
     env = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
-    init, cuda, legacy, typed, kernels, *files = run(USE, python=python, cwd=tmp_path, env=env).splitlines()
+    init, where, legacy, typed, kernels, *files = run(USE, python=python, cwd=tmp_path, env=env).splitlines()
     assert typed == "True" and kernels == "None"
-    assert files == sorted(path.name for path in (ROOT / "kernels/cuda").iterdir() if path.suffix in (".cu", ".cuh"))
+    cuda = ROOT / "kernels/cuda"
+    own = [str(path.relative_to(cuda)) for path in cuda.rglob("*") if path.suffix in (".cu", ".cuh")]
+    assert files == sorted([*own, *abi.headers()])
     assert (home / "bin" / "allreduce-jit").exists()
-    return [Path(path) for path in (init, cuda, legacy)]
+    return [Path(path) for path in (init, where, legacy)]
 
 
 def test_installed_wheel(wheel, tmp_path):
@@ -256,7 +260,7 @@ def test_editable_installation(tree, tmp_path):
     subprocess.run([sys.executable, "-c", build, str(tmp_path)], cwd=tree, check=True, capture_output=True)
     (package,) = tmp_path.glob("*.whl")
     found = check_installed(package, tmp_path)
-    assert found == [tree / "allreduce_jit/__init__.py", tree / "kernels/cuda/__init__.py", tree / "kernels/triton/legacy.py"]
+    assert found == [tree / "allreduce_jit/__init__.py", tree / "kernels/cuda/__init__.py", tree / "kernels/triton/p2p.py"]
 
 
 def test_requirements_put_no_floor_on_cuda_13():

@@ -4,10 +4,11 @@ import ctypes
 
 import torch
 
+from allreduce_jit.abi import Args, Control, Header
 from allreduce_jit.engine.driver import KernelLaunch, load_module
 from allreduce_jit.engine.failure import Kind, abort_code, tag
 from allreduce_jit.engine.memory import LocalState
-from allreduce_jit.engine.nvlink import Args, NvlinkEngine
+from allreduce_jit.engine.nvlink import NvlinkEngine
 from allreduce_jit.jit.cache import KernelCache
 from allreduce_jit.jit.compiler import build
 from allreduce_jit.policy.catalogue import cuda_module, entry, nvlink_algorithms
@@ -43,19 +44,21 @@ class VirtualWorld:
         self.staging = [torch.full((words,), -1, dtype=torch.int32, device="cuda") for _ in range(world_size)]
         for staging in self.staging:
             staging[: HEADER_BYTES // 4] = 0
-        words = (LocalState.CONTROL_BYTES + self.layout.channels * NvlinkEngine.channel_bytes) // 4
+        words = (ctypes.sizeof(Control) + self.layout.channels * NvlinkEngine.channel_bytes) // 4
         self.local = [torch.zeros(words, dtype=torch.int32, device="cuda") for _ in range(world_size)]
         for local in self.local:
-            local[LocalState.CHANNEL_COUNT_AT // 4] = self.layout.channels
+            local[Control.channels.offset // 4] = self.layout.channels
         self.report = torch.zeros(world_size, 16, dtype=torch.int32).pin_memory()
 
     def set_deadlines(self, seconds: float, grace: float | None = None) -> None:
         for local in self.local:
-            local[2:6].view(torch.int64).copy_(torch.tensor([int(s * 1e9) for s in (seconds, grace or seconds)]))
+            local[Control.deadline_ns.offset // 4 :][:4].view(torch.int64).copy_(
+                torch.tensor([int(s * 1e9) for s in (seconds, grace or seconds)])
+            )
 
     def silence(self, rank: int) -> None:
         """As if ``rank`` had died: from now on it neither signs nor pushes."""
-        self.staging[rank][0] = abort_code(Kind.ABORTED, rank, rank)
+        self.staging[rank][Header.abort.offset // 4] = abort_code(Kind.ABORTED, rank, rank)
 
     def revive(self) -> None:
         """As new, after a rank was stopped."""
@@ -63,8 +66,8 @@ class VirtualWorld:
         for staging, local in zip(self.staging, self.local, strict=True):
             staging[: HEADER_BYTES // 4] = 0
             staging[HEADER_BYTES // 4 :] = -1
-            local[LocalState.REPORTED_AT // 4] = 0
-            local[LocalState.CONTROL_BYTES // 4 + 1 :: 2] = 0  # Channel.stopped
+            local[Control.reported.offset // 4] = 0
+            local[ctypes.sizeof(Control) // 4 + 1 :: 2] = 0  # Channel.stopped
             # What was signed is gone from the header.
             for at in LocalState.COUNTS_AT:
                 local[at // 4] = 0
@@ -99,7 +102,7 @@ class VirtualWorld:
         args = Args(
             own=self.staging[rank].data_ptr(),
             slots=region.offset,
-            channels=local.data_ptr() + LocalState.CONTROL_BYTES + NvlinkEngine.channel_bytes * region.first_channel,
+            channels=local.data_ptr() + ctypes.sizeof(Control) + NvlinkEngine.channel_bytes * region.first_channel,
             control=local.data_ptr(),
             report=self.report[rank].data_ptr(),
             rank=rank,

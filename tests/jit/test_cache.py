@@ -17,7 +17,8 @@ from pathlib import Path
 import pytest
 from helpers.kept import KEY, OTHER, SMALL, files
 
-from allreduce_jit.jit import compiler
+from allreduce_jit import abi
+from allreduce_jit.jit import compiler, source
 from allreduce_jit.jit.cache import Artifact, KernelCache, decode, encode
 from allreduce_jit.jit.store import FileStore
 from allreduce_jit.policy.catalogue import catalogue, cuda_module, triton_module
@@ -433,12 +434,12 @@ def test_keys_change_with_constants_compiler_and_package(monkeypatch, no_compile
     assert compiler._key(spec, "sm_90") == key
 
 
-@pytest.mark.parametrize("name", ["one_shot.cu", "packet.cuh", "ptx.cuh"])
+@pytest.mark.parametrize("name", ["one_shot.cu", "packet.cuh", "ptx.cuh", "wire/sentinel.cuh"])
 def test_keys_change_with_the_source_and_what_it_includes(tmp_path, monkeypatch, no_compilers, name):
     import allreduce_jit.cuda_kernels as kernels
 
     copy = shutil.copytree(Path(kernels.__file__).parent, tmp_path / "cuda")
-    monkeypatch.setattr(compiler.importlib.resources, "files", lambda package: copy)
+    monkeypatch.setattr(source.importlib.resources, "files", lambda package: copy)
     spec, other = cuda_module("one_shot", 2), cuda_module("two_shot", 2)
 
     def keys():
@@ -455,6 +456,25 @@ def test_keys_change_with_the_source_and_what_it_includes(tmp_path, monkeypatch,
         compiler._cuda_source.cache_clear()
     assert after[0] != before[0]
     assert (after[1] != before[1]) == (name != "one_shot.cu")
+
+
+@pytest.mark.parametrize(
+    "spec", [cuda_module("one_shot", 2), triton_module("one_shot", 2, "float16", True)], ids=["cuda", "triton"]
+)
+def test_keys_change_with_the_abi(monkeypatch, no_compilers, spec):
+    """A field that moves, moves for kernels too: none that was compiled before may be taken."""
+    keys = set()
+    try:
+        for fields in (["epoch", "stopped"], ["stopped", "epoch"]):
+            channel = type("Channel", (abi.Channel.__base__,), {"_fields_": [(name, abi.u32) for name in fields]})
+            monkeypatch.setattr(abi, "Channel", channel)
+            compiler._cuda_source.cache_clear()
+            compiler._triton_source.cache_clear()
+            keys.add(compiler._key(spec, "sm_90"))
+    finally:
+        compiler._cuda_source.cache_clear()
+        compiler._triton_source.cache_clear()
+    assert len(keys) == 2
 
 
 def test_keys_change_with_the_triton_source(monkeypatch, no_compilers):

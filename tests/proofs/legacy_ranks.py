@@ -26,6 +26,7 @@ from pathlib import Path
 
 import numpy as np
 
+from allreduce_jit import abi
 from allreduce_jit.engine.failure import SIGNATURES, SIGNATURES_AT, Kind, abort_code, tag
 from allreduce_jit.policy.plan import HEADER_BYTES
 
@@ -34,13 +35,15 @@ WORDS = {"float32": np.uint32, "float16": np.uint16, "bfloat16": np.uint16}
 CANARY = 0xA5
 EDGE = 64  # bytes of canary on either side of every tensor
 LOOK = 1_000_000  # ns: what the kernels take a look for, as the interpreter has no clock
-SEQUENCE, IN_FLIGHT, DEADLINES, MET = 0, 1, slice(1, 3), 8  # of Control, in int32 words; deadlines in int64
+# int32 words of Control, and its deadlines as int64.
+SEQUENCE, IN_FLIGHT, HANDSHAKEN = (at.offset // 4 for at in (abi.Control.sequence, abi.Control.completed, abi.Control.handshaken))
+DEADLINES = slice(abi.Control.deadline_ns.offset // 8, abi.Control.grace_ns.offset // 8 + 1)
 
 
 def source() -> Path:
     """The kernels' source file: of this checkout, else of the installed package."""
-    here = Path(__file__).parents[2] / "kernels/triton/legacy.py"
-    return here if here.exists() else Path(importlib.util.find_spec("allreduce_jit.triton_kernels.legacy").origin)
+    here = Path(__file__).parents[2] / "kernels/triton/p2p.py"
+    return here if here.exists() else Path(importlib.util.find_spec("allreduce_jit.triton_kernels.p2p").origin)
 
 
 @dataclass
@@ -66,7 +69,7 @@ class Scenario:
         dies: a rank that ends after its first push of data.
         leaves: a rank that takes part in the first call alone.
         late: a rank that comes to its first call when the others have looked for it 400 times, and whose first data
-            comes 70 looks after they have met.
+            comes 70 polls after the handshake.
         aborted: a rank whose host has set its abort word beforehand.
         stopped: a rank whose host sets its abort word when it first looks for data. It finds none before it has seen
             that word, and all of it from then on.
@@ -74,7 +77,7 @@ class Scenario:
         halved: a rank, and which half of its signatures comes last: when its peers have looked for it.
         differs: a rank and in what its calls differ, e.g. [1, {"numel": 5}].
         deadline: looks after which a wait gives up; 0: it does not.
-        grace: the same before a shape of call was met; None: no other than the deadline.
+        grace: the same until a shape of call is handshaken; None: no other than the deadline.
         hasty: the one rank for which both hold; all others wait for ever.
     """
 
@@ -104,7 +107,7 @@ class Outcome:
     """`wrong`: everything that differs from the contract, in words. The rest: per rank, as the host would see it."""
 
     wrong: list[str]
-    reports: list[list[int]]  # Report of kernels/cuda/staging.cuh
+    reports: list[list[int]]  # words of an abi.Report
     aborted: list[int]  # abort words
     signatures: list[str]  # of the headers, in hex
     all_nan: list[bool]  # every output element of the rank's last call is NaN
@@ -221,7 +224,7 @@ class Communicator:
         self.table.view(np.int64)[:] = [address(staging) for staging in self.staging]
         self.epoch = {a: [self.take(4 * channels, 0) for _ in range(world)] for a in self.slots}
         self.shapes = sorted({(call.algorithm, call.dtype, call.numel) for call in scenario.calls})
-        self.control = [self.take(4 * (MET + len(self.shapes)), 0).view(np.int32) for _ in range(world)]
+        self.control = [self.take(4 * (HANDSHAKEN + len(self.shapes)), 0).view(np.int32) for _ in range(world)]
         self.report = [self.take(64, 0).view(np.int32) for _ in range(world)]
         grace = scenario.deadline if scenario.grace is None else scenario.grace
         for rank in range(world):
@@ -265,11 +268,11 @@ class Communicator:
         for number, (call, x, out) in enumerate(zip(self.scenario.calls, self.x, self.out)):
             if number == 1 and rank == self.scenario.leaves:
                 break
-            config = self.shapes.index((call.algorithm, call.dtype, call.numel))
+            shape_id = self.shapes.index((call.algorithm, call.dtype, call.numel))
             call = dataclasses.replace(call, **how) if rank == who else call
-            self.launch(rank, call, x[rank][: call.numel], out[rank][: call.numel], config, module, tl)
+            self.launch(rank, call, x[rank][: call.numel], out[rank][: call.numel], shape_id, module, tl)
 
-    def launch(self, rank: int, call: Call, x: np.ndarray, out: np.ndarray, config: int, module, tl) -> None:
+    def launch(self, rank: int, call: Call, x: np.ndarray, out: np.ndarray, shape_id: int, module, tl) -> None:
         world, block = self.scenario.world, self.scenario.block_bytes // x.itemsize
         part = -(-call.numel // (world * block)) * block
         arguments = dict(
@@ -286,7 +289,7 @@ class Communicator:
             capacity=self.capacity,
             rank=rank,
             tag=tag(KERNELS[call.algorithm], call.dtype),
-            config=config,
+            shape_id=shape_id,
         )
         grid = 1 + -(-call.numel // block)
         if call.algorithm == "two_shot":
@@ -338,8 +341,8 @@ class Communicator:
                 wrong.append(f"rank {rank} was stopped: report {self.report[rank][:10]}")
             if self.control[rank][SEQUENCE] != len(scenario.calls) or self.control[rank][IN_FLIGHT]:
                 wrong.append(f"rank {rank} counts its calls wrong: {self.control[rank][:2]}")
-            if not self.control[rank][MET:].all():
-                wrong.append(f"rank {rank} does not know of all calls that they were met")
+            if not self.control[rank][HANDSHAKEN:].all():
+                wrong.append(f"rank {rank} does not know of all shapes that they are handshaken")
         wrong += self.overruns()
         last, dtype = self.out[-1], scenario.calls[-1].dtype
         return Outcome(
@@ -478,7 +481,7 @@ def disturb(interpreter, tl, communicator: Communicator, rank: int, check_every:
         if rank == halved and pointers.data.size > 1 and pointers.get_element_ty() == tl.int64:
             return sign(self, pointers, value, mask, *policy)
         if rank == scenario.late and pointers.data.size > 1 and pointers.get_element_ty() != tl.int64 and not next(pushes):
-            communicator.until(rank, lambda peer: communicator.control[peer][MET])
+            communicator.until(rank, lambda peer: communicator.control[peer][HANDSHAKEN])
             communicator.until_looked(rank, 1, 70)
         if not scenario.jitter or pointers.data.size == 1:
             return whole_store(self, pointers, value, mask, *policy)

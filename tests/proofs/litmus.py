@@ -231,7 +231,7 @@ OURS = [
          {"g0:k0": "st_global_v4 [x], 1", "g0:k1:b1": "griddepcontrol_wait; ld_global_v4 d, [x]"}),
     Case("tensors: read before the wait", "allowed", "d0 == 0",
          {"g0:k0": "griddepcontrol_launch_dependents; st_global_v4 [x], 1", "g0:k1:b1": "ld_global_v4 d, [x]"}),
-    # kernels/cuda/staging.cuh
+    # kernels/cuda/exchange.cuh, wait.cuh, failure.cuh
     Case("packet: one word does not prove another", "allowed", "p0 == 1 and p1 == E",
          {"g1": "st_relaxed_sys_v4 [slot], 1 2", "g0": "ld_relaxed_sys_v4 p, [slot]"}, EMPTY_SLOT),
     Case("poll: a packet that was seen stays", "forbidden", "p0 == 1 and q0 == E",

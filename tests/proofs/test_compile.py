@@ -104,7 +104,7 @@ def check_module(tmp_path, spec, artifact):
 
 
 def check_resources(usage, what, world_size, arch):
-    from allreduce_jit.engine.nvlink import Args
+    from allreduce_jit.abi import Args
 
     assert usage["STACK"] == usage["LOCAL"] == 0  # nothing spilled, no array in local memory
     assert usage["CONSTANT[0]"] == PARAMETERS_AT[arch] + ctypes.sizeof(Args)
@@ -180,16 +180,16 @@ def check_memory_accesses(ops):
         ("one_shot", "fence.acq_rel.sys", "fence.sc.sys"),
         ("one_shot", "fence.acq_rel.sys", "fence.acq_rel.gpu"),
         ("one_shot", "griddepcontrol.wait", "griddepcontrol.launch_dependents"),
-        ("one_shot", "if (!STREAM) griddepcontrol_launch_dependents();  // now", "// now"),  # and not before
+        ("one_shot", "if (!Config::STREAM) griddepcontrol_launch_dependents();  // now", "// now"),  # and not before
         ("two_shot_stream", "if (!STREAM) griddepcontrol", "griddepcontrol"),  # before the wait
         ("two_shot", "? 1 : 2", "? 4 : 4"),  # so few registers that they spill
     ],
 )
 def test_the_check_sees_a_planted_mistake(monkeypatch, tmp_path, algorithm, instruction, mistake):
     spec = cuda_module(algorithm, 4)
-    source = compiler._cuda_source(spec.source)
+    source = compiler._cuda_source(spec)
     assert instruction in source
-    monkeypatch.setattr(compiler, "_cuda_source", lambda name: source.replace(instruction, mistake))
+    monkeypatch.setattr(compiler, "_cuda_source", lambda spec: source.replace(instruction, mistake))
     artifact = compile_one(spec, "sm_90")
     with pytest.raises(AssertionError):
         check_module(tmp_path, spec, artifact)
@@ -199,7 +199,7 @@ def test_the_check_sees_a_planted_mistake(monkeypatch, tmp_path, algorithm, inst
     ("algorithm", "world_size", "most"), [("one_shot", 4, 64), ("two_shot", 8, 128), ("two_shot_wide", 4, 128)]
 )
 def test_the_budget_of_registers(algorithm, world_size, most):
-    from allreduce_jit.engine.nvlink import Args
+    from allreduce_jit.abi import Args
 
     usage = {"REG": most, "STACK": 0, "LOCAL": 0, "CONSTANT[0]": PARAMETERS_AT["sm_90"] + ctypes.sizeof(Args)}
     check_resources(usage, NVLINK_ALGORITHMS[algorithm], world_size, "sm_90")
@@ -226,20 +226,20 @@ def test_v2_with_virtual_ranks(compiled, tmp_path):
 @needs_triton
 @pytest.mark.parametrize(("world_size", "arch"), ALL if LONG else [(4, "sm_90"), (3, "sm_80"), (2, "sm_100")])
 def test_legacy_compiles(compiled, tmp_path, world_size, arch):
-    from allreduce_jit.triton_kernels import legacy
+    from allreduce_jit.triton_kernels import p2p
 
     sizes = {"i32": 4, "i64": 8, "constexpr": 0}
     specs = p2p_modules(world_size)
     assert len(specs) == 2 * len(DTYPES) * 2
     for spec, artifact in zip(specs, compiled(specs, arch), strict=True):
-        assert (artifact.name, artifact.arch, artifact.threads) == (spec.name, arch, 32 * legacy.NUM_WARPS)
+        assert (artifact.name, artifact.arch, artifact.threads) == (spec.name, arch, 32 * p2p.NUM_WARPS)
         assert artifact.shared_bytes <= 48 << 10  # what a kernel may have without asking
         assert entries_of(artifact.cubin) == set(spec.entries)
         (usage,) = resources(tmp_path, artifact).values()
         # For some, ptxas parks an address or two over the whole kernel to fit one more program; loops touch no stack.
         assert usage["STACK"] <= 16 and usage["LOCAL"] == 0
         parameters = 0
-        for size in [*(sizes[t] for t in legacy.signature(spec.source).values() if sizes[t]), 8, 8]:  # + two for scratch
+        for size in [*(sizes[t] for t in p2p.signature(spec.source).values() if sizes[t]), 8, 8]:  # + two for scratch
             parameters = -(-parameters // size) * size + size
         assert usage["CONSTANT[0]"] == PARAMETERS_AT[arch] + parameters
 
@@ -365,6 +365,21 @@ def test_warnings_as_errors(language, how):
     assert out == ["True"], err
 
 
+@needs_nvrtc
+def test_the_first_modules_may_be_compiled_by_several_threads():
+    """``cuda.core`` fails in most attempts where several threads import it at once."""
+    code = """
+from allreduce_jit.jit import compiler
+from allreduce_jit.jit.cache import KernelCache
+from allreduce_jit.policy.catalogue import cuda_module
+compiler.workers = lambda sharing: 4
+print(len(compiler.build_all([(cuda_module("one_shot", n), "sm_90") for n in (2, 3, 4, 5)], KernelCache(None))))
+"""
+    for _ in range(2):
+        out, err = in_a_process(code)
+        assert out == ["4"], err
+
+
 @needs_triton
 def test_what_others_set_for_triton_is_not_ours():
     """Whatever is set for kernels of others, in the environment or in the process: ours are the same."""
@@ -388,9 +403,9 @@ def fresh_versions():
 
 @needs_nvrtc
 def test_the_log_of_nvrtc_is_in_the_error(monkeypatch):
-    source = compiler._cuda_source("one_shot.cu")
+    source = compiler._cuda_source(cuda_module("one_shot", 2))
     line = source.count("\n") + 1
-    monkeypatch.setattr(compiler, "_cuda_source", lambda name: source + "int planted = no_such_name;\n")
+    monkeypatch.setattr(compiler, "_cuda_source", lambda spec: source + "int planted = no_such_name;\n")
     cache = KernelCache(None)
     with pytest.raises(CompileError, match=rf'one_shot.cu\({line}\): error: identifier "no_such_name"') as caught:
         build(cuda_module("one_shot", 2), "sm_90", cache)

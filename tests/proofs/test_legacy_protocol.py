@@ -234,19 +234,27 @@ BUGS = {
     "zeros are not sent": ("repeated", "bits, mask=stop == 0", "bits, mask=(stop == 0) & (bits != 0)"),
     "both phases use the same slots": ("one rank slow", "gather = 2 + parity", "gather = parity"),
     "the own addend is forgotten": ("repeated", "other=mine", "other=0"),
-    "nobody looks at the clock": ("absent", "looks % _CHECK_EVERY == 0", "looks < 0"),
+    "the deadline is never checked": ("absent", "polls % _CHECK_EVERY == 0", "polls < 0"),
     "peers are not told": ("absent, one rank hasty", "if before == 0:", "if before < 0:"),
     "nobody hears of it": ("absent, one rank hasty", "stop | _stopped(staging) |", "stop |"),
-    "no grace": ("late at first", "tl.where(met != 0, _DEADLINE, _GRACE)", "_DEADLINE"),
-    "grace without end": ("gone after the first", "tl.where(met != 0, _DEADLINE, _GRACE)", "_GRACE"),
-    "nobody knows who was met": ("gone after the first", "_MET + config, tl.int32), 1", "_MET + config, tl.int32), 0"),
+    "no grace": ("late at first", "tl.where(handshaken != 0, _DEADLINE, _GRACE)", "_DEADLINE"),
+    "grace without end": ("gone after the first", "tl.where(handshaken != 0, _DEADLINE, _GRACE)", "_GRACE"),
+    "no shape is handshaken": (
+        "gone after the first",
+        "_HANDSHAKEN + shape_id, tl.int32), 1",
+        "_HANDSHAKEN + shape_id, tl.int32), 0",
+    ),
     "signatures are not compared": (
         "differing",
         "differ = (low != first) | (((high ^ second) & ~_IN_PLACE) != 0)",
         "differ = threads < 0",
     ),
     "one parity of signatures": ("one rank slow", "(sequence & 1) * _RANKS", "(sequence & 0) * _RANKS"),
-    "the clock runs on when ranks have met": ("late at first", "(began == 0) | (met != met_before)", "began == 0"),
+    "the clock does not start again at the handshake": (
+        "late at first",
+        "(began == 0) | (handshaken != handshaken_before)",
+        "began == 0",
+    ),
     "the dtype is not signed": ("differing", "number | tag |", "number |"),
     "the first half of a signature is believed before it came": ("first half last", "low >> 32 != first >> 32", "low < 0"),
     "the second half of a signature is believed before it came": (
@@ -272,7 +280,7 @@ def test_planted_bug_is_caught(stage, tmp_path, bug):
     name, correct, wrong = BUGS[bug]
     source = legacy_ranks.source().read_text()
     assert correct in source
-    mutant = tmp_path / "legacy.py"
+    mutant = tmp_path / "p2p.py"
     mutant.write_text(source.replace(correct, wrong))
     assert any(catches(stage, name, str(mutant), seed) for seed in range(4))  # a race may need more than one try
 

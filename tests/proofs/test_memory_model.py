@@ -110,7 +110,7 @@ def test_functions_are_named_after_their_instruction(name):
 
 
 def test_nothing_but_ptx_cuh_has_instructions_of_its_own():
-    for path in PTX_CUH.parent.glob("*.cu*"):
+    for path in PTX_CUH.parent.rglob("*.cu*"):
         if path != PTX_CUH:
             # An empty asm only holds the compiler.
             other = r"\basm volatile\(\"[^\"]|\bvolatile \w|__ld\w+|__st\w+|\batomic\w+\(|__threadfence"

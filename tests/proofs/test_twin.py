@@ -11,6 +11,7 @@ import torch
 import twin
 from twin import Call, Failed, Program, World, cramped
 
+from allreduce_jit.abi import Report
 from allreduce_jit.engine import reference
 from allreduce_jit.engine.failure import Kind, abort_code
 from allreduce_jit.engine.verify import LAUNCHES, VERIFY_BYTES, several_launches
@@ -144,7 +145,7 @@ def test_epoch_words_wrap(objects, epoch):
 
 
 PATIENCE, DEADLINE = 20_000_000, 200_000  # steps
-WAITED_MS = 5  # word of a Report
+WAITED_MS = Report.waited_ms.offset // 4
 
 
 @pytest.mark.parametrize("algorithm", ["one_shot", "two_shot", "two_shot_stream"])
@@ -273,6 +274,8 @@ def variant(**options):
 
 CHECKS = {
     "mixed calls": run_mixed,
+    "one-shot calls": variant(only=["one_shot"]),
+    "two-shot calls": variant(only=["two_shot"]),
     "streamed calls": variant(only=["two_shot_stream"]),
     "special values": variant(kinds=[reference.SPECIALS]),
     "ThreadSanitizer": variant(tsan=True),
@@ -283,86 +286,88 @@ CHECKS = {
 }
 SEEDS = 6
 
-SYNC = "    __syncwarp();  // every lane has read the epoch; after the loops below, bringing them together would take 0.1 us\n"
+SYNC = "        __syncwarp();  // every lane has read the epoch; to reconverge after the loops below would take 0.1 us\n"
 WAIT = "    griddepcontrol_wait();\n"
-STATE = "    const u64 state = ld_relaxed_gpu_v2_u32(own_channel);\n"
-POISON = "        poison(mine, slots.stride);\n"
-LOAD = "    for (u32 k = 0; k < PACKETS; k++) own[k] = sendable(in.load(k * WARP));\n"
-GATHERED = "        receive(mine, slots.stride, peers, [] {}"
-VOTE = "    const bool met = all_sync("
-STORED = "    if (lane == 0) st_relaxed_gpu_u32(control + FIELD(Control, sequence), sequence);\n"
+STATE = "    epoch.load(aborted);\n"
+LOAD = "    for (u32 k = 0; k < PACKETS; k++) own[k] = Wire::encode(in.load(partition.at(rank, k)));\n"
+GATHERED = "        gather.wait(k, peers, [] {});\n"
+PUSH = "st_relaxed_sys_v4(slots.to[j] + offset + k * WARP * 16, p, alive);"
+VOTE = "    const bool all_signed = all_sync("
+STORED = "    if (lane == 0) st_relaxed_gpu_u32(control + offsetof(Control, sequence), sequence);\n"
 SIGNED = "(signature.w[1] == sequence) & (signature.w[3] == sequence)"
-CODE = "st_relaxed_sys_u32(a.report + FIELD(Report, code), code);"
+CODE = "st_relaxed_sys_u32(a.report + offsetof(Report, code), code);"
+TAG = "    st_relaxed_sys_u32(a.report + offsetof(Report, tag), a.tag);\n"
+TICKET = "if (lane == 0) entered = atom_add_relaxed_gpu_u32(a.control + offsetof(Control, entered), 1);"
 ANY = {"bits", "overwritten", "hang", "slots", "report", "foreign poison"}  # what a mix-up of packets can end in
 
 # name: check, how it may show, edits
 BUGS = {
-    "one parity": ("mixed calls", ANY, [("one_shot.cu", "u32(state) & 1", "u32(state) & 0")]),
-    "the epoch is not flipped": ("mixed calls", ANY, [("two_shot.cu", "epoch), parity ^ 1)", "epoch), parity)")]),
-    "no __syncwarp before the epoch is written, one-shot": ("mixed calls", ANY, [("one_shot.cu", SYNC, "")]),
-    "no __syncwarp before the epoch is written, two-shot": ("mixed calls", ANY, [("two_shot.cu", SYNC, "")]),
+    "one parity": ("mixed calls", ANY, [("exchange.cuh", "u32(state) & 1", "u32(state) & 0")]),
+    "the epoch is not flipped": ("mixed calls", ANY, [("exchange.cuh", "epoch), parity ^ 1)", "epoch), parity)")]),
+    "no __syncwarp before the epoch is written, one-shot": ("one-shot calls", ANY, [("exchange.cuh", SYNC, "")]),
+    "no __syncwarp before the epoch is written, two-shot": ("two-shot calls", ANY, [("exchange.cuh", SYNC, "")]),
     "epoch read before griddepcontrol_wait": ("mixed calls", ANY, [("one_shot.cu", WAIT, ""), ("one_shot.cu", STATE, STATE + WAIT)]),
     "input read before griddepcontrol_wait": ("ThreadSanitizer", {"race"}, [("one_shot.cu", WAIT, ""), ("one_shot.cu", LOAD, LOAD + WAIT)]),
     "no griddepcontrol_wait in a call's first launch": ("ThreadSanitizer", {"race", *ANY}, [("two_shot.cu", "if (!follows) griddepcontrol_wait();", "")]),
     "no griddepcontrol_wait in the launches that follow": ("streamed calls", ANY, [("two_shot.cu", "if (follows) griddepcontrol_wait();", "")]),
     "a stream has two scatter buffers": ("streamed calls", ANY, [("two_shot.cu", "STREAM ? a.scatter ^", "STREAM ? (a.scatter ? a.scatter : 2) ^")]),
     "a stream has one gather buffer": ("streamed calls", ANY, [("two_shot.cu", "STREAM ? a.gather", "STREAM ? 4")]),
-    "a stream begins with the same buffer in every epoch": ("mixed calls", ANY, [("two_shot.cu", "a.scatter ^ (parity & a.scatter >> 1)", "a.scatter")]),
+    "a stream begins with the same buffer in every epoch": ("mixed calls", ANY, [("two_shot.cu", "a.scatter ^ (epoch.parity & a.scatter >> 1)", "a.scatter")]),
     "a stream flips the epoch": ("mixed calls", ANY, [("two_shot.cu", "if (!STREAM && lane == 0)", "if ((!STREAM || a.last) && lane == 0)")]),
     "a stream's launches start at once": ("streamed calls", ANY, [("two_shot.cu", "if (!STREAM) griddepcontrol_launch_dependents();", "griddepcontrol_launch_dependents();")]),
     "gather and scatter share slots": ("mixed calls", ANY, [("two_shot.cu", "STREAM ? a.gather : 2", "STREAM ? a.gather : 1")]),
-    "one-shot's slots are not poisoned again": ("mixed calls", ANY, [("one_shot.cu", POISON, "")]),
-    "scatter's slots are not poisoned again": ("mixed calls", ANY, [("two_shot.cu", "own[k]);\n" + POISON, "own[k]);\n")]),
-    "gather's slots are not poisoned again": ("mixed calls", ANY, [("two_shot.cu", "peers[j]);\n" + POISON, "peers[j]);\n")]),
-    "slots are poisoned before they are read": ("mixed calls", ANY, [("two_shot.cu", GATHERED, POISON + GATHERED)]),
-    "packets go into the neighbour's slot": ("mixed calls", ANY, [("staging.cuh", "a.capacity + index) * 16;", "a.capacity + (index ^ 1)) * 16;")]),
-    "packets go into another source's slot": ("mixed calls", ANY, [("staging.cuh", "u64(place(a.rank, peer))", "u64(PEERS - 1 - place(a.rank, peer))")]),
-    "ranks are summed downwards": ("mixed calls", {"bits"}, [("packet.cuh", "peers[0].w[i]", "peers[WORLD_SIZE - 2].w[i]"), ("packet.cuh", "peers[turn].w[i]", "peers[WORLD_SIZE - 2 - turn].w[i]")]),
+    "one-shot's slots are not poisoned again": ("mixed calls", ANY, [("one_shot.cu", "        exchange.poison(k);\n", "")]),
+    "scatter's slots are not poisoned again": ("mixed calls", ANY, [("two_shot.cu", "        scatter.poison(k);\n", "")]),
+    "gather's slots are not poisoned again": ("mixed calls", ANY, [("two_shot.cu", "        gather.poison(k);\n", "")]),
+    "slots are poisoned before they are read": ("mixed calls", ANY, [("two_shot.cu", GATHERED, "        gather.poison(k);\n" + GATHERED)]),
+    "packets go into the neighbour's slot": ("mixed calls", ANY, [("slots.cuh", "a.capacity + index) * 16;", "a.capacity + (index ^ 1)) * 16;")]),
+    "packets go into another source's slot": ("mixed calls", ANY, [("slots.cuh", "u64(place_of(a.rank, peer))", "u64(PEERS<Config> - 1 - place_of(a.rank, peer))")]),
+    "ranks are summed downwards": ("mixed calls", {"bits"}, [("packet.cuh", "(peers[0])", "(peers[WORLD_SIZE - 2])"), ("packet.cuh", "(peers[turn])", "(peers[WORLD_SIZE - 2 - turn])")]),
     "the own addend comes last": ("mixed calls", {"bits"}, [("packet.cuh", "WORLD_SIZE == 2 || (turn == 1 ? rank <= 1 : rank == turn)", "rank < WORLD_SIZE && turn == WORLD_SIZE - 1")]),
     "the sum begins with zero": (
-        "special values", {"bits"}, [("packet.cuh", "T::unpack(peers[0].w[i], acc);", "T::unpack(peers[0].w[i], acc); for (float &f : acc) f += 0.0f;")]),
+        "special values", {"bits"}, [("packet.cuh", "T::unpack(Wire::decode(peers[0]).w[i], acc);", "T::unpack(Wire::decode(peers[0]).w[i], acc); for (float &f : acc) f += 0.0f;")]),
     "every addition is rounded": (
         "mixed calls", {"bits"}, [("packet.cuh", "acc[e] += x[e];\n", "acc[e] += x[e];\n            T::unpack(T::pack(acc), acc);\n")]),
-    "the own addend is forgotten": ("mixed calls", {"bits"}, [("one_shot.cu", "sum<T>(peers, own[k], rank)", "sum<T>(peers, ZEROS, rank)")]),
+    "the own addend is forgotten": ("mixed calls", {"bits"}, [("one_shot.cu", "sum<T, Wire>(peers, own[k], rank)", "sum<T, Wire>(peers, splat(0), rank)")]),
     "the tail is one too long": (
         "mixed calls", {"bits", "guard"}, [("packet.cuh", "+ i < numel)\n", "+ i <= numel)\n")]),
     "the tail is one too short": ("mixed calls", {"bits"}, [("packet.cuh", "+ i < numel)\n", "+ i + 1 < numel)\n")]),
     "padding is not zeros": ("mixed calls", {"bits", "guard"}, [("packet.cuh", "+ i < numel) p.w", "+ i + 1 < numel) p.w")]),
     "a rank whose part is empty skips the channel": (
-        "mixed calls", ANY, [("two_shot.cu", "if (first - lane >= part) return;", "if (first - lane >= part || a.rank * part >= in.packets) return;")]),
+        "mixed calls", ANY, [("two_shot.cu", "if (partition.idle(lane)) return;", "if (partition.idle(lane) || a.rank * partition.part >= partition.packets) return;")]),
     "padding lanes do not push": (
-        "mixed calls", ANY, [("two_shot.cu", "theirs[k][j], alive);", "theirs[k][j], alive && first + k * WARP < part);")]),
-    "a payload may look like the sentinel": ("special values", ANY, [("staging.cuh", "min_u32(p.w[i], EMPTY - 1)", "min_u32(p.w[i], EMPTY)")]),
+        "mixed calls", ANY, [("two_shot.cu", "theirs[k][j], epoch.alive);", "theirs[k][j], epoch.alive && partition.has(k));")]),
+    "a payload may look like the sentinel": ("special values", ANY, [("wire/sentinel.cuh", "min_u32(p.w[i], WORD - 1)", "min_u32(p.w[i], WORD)")]),
     "one word of a packet counts as all": (
-        "mixed calls", ANY, [("staging.cuh", "max_u32(max_u32(p.w[0], p.w[1]), max_u32(p.w[2], p.w[3]))", "p.w[0]")]),
-    "packets are stored weakly": ("ThreadSanitizer", {"race"}, [("one_shot.cu", "st_relaxed_sys_v4(slots.to[j] + buffer + k * WARP * 16, own[k], alive);", "st_global_v4(slots.to[j] + buffer + k * WARP * 16, own[k]);")]),
-    "packets are polled weakly": ("ThreadSanitizer", {"race"}, [("staging.cuh", "u[j] = ld_relaxed_sys_v4(", "u[j] = ld_global_v4(")]),
-    "the report is signalled without a fence": ("absent rank", {"early report"}, [("staging.cuh", "    fence_acq_rel_sys();\n", "")]),
+        "mixed calls", ANY, [("wire/sentinel.cuh", "max_u32(max_u32(p.w[0], p.w[1]), max_u32(p.w[2], p.w[3]))", "p.w[0]")]),
+    "packets are stored weakly": ("ThreadSanitizer", {"race"}, [("exchange.cuh", PUSH, "if (alive) st_global_v4(slots.to[j] + offset + k * WARP * 16, p);")]),
+    "packets are polled weakly": ("ThreadSanitizer", {"race"}, [("wait.cuh", "u[j] = ld_relaxed_sys_v4(", "u[j] = ld_global_v4(")]),
+    "the report is signalled without a fence": ("absent rank", {"early report"}, [("failure.cuh", "    fence_acq_rel_sys();\n", "")]),
     "the report is signalled before it is written": (
         "absent rank", {"early report"},
-        [("staging.cuh", "    st_relaxed_sys_u32(a.report + FIELD(Report, tag), a.tag);\n", f"    {CODE}\n    st_relaxed_sys_u32(a.report + FIELD(Report, tag), a.tag);\n")]),
-    "nobody looks at the clock": (
-        "absent rank", {"hang"}, [("staging.cuh", "limit && now >= since + limit", "limit == 1")]),
-    "the clock runs from its beginning": ("absent rank", {"report"}, [("staging.cuh", "since == 0 || (since & 1) != met", "since == 0 && met")]),
-    "nobody was met": ("phases", {"report"}, [("guard.cuh", "    if (met && !known) st_relaxed_gpu_u32(", "    if (!met && !known) st_relaxed_gpu_u32(")]),
-    "epoch words of another algorithm": ("mixed calls", {"guard", *ANY}, [("two_shot.cu", "a.channels + channel *", "a.channels - channel *")]),
+        [("failure.cuh", TAG, f"    {CODE}\n{TAG}")]),
+    "the deadline is never checked": (
+        "absent rank", {"hang"}, [("wait.cuh", "limit && now >= since + limit", "limit == 1")]),
+    "the clock runs from its beginning": ("absent rank", {"report"}, [("wait.cuh", "since == 0 || (since & 1) != handshaken", "since == 0 && handshaken")]),
+    "no shape is handshaken": ("phases", {"report"}, [("guard.cuh", "if (all_signed && !handshaken)", "if (!all_signed && !handshaken)")]),
+    "epoch words of another algorithm": ("mixed calls", {"guard", *ANY}, [("exchange.cuh", "a.channels + channel *", "a.channels - channel *")]),
     "launches may overlap before the ticket is drawn": ("mixed calls", ANY, [("guard.cuh", "    u32 entered = 0;\n", "    griddepcontrol_launch_dependents();\n    u32 entered = 0;\n")]),
-    "what the kernel before has stopped is overlooked": ("absent rank", {"pushed", "overwritten"}, [("one_shot.cu", "aborted | u32(state >> 32)", "aborted")]),
-    "channels are not told": ("absent rank", {"pushed", "overwritten"}, [("staging.cuh", "for (u32 c = 0; c < channels; c++)", "for (u32 c = 0; c < 0 * channels; c++)")]),
-    "who waits long sees nothing come": ("mixed calls", {"report"}, [("staging.cuh", "return !missing;", "return since && !missing;")]),
-    "who gave up keeps pushing": ("absent rank", {"overwritten", "pushed"}, [("one_shot.cu", "aborted | u32(state >> 32)", "aborted & !aborted")]),
+    "what the kernel before has stopped is overlooked": ("absent rank", {"pushed", "overwritten"}, [("exchange.cuh", "aborted | u32(state >> 32)", "aborted")]),
+    "channels are not told": ("absent rank", {"pushed", "overwritten"}, [("failure.cuh", "for (u32 c = 0; c < channels; c++)", "for (u32 c = 0; c < 0 * channels; c++)")]),
+    "the slow path sees nothing come": ("mixed calls", {"report"}, [("wait.cuh", "return !missing;", "return since && !missing;")]),
+    "who gave up keeps pushing": ("absent rank", {"overwritten", "pushed"}, [("exchange.cuh", "aborted | u32(state >> 32)", "aborted & !aborted")]),
     "the first signature is numbered 0": ("mixed calls", {"bits", "report"}, [
-        ("guard.cuh", "entered) + 1;", "entered);"), ("guard.cuh", "u32(signed_ended) == sequence - 1 &&", "u32(signed_ended) == sequence &&"),
+        ("guard.cuh", "entered) + 1;", "entered);"), ("guard.cuh", "u32(signed_completed) == sequence - 1 &&", "u32(signed_completed) == sequence &&"),
         ("guard.cuh", ">> 32) - (sequence - 1))", ">> 32) - sequence)"),
-        ("guard.cuh", "FIELD(Control, sequence), sequence);", "FIELD(Control, sequence), sequence + 1);")]),
+        ("guard.cuh", "offsetof(Control, sequence), sequence);", "offsetof(Control, sequence), sequence + 1);")]),
     "the sequence number is stored before every lane has read it": ("mixed calls", ANY, [("guard.cuh", VOTE, STORED + VOTE)]),
-    "signatures have one parity": ("mixed calls", ANY, [("guard.cuh", "to += (sequence & 1) * 8", "to += 0 * 8"), ("guard.cuh", "from += (sequence & 1) * 8", "from += 0 * 8")]),
+    "signatures have one parity": ("mixed calls", ANY, [("guard.cuh", "to += (sequence & 1) *", "to += 0 *"), ("guard.cuh", "from += (sequence & 1) *", "from += 0 *")]),
     "half a signature counts as all": ("mixed calls", {"bits", "report"}, [("guard.cuh", SIGNED, "signature.w[1] == sequence")]),
     "the guard does not wait": ("mixed calls", ANY, [("guard.cuh", WAIT, "")]),
     "sizes are not compared": ("calls differ", {"report"}, [("guard.cuh", "(other ^ call) & ~(u64(IN_PLACE) << 32)", "(other ^ call) >> 32 & ~IN_PLACE")]),
-    "calls never end": ("mixed calls", {"report", "in flight"}, [("one_shot.cu", "    if (lane == 0) ending.say();\n", "")]),
-    "every launch of a stream ends a call": ("streamed calls", {"report", "in flight"}, [("guard.cuh", "GUARDED && a.last && last_channel ?", "GUARDED && last_channel ?")]),
-    "calls that begin are not counted": ("mixed calls", {"in flight", "report"}, [("guard.cuh", "if (lane == 0) entered = atom_add_relaxed_gpu_u32(a.control + FIELD(Control, entered), 1);", "")]),
+    "calls never end": ("mixed calls", {"report", "in flight"}, [("one_shot.cu", "    if (lane == 0) counter.publish();\n", "")]),
+    "every launch of a stream ends a call": ("streamed calls", {"report", "in flight"}, [("guard.cuh", "a.last && last_channel ?", "last_channel ?")]),
+    "calls that begin are not counted": ("mixed calls", {"in flight", "report"}, [("guard.cuh", TICKET, "")]),
     "completion is signalled before the last store": ("mixed calls", ANY, [("driver.cpp", "next.drained < next.grid", "next.triggered < next.grid")]),
 }  # fmt: skip
 

@@ -24,13 +24,13 @@ from types import SimpleNamespace
 from unittest import mock
 
 import torch
-from helpers import ROOT
 
+from allreduce_jit.abi import MAX_SHAPES, Args, Control, Header
 from allreduce_jit.engine import nvlink as engine_module
 from allreduce_jit.engine import reference
-from allreduce_jit.engine.base import MAX_SHAPES
 from allreduce_jit.engine.memory import REPORT_BYTES, LocalState
 from allreduce_jit.engine.prepared import PreparedCall
+from allreduce_jit.jit import source
 from allreduce_jit.policy import nvlink
 from allreduce_jit.policy.catalogue import NVLINK_ALGORITHMS, cuda_module, nvlink_algorithms
 from allreduce_jit.policy.operation import ITEMSIZE, all_reduce
@@ -38,7 +38,6 @@ from allreduce_jit.policy.plan import HEADER_BYTES, MAX_BLOCK, PACKET, WARP, Lay
 from allreduce_jit.policy.tables import NEVER, Band
 
 HERE = Path(__file__).parent / "twin"
-KERNELS = ROOT / "kernels" / "cuda"
 COMPILER = os.environ.get("CXX", "g++")
 STAGING_MB = 3  # holds every algorithm's slots, and makes a few MB take several launches
 ARENA = 24 << 20  # bytes of a rank's tensors
@@ -72,10 +71,10 @@ def missing() -> str | None:
 
 def sources(edits: Sequence[Edit] = ()) -> dict[str, str]:
     """All sources by name, ``ptx.cuh`` replaced by the shim, with ``edits`` made."""
-    texts = {path.name: path.read_text() for path in sorted(KERNELS.glob("*.cu*")) if path.name != "ptx.cuh"}
+    texts = {name: text for name, text in sorted(source.files().items()) if name != "ptx.cuh"}
     texts |= {path.name: path.read_text() for path in sorted(HERE.iterdir()) if path.is_file()}
-    # Half of all waits take the way of those that last.
-    for name, old, new in (("staging.cuh", "POLLS = 64;", "POLLS = 2;"), *edits):
+    # Half of all waits take the slow path.
+    for name, old, new in (("abi_constants.cuh", "POLLS = 64;", "POLLS = 2;"), *edits):
         if texts[name].count(old) != 1:
             raise StaleEdit(f"{name} holds {texts[name].count(old)} times: {old!r}")
         texts[name] = texts[name].replace(old, new)
@@ -85,7 +84,7 @@ def sources(edits: Sequence[Edit] = ()) -> dict[str, str]:
 
 def build(directory: Path, world_size: int, tsan: bool = False, edits: Sequence[Edit] = ()) -> Path:
     """The executable for one world size; objects that did not change are taken from ``directory``."""
-    texts, args_bytes = sources(edits), ctypes.sizeof(engine_module.Args)
+    texts, args_bytes = sources(edits), ctypes.sizeof(Args)
     headers = {name: text for name, text in texts.items() if name.endswith(("uh", "hpp"))}
     sanitize = ["-fsanitize=thread", "-g1"] if tsan else []
     specs = [cuda_module(name, world_size) for name in algorithms(world_size)]
@@ -102,12 +101,9 @@ def build(directory: Path, world_size: int, tsan: bool = False, edits: Sequence[
             f'extern "C" void {entry}_call(const void *a) {{ unit::{entry}(*static_cast<const unit::Args *>(a)); }}\n'
             for entry in spec.entries
         ).replace("unit::", f"of_{spec.name}::")
-        unit = (
-            f'#include "ptx.cuh"\nnamespace of_{spec.name} {{\n#include "{spec.source}"\n}}\n'
-            f"static_assert(sizeof(of_{spec.name}::Args) == {args_bytes});\n{calls}"
-        )
-        flags = [*sanitize, *(f"-D{name}={value}" for name, value in spec.constants)]
-        jobs.append((f"{spec.name}.cpp", unit, [*flags, f"-DSOURCE_{digest(texts[spec.source])}"]))
+        kernels = source.unit(spec, f'#include "{spec.source}"\n')
+        unit = f'#include "ptx.cuh"\nnamespace of_{spec.name} {{\n{kernels}}}\n{calls}'
+        jobs.append((f"{spec.name}.cpp", unit, [*sanitize, f"-DSOURCE_{digest(texts[spec.source])}"]))
     with ThreadPoolExecutor(2) as pool:
         objects = list(pool.map(lambda job: _compile(directory, texts, headers, *job), jobs))
     executable = directory / f"twin-{digest(*map(str, objects))}{'-tsan' if tsan else ''}"
@@ -136,9 +132,10 @@ def _compile(directory: Path, texts: dict[str, str], headers: dict[str, str], na
     if not result.exists():
         with tempfile.TemporaryDirectory(dir=directory) as folder:
             for other, content in texts.items():
+                Path(folder, other).parent.mkdir(exist_ok=True)
                 Path(folder, other).write_text(content)
             Path(folder, name).write_text(text)
-            _call([*command, "-c", str(Path(folder, name)), "-o", str(Path(folder, "result.o"))])
+            _call([*command, "-I", folder, "-c", str(Path(folder, name)), "-o", str(Path(folder, "result.o"))])
             os.replace(Path(folder, "result.o"), result)
     return result
 
@@ -286,7 +283,7 @@ class World:
         ]  # fmt: skip
         self.layout = spread(relayout(self.engines[0].layout, world_size))
         channel_bytes = engine_module.NvlinkEngine.channel_bytes
-        local = LocalState.CONTROL_BYTES + channel_bytes * self.layout.channels
+        local = ctypes.sizeof(Control) + channel_bytes * self.layout.channels
         parts = {"staging": self.layout.nbytes, "local": local, "report": REPORT_BYTES, "arena": ARENA}
         self._offsets, size = [], 0
         for _ in range(world_size):
@@ -304,7 +301,7 @@ class World:
         # The channels of every algorithm, and behind them what nobody may touch, but who tells all that this rank is stopped.
         channels, self._between = [], []
         for first, count in {(region.first_channel, region.channels) for region in self.layout.regions.values()}:
-            at = LocalState.CONTROL_BYTES + channel_bytes * first
+            at = ctypes.sizeof(Control) + channel_bytes * first
             end = at + channel_bytes * count
             channels.append(slice(at, end))
             self._between.append(slice(end, end + channel_bytes * GAP))
@@ -312,7 +309,7 @@ class World:
             parts["staging"][HEADER_BYTES:].fill_(0xFF)
             for count in LocalState.COUNTS_AT:
                 parts["local"][count : count + 4].view(torch.int32).fill_(sequence)
-            parts["local"][LocalState.CHANNEL_COUNT_AT :][:4].view(torch.int32).fill_(self.layout.channels)
+            parts["local"][Control.channels.offset :][:4].view(torch.int32).fill_(self.layout.channels)
             for words in channels:
                 parts["local"][words].view(torch.int32)[::2].fill_(epochs)
             for gap in self._between:
@@ -330,7 +327,7 @@ class World:
             address = {name: self._base + offset for name, offset in self._offsets[rank].items()}
             engine.layout = self.layout
             engine.memory = SimpleNamespace(addresses=[self._base + offsets["staging"] for offsets in self._offsets])
-            channels = address["local"] + LocalState.CONTROL_BYTES
+            channels = address["local"] + ctypes.sizeof(Control)
             engine.state = SimpleNamespace(channels=channels, control=address["local"], report=address["report"])
             engine._kernels = {entry: (self._queue, rank, number) for number, entry in enumerate(entries)}
         self.collectives = self.pushes = self.switches = 0
@@ -423,7 +420,7 @@ class World:
     def check_reports(self) -> None:
         """Nobody gave up, and all calls are over."""
         for rank, parts in enumerate(self._parts):
-            if parts["report"].any() or parts["staging"][:4].any():
+            if parts["report"].any() or parts["staging"][Header.abort.offset :][:4].any():
                 raise Failed("report", f"rank {rank} gave up: {self.report(rank)}")
             if any((parts["local"][gap] != 0x5A).any() for gap in self._between):
                 raise Failed("guard", f"rank {rank} wrote beside its channels")
@@ -442,12 +439,12 @@ class World:
     def set_deadlines(self, deadline: int, grace: int | None = None) -> None:
         """After how many steps of the driver, its nanoseconds, a wait ends; 0 for never. ``grace``: before ranks met."""
         for parts in self._parts:
-            words = parts["local"][LocalState.DEADLINE_AT :][:16].view(torch.int64)
+            words = parts["local"][Control.deadline_ns.offset :][:16].view(torch.int64)
             words.copy_(torch.tensor([deadline, deadline if grace is None else grace]))
 
     def abort_word(self, rank: int) -> int:
         """Address of the word that stops that rank's kernels, for pokes."""
-        return self._base + self._offsets[rank]["staging"]
+        return self._base + self._offsets[rank]["staging"] + Header.abort.offset
 
     def _log(self) -> str:
         self._stderr.seek(0)

@@ -28,7 +28,7 @@ typedef unsigned long long u64;
 struct alignas(16) Packet {
     u32 w[4];
 };
-#define ZEROS Packet{{0, 0, 0, 0}}
+constexpr Packet splat(u32 word) { return Packet{{word, word, word, word}}; }
 
 namespace twin {
 

@@ -3,7 +3,7 @@
 Nothing is asked of the link but that stores of one element (2 or 4 bytes; 8 for signatures) arrive whole: no remote
 atomics, no remote loads, no order between stores. So the data must prove its own arrival. Staging memory is poisoned
 with 0xFF bytes; an element has arrived once it differs from the all-ones *sentinel*. That pattern is a NaN: a payload
-that has it travels as its neighbour ...FE, a NaN too. The reader poisons what it has read for the next use.
+that has it travels as its neighbour ...FE, a NaN too. The receiver poisons what it has read for the next use.
 
 Channels and parities. Program p + 1 of a launch is channel p: it has an epoch word and bytes
 [p * BLOCK_BYTES, +BLOCK_BYTES) of every slot to itself, whatever the dtype. Each launch uses the slots of one parity
@@ -12,44 +12,53 @@ block to every peer (zeros past the end, and for empty parts too) and waits for 
  - a program in epoch e+2 has, in epoch e+1, received from q's program of epoch e+1;
  - that ran after q's launch of epoch e was complete, its poisoning included;
  - so the slots that q read in epoch e are poisoned, and nobody still reads them.
-It leans on the boundary between launches: one stream, and *no* programmatic dependent launch. Program p waits for
+This needs the boundary between launches: one stream, and *no* programmatic dependent launch. Program p waits for
 the peers' programs p alone. A grid may be larger than what fits on the GPU at once, as blocks start in the order of
 their index (an assumption: docs/protocol.md).
 
-Program 0 is the launch's guard; the header, the control block and the report, and what they are for, are those of
-kernels/cuda/staging.cuh and guard.cuh. Every launch of a call signs for itself, with the number of elements of the
+Program 0 is the launch's guard (what for: kernels/cuda/guard.cuh). The header, the control block and the report are
+those of allreduce_jit/abi.py. Every launch of a call signs for itself, with the number of elements of the
 whole call. It takes no longer than the programs beside it, so it costs no latency.
 
-Failure. A wait ends when its deadline passes or the abort word of this rank's header is set, by a peer, by the host
-or by another program. Then this rank stops its peers too. Its programs run on to the end but push no more, nor do
+Failure. A wait ends when its deadline passes or this rank's header holds an abort code, from a peer, from the host or
+from another program. Then this rank broadcasts an abort code. Its programs run on to the end but push no more, nor do
 those of any later launch: a rank that no longer waits could overtake its peers, and they would read two epochs mixed.
 What such a program writes to `out` is NaN throughout.
 
-Numbers. fp32 sum in rank order 0..WORLD-1, begun with rank 0's value (so -0 + -0 = -0), rounded once. The own
-addend takes its place in that order in its encoded form, so all ranks add the same bits.
+Numbers. fp32 sum in rank order 0..WORLD-1, begun with rank 0's value (so -0 + -0 = -0), rounded once. The local
+contribution is added in rank order, too, in its encoded form, so all ranks add the same bits.
 
 Addresses are plain int64 values. Slots, `capacity` and `part` in bytes are multiples of 16.
 """
 
+import ctypes
+
 import triton
 import triton.language as tl
+from allreduce_jit import abi
+from allreduce_jit.policy.p2p import NUM_WARPS
 
-BLOCK_BYTES = 2048  # what one program sends to one peer in one phase: 16 bytes a thread
-NUM_WARPS = 4
 MAX_REGISTERS = 168  # compile option `maxnreg`: left to itself ptxas spills a register or two in a few variants
 
 _THREADS = tl.constexpr(32 * NUM_WARPS)
-_CHECK_EVERY = tl.constexpr(64)  # looks at the staging memory between two looks at the clock
-_SIGNATURES, _RANKS, _SIGNATURE = tl.constexpr(256), tl.constexpr(8), tl.constexpr(16)  # Header.signature, in bytes
-_IN_PLACE = tl.constexpr(1 << 15)  # in a signature for the report only: no rank depends on another's
+_CHECK_EVERY = tl.constexpr(abi.POLLS)  # polls of the staging memory between two checks of the clock and the abort code
+_SIGNATURES = tl.constexpr(abi.Header.signatures.offset)
+_RANKS, _SIGNATURE = tl.constexpr(abi.MAX_RANKS), tl.constexpr(ctypes.sizeof(abi.Signature))
+_IN_PLACE, _NUMEL_SHIFT = tl.constexpr(abi.IN_PLACE), tl.constexpr(abi.NUMEL_SHIFT)
+_CULPRIT_SHIFT, _FINDER_SHIFT = tl.constexpr(abi.CULPRIT_SHIFT), tl.constexpr(abi.FINDER_SHIFT)
+_TIMEOUT, _MISMATCH = tl.constexpr(int(abi.Kind.TIMEOUT)), tl.constexpr(int(abi.Kind.MISMATCH))
+_CONCURRENT = tl.constexpr(int(abi.Kind.CONCURRENT))
 
-# int32 words of Control, of its deadlines as int64, and of Report.
-_SEQUENCE, _IN_FLIGHT, _REPORTED, _MET = tl.constexpr(0), tl.constexpr(1), tl.constexpr(6), tl.constexpr(8)
-_DEADLINE, _GRACE = tl.constexpr(1), tl.constexpr(2)
-_MINE, _THEIRS = tl.constexpr(6), tl.constexpr(8)
+# int32 words of Control, its deadlines as int64, and int32 words of Report.
+_SEQUENCE, _IN_FLIGHT = tl.constexpr(abi.Control.sequence.offset // 4), tl.constexpr(abi.Control.completed.offset // 4)
+_REPORTED, _HANDSHAKEN = tl.constexpr(abi.Control.reported.offset // 4), tl.constexpr(abi.Control.handshaken.offset // 4)
+_DEADLINE, _GRACE = tl.constexpr(abi.Control.deadline_ns.offset // 8), tl.constexpr(abi.Control.grace_ns.offset // 8)
+_CALL, _TAG = tl.constexpr(abi.Report.sequence.offset // 4), tl.constexpr(abi.Report.tag.offset // 4)
+_BUFFER, _CHANNEL = tl.constexpr(abi.Report.buffer.offset // 4), tl.constexpr(abi.Report.channel.offset // 4)
+_WAITED_MS, _MINE = tl.constexpr(abi.Report.waited_ms.offset // 4), tl.constexpr(abi.Report.mine.offset // 4)
+_THEIRS = tl.constexpr(abi.Report.theirs.offset // 4)
 
-_TIMEOUT, _MISMATCH, _CONCURRENT = tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)  # failure.Kind
-_LATE, _STOPPED = tl.constexpr(1), tl.constexpr(2)  # bits of `stop`: this wait is over, this rank is stopped
+_LATE, _STOPPED = tl.constexpr(1), tl.constexpr(2)  # bits of `stop`: this wait has expired, this rank is stopped
 
 _ARGUMENTS = {
     "table": "i64",
@@ -65,7 +74,7 @@ _ARGUMENTS = {
     "capacity": "i64",
     "rank": "i32",
     "tag": "i32",
-    "config": "i32",
+    "shape_id": "i32",
 }
 _CONSTANTS = ("WORLD", "DTYPE", "BLOCK", "VECTOR", "INTERPRET")
 
@@ -95,19 +104,19 @@ def legacy_one_shot(
     capacity,  # bytes of one slot, at least (grid - 1) * BLOCK_BYTES
     rank,
     tag,  # dtype and algorithm, for the signature
-    config,  # which flag of Control.met belongs to calls of this shape
+    shape_id,  # which flag of Control.handshaken belongs to calls of this shape
     WORLD: tl.constexpr,  # ranks, 2 to 8
     DTYPE: tl.constexpr,  # tl.float32, tl.float16 or tl.bfloat16
     BLOCK: tl.constexpr,  # elements in BLOCK_BYTES
     VECTOR: tl.constexpr,  # x and out are 16-byte aligned and numel * itemsize is a multiple of 16
-    INTERPRET: tl.constexpr,  # run by Triton's interpreter: no clock, a look takes a millisecond
+    INTERPRET: tl.constexpr,  # run by Triton's interpreter: no clock, a poll takes a millisecond
 ):
     """out = sum of all ranks' x. Every rank sends all of its x to every peer.
 
     Launch: grid = 1 + ceil(numel / BLOCK), the same numel, DTYPE and order of launches on all ranks.
     Staging: slot (parity, source) at byte slots + (parity * WORLD + source) * capacity.
     """
-    link = (table, staging, control, report, rank, tag, config)
+    link = (table, staging, control, report, rank, tag, shape_id)
     if tl.program_id(0) == 0:
         _guard(link, total, x == out, WORLD, INTERPRET)
     else:
@@ -140,7 +149,7 @@ def legacy_two_shot(
     capacity,  # bytes of one slot, at least part * itemsize
     rank,
     tag,
-    config,
+    shape_id,
     part,  # elements of one rank's part: ceil(numel / WORLD) rounded up to BLOCK
     WORLD: tl.constexpr,
     DTYPE: tl.constexpr,
@@ -155,7 +164,7 @@ def legacy_two_shot(
     Staging: slot (buffer, source) at byte slots + (buffer * WORLD + source) * capacity; buffers 0 and 1 are those of
     scatter, by parity, 2 and 3 those of gather.
     """
-    link = (table, staging, control, report, rank, tag, config)
+    link = (table, staging, control, report, rank, tag, shape_id)
     if tl.program_id(0) == 0:
         _guard(link, total, x == out, WORLD, INTERPRET)
     else:
@@ -185,11 +194,11 @@ def legacy_two_shot(
 
 @triton.jit
 def _guard(link, total, in_place, WORLD: tl.constexpr, INTERPRET: tl.constexpr):
-    """Signs this launch at every peer, compares theirs, and looks for another launch in flight.
+    """Signs this launch at every peer, compares theirs, and checks for another launch in flight.
 
-    Each thread reads for itself: of all words as they are when the reductions put them together, see _look.
+    Each thread reads for itself: of all words as they are when the reductions put them together, see _poll.
     """
-    table, staging, control, report, rank, tag, config = link
+    table, staging, control, report, rank, tag, shape_id = link
     threads = tl.arange(0, _THREADS)
     sources = threads % _RANKS
     others = (sources < WORLD) & (sources != rank)
@@ -199,7 +208,7 @@ def _guard(link, total, in_place, WORLD: tl.constexpr, INTERPRET: tl.constexpr):
     number = sequence.to(tl.int64) << 32
     total = total.to(tl.int64)
     first = number | (total & 0xFFFFFFFF)
-    second = number | tag | tl.where(in_place, _IN_PLACE, 0) | ((total >> 32) << 16)
+    second = number | tag | tl.where(in_place, _IN_PLACE, 0) | ((total >> 32) << _NUMEL_SHIFT)
     parity = _SIGNATURES + (sequence & 1) * _RANKS * _SIGNATURE
     theirs = _words(regions + parity, rank * 2, tl.int64)
     signing = others & (threads < _RANKS) & (stop == 0)
@@ -210,14 +219,14 @@ def _guard(link, total, in_place, WORLD: tl.constexpr, INTERPRET: tl.constexpr):
     # Behind the atomic's barrier: every thread has read the number before.
     tl.store(_words(control, _SEQUENCE, tl.int32), sequence, cache_modifier=".wt")
 
-    low, high, verdict = _hear(staging + parity, sources, others, first, second, stop)
-    looks = 0
+    low, high, verdict = _load_signatures(staging + parity, sources, others, first, second, stop)
+    polls = 0
     wait = _begin()
     while (verdict > 3) & (verdict % 4 == 0):
-        looks += 1
-        if looks % _CHECK_EVERY == 0:
-            wait, stop = _check(link, wait, stop, looks, INTERPRET)
-        low, high, verdict = _hear(staging + parity, sources, others, first, second, stop)
+        polls += 1
+        if polls % _CHECK_EVERY == 0:
+            wait, stop = _check(link, wait, stop, polls, INTERPRET)
+        low, high, verdict = _load_signatures(staging + parity, sources, others, first, second, stop)
     came = verdict < 2
     differ = (low != first) | (((high ^ second) & ~_IN_PLACE) != 0)
     other = tl.max(tl.where(differ, 1 + sources, 0)) - 1
@@ -230,14 +239,14 @@ def _guard(link, total, in_place, WORLD: tl.constexpr, INTERPRET: tl.constexpr):
         _store_halves(words + _THEIRS, tl.sum(tl.where(threads == other, low, 0)), tl.sum(tl.where(threads == other, high, 0)))
     if kind != 0:
         blamed = tl.where(came, tl.where(other >= 0, other, rank), verdict // 4 - 1)
-        _fail(link, kind, blamed, 0, 0, wait, looks, WORLD, INTERPRET)
+        _fail(link, kind, blamed, 0, 0, wait, polls, WORLD, INTERPRET)
     if came:
-        tl.store(_words(control, _MET + config, tl.int32), 1, cache_modifier=".wt")
+        tl.store(_words(control, _HANDSHAKEN + shape_id, tl.int32), 1, cache_modifier=".wt")
 
 
 @triton.jit
-def _hear(signatures, sources, others, first, second, stop):
-    """Loads the signatures of all sources, this rank's own being (first, second): (their halves, verdict of _look).
+def _load_signatures(signatures, sources, others, first, second, stop):
+    """Loads the signatures of all sources, this rank's own being (first, second): (their halves, verdict of _poll).
 
     The upper half of each is the sequence number, so that it proves its own arrival.
     """
@@ -282,7 +291,7 @@ def _peers(table, rank, WORLD: tl.constexpr):
 
 @triton.jit
 def _stopped(staging):
-    """_STOPPED if this rank's abort word is set, as this thread sees it, else 0."""
+    """_STOPPED if this rank's header holds an abort code, as this thread sees it, else 0."""
     return tl.where(tl.load(_words(staging, 0, tl.int32), volatile=True) != 0, _STOPPED, 0)
 
 
@@ -320,7 +329,7 @@ def _write(out, block, numel, bits, stop, WORD: tl.constexpr, BLOCK: tl.constexp
 
 @triton.jit
 def _push(slots, index, capacity, channel, bits, stop, WORD: tl.constexpr, BLOCK: tl.constexpr):
-    """Stores a block into a peer's slot, all of it, unless this rank has stopped waiting for others.
+    """Stores a block into a peer's slot, all of it, unless this rank is stopped.
 
     `.wt` compiles to st.wt = a relaxed store of system scope; nothing orders it, and nothing needs to.
     """
@@ -329,7 +338,7 @@ def _push(slots, index, capacity, channel, bits, stop, WORD: tl.constexpr, BLOCK
 
 
 @triton.jit
-def _look(slots, buffer, capacity, channel, mine, rank, stop, WORLD: tl.constexpr, WORD: tl.constexpr, BLOCK: tl.constexpr):
+def _poll(slots, buffer, capacity, channel, mine, rank, stop, WORLD: tl.constexpr, WORD: tl.constexpr, BLOCK: tl.constexpr):
     """Loads the blocks of all sources at once: (blocks in rank order, verdict).
 
     verdict = 4 * (1 + highest source with an element missing, or 0 if none is) + stop.
@@ -367,21 +376,21 @@ def _receive(
     The barriers of the reduction also order this program's reads before its later writes: of the epoch word before
     its flip, of x before out where these are one, of the staging by one thread before its poisoning by another.
     """
-    table, staging, control, report, rank, tag, config = link
+    table, staging, control, report, rank, tag, shape_id = link
     own = staging + slots
-    blocks, verdict = _look(own, buffer, capacity, channel, mine, rank, stop, WORLD, WORD, BLOCK)
-    looks = 0
+    blocks, verdict = _poll(own, buffer, capacity, channel, mine, rank, stop, WORLD, WORD, BLOCK)
+    polls = 0
     wait = _begin()
     while (verdict > 3) & (verdict % 4 == 0):
-        looks += 1
-        if looks % _CHECK_EVERY == 0:
-            wait, stop = _check(link, wait, stop, looks, INTERPRET)
-        blocks, verdict = _look(own, buffer, capacity, channel, mine, rank, stop, WORLD, WORD, BLOCK)
+        polls += 1
+        if polls % _CHECK_EVERY == 0:
+            wait, stop = _check(link, wait, stop, polls, INTERPRET)
+        blocks, verdict = _poll(own, buffer, capacity, channel, mine, rank, stop, WORLD, WORD, BLOCK)
     stop &= _STOPPED
     if verdict > 1:
         stop |= _STOPPED
         # Of a stop that others caused, too: the host must not take what is written now for a result.
-        _fail(link, _TIMEOUT, verdict // 4 - 1, buffer, channel, wait, looks, WORLD, INTERPRET)
+        _fail(link, _TIMEOUT, verdict // 4 - 1, buffer, channel, wait, polls, WORLD, INTERPRET)
     for source in tl.static_range(WORLD):
         pointers = _slot(own, buffer * WORLD + source, capacity, channel, WORD, BLOCK)
         tl.store(pointers, tl.full([BLOCK], -1, WORD), mask=source != rank)
@@ -390,55 +399,55 @@ def _receive(
 
 @triton.jit
 def _begin():
-    """A wait: (when its clock was started, Control.met at that time)."""
+    """A wait: (when its clock was started, whether the shape was handshaken then)."""
     return tl.full([], 0, tl.int64), tl.full([], 0, tl.int32)
 
 
 @triton.jit
-def _check(link, wait, stop, looks, INTERPRET: tl.constexpr):
-    """(wait, stop) as this thread sees them now. The clock starts afresh when all ranks have come to this launch."""
-    table, staging, control, report, rank, tag, config = link
-    began, met_before = wait
-    now = _clock(looks, INTERPRET)
-    met = tl.load(_words(control, _MET + config, tl.int32), volatile=True)
-    limit = tl.load(_words(control, tl.where(met != 0, _DEADLINE, _GRACE), tl.int64), volatile=True)
-    began = tl.where((began == 0) | (met != met_before), now, began)
+def _check(link, wait, stop, polls, INTERPRET: tl.constexpr):
+    """(wait, stop) as this thread sees them now. The clock starts again at the handshake."""
+    table, staging, control, report, rank, tag, shape_id = link
+    began, handshaken_before = wait
+    now = _clock(polls, INTERPRET)
+    handshaken = tl.load(_words(control, _HANDSHAKEN + shape_id, tl.int32), volatile=True)
+    limit = tl.load(_words(control, tl.where(handshaken != 0, _DEADLINE, _GRACE), tl.int64), volatile=True)
+    began = tl.where((began == 0) | (handshaken != handshaken_before), now, began)
     late = (limit != 0) & (now - began >= limit)
-    return (began, met), stop | _stopped(staging) | tl.where(late, _LATE, 0)
+    return (began, handshaken), stop | _stopped(staging) | tl.where(late, _LATE, 0)
 
 
 @triton.jit
-def _clock(looks, INTERPRET: tl.constexpr):
+def _clock(polls, INTERPRET: tl.constexpr):
     """ns"""
     if INTERPRET:
-        return tl.full([], 1000000, tl.int64) * looks
+        return tl.full([], 1000000, tl.int64) * polls
     else:
         return tl.extra.cuda.globaltimer()
 
 
 @triton.jit
-def _fail(link, kind, culprit, buffer, channel, wait, looks, WORLD: tl.constexpr, INTERPRET: tl.constexpr):
-    """Stops all ranks, unless this one is stopped already; the first program to come here tells the host.
+def _fail(link, kind, culprit, buffer, channel, wait, polls, WORLD: tl.constexpr, INTERPRET: tl.constexpr):
+    """Broadcasts the abort code, unless this rank has one already; the first program to come here reports to the host.
 
     No atomics but on local memory. One thread makes all of the scalar stores; the code must reach the host after the
     rest, and what the report says of a mismatch was written before the exchange, which releases it.
     """
-    table, staging, control, report, rank, tag, config = link
-    code = kind | (culprit << 8) | (rank << 16)
+    table, staging, control, report, rank, tag, shape_id = link
+    code = kind | (culprit << _CULPRIT_SHIFT) | (rank << _FINDER_SHIFT)
     before = tl.atomic_cas(_words(staging, 0, tl.int32), 0, code, sem="acq_rel", scope="sys")
     if before == 0:
         for step in tl.static_range(1, WORLD):
             peer = tl.load(_words(table, (rank + step) % WORLD, tl.int64))
             tl.store(_words(peer, 0, tl.int32), code, cache_modifier=".wt")
     if tl.atomic_xchg(_words(control, _REPORTED, tl.int32), 1, sem="acq_rel") == 0:
-        began, met = wait
-        waited = tl.where(began == 0, 0, _clock(looks, INTERPRET) - began)
+        began, handshaken = wait
+        waited = tl.where(began == 0, 0, _clock(polls, INTERPRET) - began)
         words = _words(report, 0, tl.int32)
-        tl.store(words + 1, tl.load(_words(control, _SEQUENCE, tl.int32), volatile=True))
-        tl.store(words + 2, tag)
-        tl.store(words + 3, buffer)
-        tl.store(words + 4, channel)
-        tl.store(words + 5, waited // 1000000)
+        tl.store(words + _CALL, tl.load(_words(control, _SEQUENCE, tl.int32), volatile=True))
+        tl.store(words + _TAG, tag)
+        tl.store(words + _BUFFER, buffer)
+        tl.store(words + _CHANNEL, channel)
+        tl.store(words + _WAITED_MS, waited // 1000000)
         code = tl.where(before == 0, code, before)
         if not INTERPRET:
             code = tl.inline_asm_elementwise(
@@ -458,7 +467,7 @@ def _sum(blocks, WORLD: tl.constexpr, DTYPE: tl.constexpr, WORD: tl.constexpr):
 
 @triton.jit
 def _leave(epoch, control, channel, parity):
-    """The end of every channel; the last one says that the launch is over."""
+    """The end of every channel; the last one counts the launch as complete."""
     tl.store(_words(epoch, channel, tl.int32), parity ^ 1)
     if channel + 2 == tl.num_programs(0):
         tl.atomic_add(_words(control, _IN_FLIGHT, tl.int32), -1, sem="relaxed")
