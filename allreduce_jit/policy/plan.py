@@ -146,6 +146,7 @@ def v2_plan(world_size: int, dtype: str, numel: int, bands: Bands, layout: Layou
             plan = v2_shape(band.algorithm, band.block, world_size, dtype, numel, layout)
             if plan.chunk == numel or V2_ALGORITHMS[band.algorithm].stream:
                 break
+    assert plan is not None  # the last band has no end
     return plan
 
 
