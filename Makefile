@@ -1,6 +1,6 @@
 # make run: the main job (selftest) on whatever this machine has.  make test: all tests it can run.
 # make proofs: in full what make test cuts short of the proofs about the kernels (docs/verification.md).
-# make lint: ruff, as pyproject.toml configures it.
+# make lint: ruff and pyright, as pyproject.toml configures them.
 PYTHON ?= python3
 VENV := .venv
 
@@ -24,6 +24,7 @@ proofs: $(VENV)/ready
 lint: $(VENV)/ready
 	$(VENV)/bin/python -m ruff check .
 	$(VENV)/bin/python -m ruff format --check .
+	$(VENV)/bin/python -m pyright --pythonpath $(VENV)/bin/python
 
 $(VENV)/ready: pyproject.toml setup.sh
 	PYTHON="$(PYTHON)" ./setup.sh $(VENV)

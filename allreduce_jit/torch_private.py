@@ -18,6 +18,8 @@ import torch
 import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 
+_C: Any = torch._C  # no stub tells of all its names
+
 # -- the current device and stream
 #
 # Checked: they are there, as in every CUDA build since torch 2.0. torch's public functions below are made of the same names, and
@@ -28,14 +30,14 @@ def _public_raw_stream(device: int) -> int:
     return torch.cuda.current_stream(device).cuda_stream
 
 
-current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", None) or torch.cuda.current_device
+current_device: Callable[[], int] = getattr(_C, "_cuda_getDevice", None) or torch.cuda.current_device
 """Index of the current CUDA device, without the check whether CUDA was set up."""
 
-current_raw_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", None) or _public_raw_stream
+current_raw_stream: Callable[[int], int] = getattr(_C, "_cuda_getCurrentRawStream", None) or _public_raw_stream
 """The driver's handle of the current stream of a device; a stream object takes longer to make than all else in a call."""
 
 stream_is_capturing: Callable[[], bool] = (
-    getattr(torch._C, "_cuda_isCurrentStreamCapturing", None) or torch.cuda.is_current_stream_capturing
+    getattr(_C, "_cuda_isCurrentStreamCapturing", None) or torch.cuda.is_current_stream_capturing
 )
 """Whether the current stream is being captured into a CUDA graph."""
 
@@ -45,7 +47,7 @@ stream_is_capturing: Callable[[], bool] = (
 
 def _tensor_check() -> Callable[[torch.Tensor], Callable[[torch.Tensor], bool]] | None:
     try:
-        guards: Any = torch._C._dynamo.guards.TensorGuards
+        guards: Any = _C._dynamo.guards.TensorGuards
 
         def check_of(x: torch.Tensor) -> Callable[[torch.Tensor], bool]:
             return guards(x, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
@@ -85,7 +87,7 @@ def quick_empty(kind: str) -> Callable[[Sequence[int], Sequence[int], torch.dtyp
     Checked by making one. None where it is not as ordered: ``torch.empty`` does the same.
     """
     try:
-        make = getattr(torch._C._dynamo.guards, f"_empty_strided_{kind}")
+        make = getattr(_C._dynamo.guards, f"_empty_strided_{kind}")
         made = make((2, 3), (3, 1), torch.bfloat16)
         facts = type(made), made.layout, tuple(made.shape), made.stride(), made.dtype, made.device.type, made.requires_grad
         return make if facts == (torch.Tensor, torch.strided, (2, 3), (3, 1), torch.bfloat16, kind, False) else None
@@ -108,7 +110,7 @@ def _without_overrides() -> Callable[[], AbstractContextManager[Any]]:
             raise NotImplementedError
 
     try:
-        private: Any = torch._C.DisableTorchFunctionSubclass
+        private: Any = _C.DisableTorchFunctionSubclass
         with private():
             torch.empty(2).as_subclass(Overridden).untyped_storage()
         return private

@@ -8,6 +8,7 @@ import inspect
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -85,7 +86,7 @@ class NcclSymmetric(Nccl):
     def allocate(self, count: int, nbytes: int) -> list[torch.Tensor]:
         # Registration needs a communicator, and NCCL makes it at the first collective.
         dist.all_reduce(torch.ones(1, device=self.place.device))
-        self.backend = backend_of(dist.group.WORLD, self.place.device)
+        self.backend = backend_of(_everyone(), self.place.device)
         if not hasattr(self.backend, "register_mem_pool"):
             raise Unavailable("this torch cannot register memory pools with NCCL")
         self.pool = torch.cuda.MemPool(self.backend.mem_allocator)
@@ -109,13 +110,14 @@ class TorchOneShot(Competitor):
         symmetric = symmetric_memory()
         if symmetric is None:
             raise Unavailable("this torch has no symmetric memory")
+        self.group_name = _everyone().group_name
         buffers = [symmetric.empty(nbytes, dtype=torch.uint8, device=self.place.device) for _ in range(count)]
         for buffer in buffers:
-            symmetric.rendezvous(buffer, dist.group.WORLD.group_name)
+            symmetric.rendezvous(buffer, self.group_name)
         return buffers
 
     def call(self, tensor: torch.Tensor) -> torch.Tensor:
-        return torch.ops.symm_mem.one_shot_all_reduce(tensor, "sum", dist.group.WORLD.group_name)
+        return torch.ops.symm_mem.one_shot_all_reduce(tensor, "sum", self.group_name)
 
 
 class TorchTwoShot(TorchOneShot):
@@ -124,7 +126,7 @@ class TorchTwoShot(TorchOneShot):
     name = "torch_two_shot"
 
     def call(self, tensor: torch.Tensor) -> torch.Tensor:
-        return torch.ops.symm_mem.two_shot_all_reduce_(tensor, "sum", dist.group.WORLD.group_name)
+        return torch.ops.symm_mem.two_shot_all_reduce_(tensor, "sum", self.group_name)
 
 
 class Sglang(Competitor):
@@ -224,6 +226,12 @@ _KINDS = (Nccl, NcclSymmetric, TorchOneShot, TorchTwoShot, Sglang, FlashInfer)
 COMPETITORS: dict[str, type[Competitor]] = {kind.name: kind for kind in _KINDS}
 
 
+def _everyone() -> dist.ProcessGroup:
+    group = dist.group.WORLD
+    assert group is not None  # harness.place has made it
+    return group
+
+
 def agreed(place: Place, step: Callable[[], _T]) -> tuple[_T | None, str | None]:
     """Run ``step`` on every rank: (its value, None) if all ranks could, else (None, why the first could not)."""
     value, trouble = None, None
@@ -241,18 +249,19 @@ def agreed(place: Place, step: Callable[[], _T]) -> tuple[_T | None, str | None]
 
 def open_competitors(place: Place, names: list[str], count: int, nbytes: int) -> tuple[list[Competitor], dict[str, str]]:
     """Those of ``names`` that every rank has and that sum right, and why the others are missing."""
-    ready, missing = [], {}
+    ready: list[Competitor] = []
+    missing: dict[str, str] = {}
     for name in names:
         competitor = None
-        _, trouble = agreed(place, lambda: _require(COMPETITORS[name]))
+        _, trouble = agreed(place, partial(_require, COMPETITORS[name]))
         if trouble is None:
-            competitor, trouble = agreed(place, lambda: COMPETITORS[name](place, count, max(nbytes, _TRIAL_NUMEL * 4)))
+            competitor, trouble = agreed(place, partial(COMPETITORS[name], place, count, max(nbytes, _TRIAL_NUMEL * 4)))
         if competitor is not None:
-            _, trouble = agreed(place, lambda: _trial(competitor))
-        if trouble is None:
-            ready.append(competitor)
-        else:
+            _, trouble = agreed(place, partial(_trial, competitor))
+        if trouble is not None:
             missing[name] = trouble
+        elif competitor is not None:
+            ready.append(competitor)
     return ready, missing
 
 

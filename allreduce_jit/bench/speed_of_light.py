@@ -85,6 +85,7 @@ def measure(place: Place, communicator: Any) -> tuple[Floor | None, str | None]:
     probe = _Probe(place, communicator)
     handle, trouble = agreed(place, probe.allocate)
     handles = place.gather(handle)
+    result: Any = None
     for step in (lambda: probe.connect(handles), probe.capture, probe.time):
         if trouble is None:
             result, trouble = agreed(place, step)

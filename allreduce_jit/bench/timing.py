@@ -146,7 +146,7 @@ def replays_of(
         end.record()
         return took * 1e6
 
-    gate = GATE_US
+    gate, launching = GATE_US, 0.0
     marks = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(warmup + repetitions)]
     place.barrier()
     place.synchronize()  # what was enqueued elsewhere

@@ -37,7 +37,7 @@ def exit_code(document: dict[str, Any]) -> int:
 def examine(
     probe: Callable[[str], Any] | None = None,
     decide: Callable[..., Any] | None = None,
-    open_cache: Callable[[Path], Any] | None = None,
+    open_cache: Callable[[Path | None], Any] | None = None,
     gpu_count: int | None = None,
     proc_gpus: Path = _PROC_GPUS,
 ) -> dict[str, Any]:
@@ -132,7 +132,7 @@ class _Look:
             self.problems += report.reasons(hindrances)
         return {"path": path, "backend": found.backend, "full_nvlink": found.full_nvlink, "reasons": reasons}
 
-    def cache(self, open_cache: Callable[[Path], Any], settings: Settings) -> dict[str, Any]:
+    def cache(self, open_cache: Callable[[Path | None], Any], settings: Settings) -> dict[str, Any]:
         opened = self.attempt("kernel cache", lambda: open_cache(settings.cache_dir))
         entries = opened and self.attempt("kernel cache", opened.entries) or []
         problem = opened and opened.problem

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import json
 import math
+import pathlib
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -55,6 +56,8 @@ def work(place: Place, meter: Callable[[Place, str], Meter]) -> dict[str, Any]:
     """One rank's part; every rank derives the same tables from the same times, rank 0 keeps them."""
     started, world_size = time.perf_counter(), place.world_size
     progress = report.Progress(place.rank == 0)
+    facts: dict[str, Any] = {}
+    cache_dir: pathlib.Path | None = None
     times: dict[str, dict[int, dict[Choice, float]]] = {name: {size: {} for size in SIZES} for name in ITEMSIZE}
     try:
         if world_size not in WORLD_SIZES:
@@ -166,9 +169,10 @@ class Meter:
         if ladder.engine is None:
             reasons = "; ".join(reason.text for reason in ladder.verdict.reasons)
             raise InputError(f"only V2 has tables, and {place.world_size} ranks cannot have it here: {reasons}")
-        self.place, self.algorithm, self.engine = place, algorithm, ladder.engine
+        self.place, self.algorithm = place, algorithm
+        self.engine: Any = ladder.engine
         self.staging_bytes = ladder.settings.staging_mb << 20
-        self.fingerprint = measured_tables.fingerprint(ladder.capabilities[0], place.world_size)
+        self.fingerprint = measured_tables.fingerprint(ladder.capabilities[0], place.world_size) or {}  # V2: there is a GPU
         self.cache_dir = ladder.settings.cache_dir
         self._one = torch.ones(2, 1, device=place.device).unbind()  # the barrier's input and output
         self._data: tuple[tuple[str, int] | None, list[torch.Tensor]] = (None, [])

@@ -6,13 +6,14 @@ import contextlib
 import ctypes
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
+from typing import Any
 
 from cuda.bindings import driver
 
 from ..errors import AllReduceError
 
 
-def call(name: str, *args):
+def call(name: str, *args: Any) -> Any:
     """Call ``cuda.bindings.driver.<name>``; returns its outputs (none, one, or a tuple).
 
     Raises:

@@ -51,7 +51,7 @@ class GraphCache:
     """
 
     def __init__(self) -> None:
-        self.ready: dict[Call, Graph] = {}
+        self.ready: dict[Call | None, Graph] = {}
         self.stream = ctypes.c_void_p()
         self._made = False
         self._short, self._long = _Ring(), _Ring()

@@ -32,7 +32,7 @@ class Nccl:
         backend = self._backend
         if backend is None:
             raise RuntimeError("this NCCL communicator was aborted")
-        options = dist.AllreduceOptions()
+        options: Any = dist.AllreduceOptions()
         options.reduceOp = dist.ReduceOp.SUM
         options.asyncOp = False
         work = backend.allreduce([torch.view_as_real(x) if x.is_complex() else x], options)

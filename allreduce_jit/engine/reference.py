@@ -51,7 +51,7 @@ def values(
     rank: int,
     numel: int,
     dtype: torch.dtype,
-    device: object = "cpu",
+    device: torch.device | str = "cpu",
     *,
     kind: str = RANDOM,
     world_size: int = 8,
@@ -91,7 +91,7 @@ def ordered_sum(inputs: Iterable[torch.Tensor]) -> torch.Tensor:
 
 
 def expected(
-    seed: int, world_size: int, numel: int, dtype: torch.dtype, device: object = "cpu", *, kind: str = RANDOM
+    seed: int, world_size: int, numel: int, dtype: torch.dtype, device: torch.device | str = "cpu", *, kind: str = RANDOM
 ) -> torch.Tensor:
     """The reference for a call in which each rank passes its ``values``."""
     return ordered_sum(values(seed, rank, numel, dtype, device, kind=kind, world_size=world_size) for rank in range(world_size))
@@ -120,7 +120,7 @@ def poison(tensor: torch.Tensor) -> None:
     as_bits(tensor).fill_(0x5A5A5A5A if tensor.element_size() == 4 else 0x5A5A)
 
 
-def _specials(dtype: torch.dtype, device: object) -> torch.Tensor:
+def _specials(dtype: torch.dtype, device: torch.device | str) -> torch.Tensor:
     width = 8 * dtype.itemsize
     signed = [b - (1 << width) if b >> (width - 1) else b for b in _SPECIAL_BITS[dtype]]
     return torch.tensor(signed, dtype=_BITS[dtype], device=device).view(dtype)
@@ -131,7 +131,7 @@ def _key(seed: int, rank: int, numel: int, dtype: torch.dtype) -> int:
     return int.from_bytes(digest, "little", signed=True)
 
 
-def _hash(numel: int, key: int, device: object) -> torch.Tensor:
+def _hash(numel: int, key: int, device: torch.device | str) -> torch.Tensor:
     """63 well-mixed bits per index, in int64.
 
     Integer arithmetic rather than a ``torch.Generator``: a generator's stream depends on the device, and the

@@ -37,7 +37,7 @@ class StreamOrder:
     def __init__(self) -> None:
         self.last: int | None = None
         self.priority = 0
-        self._captures: dict[int, int] = {}  # capture -> stream of its last call
+        self._captures: dict[int | None, int] = {}  # capture -> stream of its last call
         # One for each side: what is recorded in a capture is an edge of its graph, and no event for others.
         self._eager = call("cuEventCreate", _NO_TIMING)
         self._captured = call("cuEventCreate", _NO_TIMING)

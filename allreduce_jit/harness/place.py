@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -111,7 +111,7 @@ def joined(device: torch.device, deadline: float, **where: Any) -> Iterator[Plac
     timeout = timedelta(seconds=deadline + 60)
     try:
         dist.init_process_group(backend, timeout=timeout, **where)
-        control = dist.new_group(backend="gloo", timeout=timeout)
+        control = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=timeout))  # of which every rank is a member
     except RuntimeError as e:  # torch's DistErrors, and gloo's errors that are no more than this
         what = str(e).partition("\n")[0]
         raise SetupError(

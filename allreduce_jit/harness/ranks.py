@@ -227,7 +227,7 @@ def _die_with(parent: int) -> None:
 
 
 def _collect(children: list[_Child], end: float, deadline: float) -> dict[int, Any]:
-    pending = {child.pipe: child for child in children}
+    pending: dict[Any, _Child] = {child.pipe: child for child in children}
     values: dict[int, Any] = {}
     failed: dict[int, str] = {}
     while pending:

@@ -110,7 +110,7 @@ class KernelCache:
 
     def put(self, key: str, artifact: Artifact) -> None:
         self._memory[key] = artifact
-        if self.problem is not None:
+        if self._disk is None or self.problem is not None:
             return
         try:
             self._disk[key] = encode(key, artifact)
@@ -128,7 +128,7 @@ class KernelCache:
 
     def _look(self) -> Iterator[tuple[Path, Artifact | None, str]]:
         """All entries, and the directories that cannot be listed: each an artifact, or why it is none."""
-        if self._disk is None:
+        if self._disk is None or self.directory is None:
             return
         try:
             for folder in (self.directory, *self._disk.folders()):
@@ -165,7 +165,8 @@ class KernelCache:
 
     def _drop(self, key: str) -> None:
         try:
-            del self._disk[key]
+            if self._disk is not None:
+                del self._disk[key]
         except Exception as e:  # noqa: BLE001
             log.debug("kernel cache: %s", e)
 

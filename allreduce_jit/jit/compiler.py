@@ -59,7 +59,7 @@ def workers(sharing: int = 1) -> int:
 def build_all(jobs: Sequence[tuple[KernelSpec, str]], cache: KernelCache, sharing: int = 1) -> list[tuple[Artifact, bool]]:
     """``build`` of every (module, architecture), several at a time."""
     with ThreadPoolExecutor(min(workers(sharing), len(jobs)) or 1) as pool:
-        return list(pool.map(lambda job: build(*job, cache), jobs))
+        return list(pool.map(lambda job: build(job[0], job[1], cache), jobs))
 
 
 def _key(spec: KernelSpec, arch: str) -> str:

@@ -45,7 +45,7 @@ def compile(spec: KernelSpec, arch: str) -> Artifact:
         done = subprocess.run(command, input=json.dumps(job), env=_environment(folder), text=True, errors="replace",
                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
         try:
-            answer = json.loads((Path(folder) / "answer").read_text())
+            answer: dict[str, Any] = json.loads((Path(folder) / "answer").read_text())
         except FileNotFoundError:
             how = f"signal {-done.returncode}" if done.returncode < 0 else f"exit code {done.returncode}"
             answer = {"error": f"{command[0]} ended with {how}: {done.stdout[-4000:].strip() or 'it said nothing'}"}

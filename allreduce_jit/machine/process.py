@@ -74,7 +74,7 @@ def open_pidfd(peer: Process) -> tuple[int | None, str | None]:
     except AttributeError:  # Python was built for an older kernel
         return None, "this Python has no pidfd_open"
     except OSError as e:
-        return None, f"pidfd_open: {errno.errorcode.get(e.errno, e.errno)}"
+        return None, f"pidfd_open: {errno.errorcode.get(e.errno or 0, e.errno)}"
     # Only now: a process held by a descriptor keeps its id, so that what /proc says is about that process.
     try:
         same = start_ticks(peer.pid) == peer.started

@@ -42,10 +42,10 @@ class Watch:
         """
         with _lock:
             loop, self._loop = self._loop, None
-            ended = loop is not None and loop.remove(self)
-        if ended and threading.current_thread() is not loop.thread:
+            thread = loop.thread if loop is not None and loop.remove(self) else None  # which ends now
+        if thread is not None and thread is not threading.current_thread():
             # Bounded: a callback still under way may be waiting for something that our caller holds.
-            loop.thread.join(_JOIN_S)
+            thread.join(_JOIN_S)
 
     def __enter__(self) -> Watch:
         return self

@@ -46,8 +46,9 @@ def path(cache_dir: Path | None, facts: Mapping[str, Any]) -> Path:
 def save(cache_dir: Path | None, facts: Mapping[str, Any], tables: Mapping[str, Bands], **more: Any) -> Path:
     """Write the tables, whole or not at all; ``more`` is for human readers. Raises ``OSError``."""
     file = path(cache_dir, facts)
+    assert cache_dir is not None  # or path would have raised
     document = {"format": FORMAT, "fingerprint": facts, "tables": tables_to_json(tables), **more}
-    files.write(file, Path(cache_dir), (json.dumps(document, indent=1) + "\n").encode())
+    files.write(file, cache_dir, (json.dumps(document, indent=1) + "\n").encode())
     return file
 
 
@@ -105,6 +106,7 @@ def refused(cache_dir: Path | None) -> list[tuple[str, str]]:
         return []
     except OSError as e:
         return [(str(_folder(cache_dir)), str(e))]
+    assert cache_dir is not None
     for file in entries(cache_dir):
         try:
             _document(file, cache_dir)

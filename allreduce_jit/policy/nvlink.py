@@ -87,6 +87,7 @@ def make_plan(spec: OpSpec, world_size: int, bands: Bands, layout: Layout) -> Pl
             plan = plan_of(band.algorithm, band.block, spec, world_size, layout)
             if plan.chunk == spec.numel or NVLINK_ALGORITHMS[band.algorithm].stream:
                 break
+    assert plan is not None  # the last band has no end
     return plan
 
 

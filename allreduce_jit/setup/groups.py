@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 
 import torch.distributed as dist
 
@@ -42,7 +42,7 @@ def gloo_sibling(group: dist.ProcessGroup) -> dist.ProcessGroup:
     except RuntimeError as e:
         raise missing(place, dict.fromkeys(_absent(store, name, len(ranks)), e), timeout.total_seconds()) from e
     if made is None:
-        made = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+        made = cast(dist.ProcessGroup, dist.new_group(ranks, backend="gloo", use_local_synchronization=True))
     _made[name] = made
     return made
 

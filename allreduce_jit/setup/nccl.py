@@ -73,7 +73,7 @@ class _Attempt:
     """NCCL's first collective, in a thread: a rank that waits in it for one that failed hears of that through the store."""
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device, name: str):
-        store = shared_store(group)
+        store: Any = shared_store(group)
         self.group, self.device, self.name = group, device, name
         # A store of its own connection: a wait in one holds up all others that share it.
         self.board = dist.PrefixStore(f"{name}_board", store.clone())
@@ -101,7 +101,7 @@ class _Attempt:
 
     def _sum(self) -> None:
         try:
-            options = dist.ProcessGroupNCCL.Options()
+            options: Any = dist.ProcessGroupNCCL.Options()
             options.global_ranks_in_group = dist.get_process_group_ranks(self.group)
             options.group_name = self.name
             rank, world_size = dist.get_rank(self.group), dist.get_world_size(self.group)
