@@ -11,6 +11,7 @@ import pytest
 import torch
 from helpers.cubins import needs_nvrtc, needs_triton
 from helpers.fake_driver import FakeDriver, capture_info
+from helpers.fake_launch import FakeLaunch
 
 from allreduce_jit.engine import base as engines
 from allreduce_jit.engine import streams
@@ -34,19 +35,6 @@ class FakeModule:
 
     def kernel(self, name):
         return f"kernel {name}"
-
-
-class FakeLaunch:
-    """What was launched: the kernel, its arguments as they were at that moment, the grid."""
-
-    fired: list[FakeLaunch] = []
-
-    def __init__(self, kernel, arguments, grid, block, shared_bytes=0, pdl=False):
-        self.kernel, self.arguments, self.grid, self.block, self.pdl = kernel, arguments, grid, block, pdl
-
-    def __call__(self, stream):
-        values = [bytes(argument) for argument in self.arguments]
-        FakeLaunch.fired.append(SimpleNamespace(kernel=self.kernel, values=values, grid=self.grid, stream=stream, pdl=self.pdl))
 
 
 def config(rank, world_size, **changes):
@@ -146,7 +134,7 @@ def test_v2_launches(monkeypatch, current):
             plan = one.plan(numel, str(dtype).removeprefix("torch."))
             region = one.layout.regions[plan.algorithm]
             fired = fire(one, numel, dtype)
-            args = [v2.Args.from_buffer_copy(launch.values[0]) for launch in fired]
+            args = [launch.arguments[0] for launch in fired]
             assert sum(a.numel for a in args) == numel and {a.total for a in args} == {numel}
             assert [a.launch for a in args] == list(range(len(args)))
             for launch, a in zip(fired, args, strict=True):
@@ -167,8 +155,10 @@ def legacy_values(launch, algorithm):
     from allreduce_jit.triton_kernels.legacy import signature
 
     names = [name for name, kind in signature(algorithm).items() if kind != "constexpr"]
-    assert [len(value) for value in launch.values[len(names) :]] == [8, 8] and not any(map(any, launch.values[len(names) :]))
-    return {n: struct.unpack("<i" if len(v) == 4 else "<q", v)[0] for n, v in zip(names, launch.values)}
+    values = [argument.value for argument in launch.arguments]
+    scratch = launch.arguments[len(names) :]
+    assert [ctypes.sizeof(argument) for argument in scratch] == [8, 8] and not any(values[len(names) :])
+    return dict(zip(names, values))
 
 
 @pytest.mark.parametrize(("numel", "algorithm"), [(1000, "one_shot"), (1003, "one_shot"), (10_000_003, "two_shot")])

@@ -9,26 +9,14 @@ import torch
 
 pytest.importorskip("cuda.bindings.driver")
 
+from helpers.fake_launch import FakeLaunch
+
 from allreduce_jit.engine import v2
 from allreduce_jit.engine.base import MAX_SHAPES, EngineConfig
 from allreduce_jit.engine.v2 import V2Engine, launches
 from allreduce_jit.policy.catalogue import ITEMSIZE, V2_ALGORITHMS, entry, v2_algorithms
 from allreduce_jit.policy.plan import PACKET, Plan, v2_shape
 from allreduce_jit.settings import Settings
-
-
-class FakeLaunch:
-    """Notes in ``fired`` what the driver would be handed."""
-
-    fired: list[SimpleNamespace] = []
-
-    def __init__(self, kernel, arguments, grid, block, pdl):
-        (self.args,), self.kernel, self.grid, self.block, self.pdl = arguments, kernel, grid, block, pdl
-
-    def __call__(self, stream):
-        values = {name: getattr(self.args, name) for name, _ in v2.Args._fields_ if name != "staging"}
-        about = {"kernel": self.kernel, "grid": self.grid, "block": self.block, "stream": stream}
-        FakeLaunch.fired.append(SimpleNamespace(**about, **values))
 
 
 @pytest.fixture(params=[2, 4])
@@ -47,7 +35,15 @@ def engine(request, monkeypatch):
 def launched(engine, numel, dtype=torch.bfloat16, source=1 << 40, target=1 << 41):
     FakeLaunch.fired = []
     engine.prepared(numel, dtype).step.fire(source, target, 7)
-    return FakeLaunch.fired
+    return [flat(one) for one in FakeLaunch.fired]
+
+
+def flat(fired):
+    """What was launched, and the fields of its argument block beside it."""
+    (args,) = fired.arguments
+    about = {name: getattr(fired, name) for name in ("kernel", "grid", "block", "stream")}
+    fields = {name: getattr(args, name) for name, _ in args._fields_ if name != "staging"}
+    return SimpleNamespace(**about, **fields)
 
 
 @pytest.mark.parametrize(("algorithm", "chunk", "numel", "found"), [
@@ -124,7 +120,7 @@ def test_tensors_off_a_packets_border_take_the_ragged_kernel(engine):
 def test_explicit_plans_have_the_flag_of_no_shape(engine):
     plan = v2_shape("one_shot", 32, engine.config.world_size, "bfloat16", 999, engine.layout)
     step = engine._step(plan, 999, torch.bfloat16, config=0)
-    assert {launch.args.config for launch, *_ in step.ragged} == {0}
+    assert {launch.arguments[0].config for launch, *_ in step.ragged} == {0}
     assert min(one.config for one in launched(engine, 1)) == 1
 
 

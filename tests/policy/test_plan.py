@@ -749,26 +749,21 @@ def test_verification_stays_inside_the_slots(world_size, staging_mb, max_ctas):
 def test_legacy_launches_cover_the_tensor(world_size, monkeypatch):
     """The launches that the engine itself makes of a plan, without a GPU."""
     pytest.importorskip("triton")
+    from helpers.fake_launch import FakeLaunch
+
     from allreduce_jit.engine import legacy as legacy_path
     from allreduce_jit.engine.base import TORCH_DTYPES
 
-    launched = []
-
-    class Fake:
-        """Notes the arguments as they are when it is launched."""
-
-        def __init__(self, kernel, values, blocks, threads, shared_bytes):
-            self.values, self.about = values[:-2], {"vector": kernel, "blocks": blocks, "threads": threads}
-
-        def __call__(self, stream):
-            names = ("x", "out", "numel", "total", "part")
-            launched.append(SimpleNamespace(**{n: v.value for n, v in zip(names, self.values, strict=True)}, **self.about))
+    def told(fired):
+        values = zip(("x", "out", "numel", "total", "part"), fired.arguments[:-2], strict=True)
+        about = {"vector": fired.kernel, "blocks": fired.grid, "threads": fired.block}
+        return SimpleNamespace(**{name: value.value for name, value in values}, **about)
 
     def arguments(algorithm, dtype, numel, total, part, config):
         return {name: ctypes.c_int64(value) for name, value in
                 {"x": 0, "out": 0, "numel": numel, "total": total, "part": part}.items()}  # fmt: skip
 
-    monkeypatch.setattr(legacy_path, "Launch", Fake)
+    monkeypatch.setattr(legacy_path, "Launch", FakeLaunch)
 
     @hypothesis.settings(max_examples=100, deadline=None, derandomize=True, database=None)
     @hypothesis.given(cases([world_size]), st.sampled_from([0, 2, 4, 8, 16]), st.sampled_from([0, 2, 4, 8, 16]))
@@ -780,11 +775,11 @@ def test_legacy_launches_cover_the_tensor(world_size, monkeypatch):
         subject.config, subject._arguments = SimpleNamespace(world_size=world_size), arguments
         subject._kernels = {(plan.algorithm, case.dtype, vector): (vector, 0) for vector in (True, False)}
         bases = [(1 << 40) + offset // itemsize * itemsize for offset in (source, target)]
-        launched.clear()
+        FakeLaunch.fired = []
         subject._step(plan, case.numel, TORCH_DTYPES[case.dtype], config=1).fire(*bases, 0)
 
         done = 0
-        for launch in launched:
+        for launch in map(told, FakeLaunch.fired):
             assert launch.numel > 0 and launch.total == case.numel and launch.threads == legacy_path.THREADS
             assert [launch.x, launch.out] == [base + done * itemsize for base in bases]
             nbytes, moving = launch.numel * itemsize, launch.blocks - 1  # without the guard
