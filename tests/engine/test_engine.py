@@ -18,7 +18,8 @@ from allreduce_jit.engine import streams
 from allreduce_jit.engine.base import MAX_SHAPES, EngineConfig, KernelEngine, Step
 from allreduce_jit.engine.failure import SIGNATURES, SIGNATURES_AT, Kind, abort_code, tag
 from allreduce_jit.errors import AllReduceError, CallMismatch, InputError, PeerLost, PeerTimeout, Poisoned
-from allreduce_jit.jit.cache import KernelCache
+from allreduce_jit.jit import compiler
+from allreduce_jit.jit.cache import Artifact, KernelCache
 from allreduce_jit.policy.catalogue import DTYPES, LEGACY_ALGORITHMS, catalogue, entry, v2_algorithms
 from allreduce_jit.policy.plan import HEADER_BYTES, Layout, Plan
 from allreduce_jit.settings import Settings
@@ -72,8 +73,12 @@ def test_v2_ranks_share_the_work(monkeypatch, max_ctas):
 
 @needs_triton
 def test_legacy_ranks_share_the_work(monkeypatch):
+    """With a stand-in of the compiler, which takes a second for each kernel: ``test_compile.py`` compiles them all."""
     from allreduce_jit.engine.legacy import LegacyEngine
 
+    monkeypatch.setattr(
+        compiler, "_triton", lambda spec, arch: Artifact(spec.name, arch, 128, 0, b"\x7fELF" + spec.name.encode())
+    )
     for one in built(LegacyEngine, 2, monkeypatch):
         assert len(one._catalogue()) == len(catalogue("legacy", 2))
         kinds = {(f"legacy_{a}", dtype, vector) for a in LEGACY_ALGORITHMS for dtype in DTYPES for vector in (True, False)}
