@@ -1,18 +1,21 @@
-# make run: the main job (selftest) on whatever this machine has.  make test: all tests it can run.
-# make proofs: in full what make test cuts short of the proofs about the kernels (docs/verification.md).
-# make lint: ruff and pyright, as pyproject.toml configures them.
+# make run: the main job (selftest) on whatever this machine has.  make lint: ruff and pyright, as pyproject.toml configures them.
+# Tests in three tiers (docs/verification.md has their times). make quick: plans, decisions and what users call.
+# make test: all tests that this machine can run.  make proofs: in full what make test cuts short of the proofs about kernels.
 PYTHON ?= python3
 VENV := .venv
 
-# Two files or tests at a time, but never two that share GPUs.
+# Three files or tests at a time, for many wait for processes more than they compute; but never two that share GPUs.
 pytest = parallel=; if [ ! -e /dev/nvidia0 ] && $(VENV)/bin/python -c "import xdist" 2>/dev/null; then \
-		parallel="-n 2 --dist $(1)"; fi; \
+		parallel="-n 3 --dist $(1)"; fi; \
 	$(VENV)/bin/python -m pytest $$parallel
 
-.PHONY: run test proofs lint clean
+.PHONY: run quick test proofs lint clean
 
 run: $(VENV)/ready
 	$(VENV)/bin/python -m allreduce_jit selftest
+
+quick: $(VENV)/ready
+	@$(call pytest,loadfile) -m "not programs" tests/front tests/policy
 
 test: $(VENV)/ready
 	@$(call pytest,loadfile)

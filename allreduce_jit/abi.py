@@ -157,8 +157,7 @@ CONSTANTS = {
 
 def headers() -> dict[str, str]:
     """The headers of ``kernels/cuda`` that are made from this module, by name."""
-    constants = "#pragma once\n#define offsetof(type, field) u64(__builtin_offsetof(type, field))  // NVRTC has no <stddef.h>\n"
-    constants += "".join(f"constexpr u32 {name} = {value};\n" for name, value in CONSTANTS.items())
+    constants = "#pragma once\n" + "".join(f"constexpr u32 {name} = {value};\n" for name, value in CONSTANTS.items())
     return {
         "abi_constants.cuh": constants,
         "abi_layout.cuh": _layout(Args, Signature, Header, Control, Channel, Report),
@@ -173,7 +172,7 @@ def _layout(*structs: type[ctypes.Structure]) -> str:
         name = struct.__name__
         for field, _ in struct._fields_:
             at = getattr(struct, field)
-            lines.append(f'static_assert(__builtin_offsetof({name}, {field}) == {at.offset}, "{name}.{field} has moved");')
+            lines.append(f'static_assert(is_at(&{name}::{field}, {at.offset}), "{name}.{field} has moved");')
             lines.append(f'static_assert(sizeof({name}::{field}) == {at.size}, "{name}.{field} has another size");')
         lines.append(f'static_assert(sizeof({name}) == {ctypes.sizeof(struct)}, "{name} has another size");')
     return "".join(f"{line}\n" for line in lines)

@@ -1,7 +1,7 @@
 // What host and device share. allreduce_jit/abi.py describes the layout; abi_constants.cuh and abi_layout.cuh are made from
 // it at compile time. The latter asserts every offset and size: a field that moved on one side only does not compile.
 #pragma once
-#include "ptx.cuh"
+#include "layout.cuh"
 #include "abi_constants.cuh"
 
 // The kernel argument, by value. Only input and output differ between two calls of one shape.

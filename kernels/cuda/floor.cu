@@ -3,7 +3,7 @@
 // Measured by the benchmark, never used by a communicator. `Config` is the compiler front's: a struct of the compile-time
 // constant WORLD_SIZE.
 // Contract: all three with one and the same FloorArgs; floor_flag with one block of 32 threads.
-#include "ptx.cuh"
+#include "layout.cuh"
 #include "abi_constants.cuh"
 
 // The kernel argument, by value.

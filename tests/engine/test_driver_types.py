@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import ast
+import ctypes
 import inspect
 from pathlib import Path
 
 import pytest
 from helpers.fake_driver import FakeDriver, capture_info, documented, driver
+from helpers.fake_launch import FakeLaunch
 
 import allreduce_jit
+from allreduce_jit.engine import driver as launches
 from allreduce_jit.engine import streams
 
 SOURCES = sorted(Path(allreduce_jit.__file__).parent.rglob("*.py"))
@@ -75,3 +78,48 @@ def test_the_id_of_a_capture_is_a_plain_value(monkeypatch):
     FakeDriver(monkeypatch, streams, cuStreamGetCaptureInfo=lambda stream: capture_info(33 if stream else None))
     assert streams.capture_of(1) == streams.capture_of(2) == 33 and type(streams.capture_of(1)) is int
     assert streams.capture_of(0) is None
+
+
+# -- launches
+
+
+PDL = int(driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION)
+
+
+def handed(monkeypatch, stream=77, **options):
+    """What a real launch hands to the driver, and what the stand-in notes of the same arguments."""
+    got = []
+
+    def enter(config, kernel, pointers, extra):
+        config, addresses = config._obj, [*pointers._obj]
+        values = [ctypes.c_uint64.from_address(addresses[0]).value, ctypes.c_int32.from_address(addresses[1]).value]
+        kinds = [config.attributes[i].id for i in range(config.count)]
+        shape = [config.grid[0], config.block[0], config.shared_bytes, PDL in kinds, config.grid[1], config.stream or 0]
+        got.append((len(addresses), values, shape))
+        return 0
+
+    monkeypatch.setattr(launches, "_entry", {"cuLaunchKernelEx": enter}.get)
+    arguments = [ctypes.c_uint64(1 << 40), ctypes.c_int32(-3)]
+    for cls in (launches.KernelLaunch, FakeLaunch):
+        arguments[0].value = 1 << 40
+        one = cls(1 << 46, arguments, 5, 64, **options)
+        arguments[0].value += 16  # after it was made and before it is launched
+        assert one(stream) is None
+        assert (one.grid, one.pdl, one.arguments) == (5, options.get("pdl", False), arguments)
+    (fired,) = FakeLaunch.fired
+    assert [type(value) for value in fired.arguments] == [ctypes.c_uint64, ctypes.c_int32]
+    arguments[0].value = 0  # later changes are none of what was launched
+    shape = [fired.grid, fired.block, fired.shared_bytes, fired.pdl, fired.ranks, fired.stream]
+    return got, [(len(fired.arguments), [value.value for value in fired.arguments], shape)]
+
+
+@pytest.mark.parametrize("options", [{}, {"shared_bytes": 128}, {"pdl": True, "ranks": 2}, {"stream": 0}], ids=str)
+def test_the_stand_in_of_a_launch_hands_over_what_the_real_one_does(monkeypatch, options):
+    monkeypatch.setattr(FakeLaunch, "fired", [])
+    real, fake = handed(monkeypatch, **options)
+    assert real == fake and real[0][1] == [(1 << 40) + 16, -3]
+
+
+def test_the_stand_in_of_a_launch_is_made_as_the_real_one():
+    real, fake = inspect.signature(launches.KernelLaunch), inspect.signature(FakeLaunch)
+    assert real.parameters == fake.parameters

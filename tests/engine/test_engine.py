@@ -12,6 +12,7 @@ import pytest
 import torch
 from helpers.cubins import needs_nvrtc, needs_triton
 from helpers.fake_driver import FakeDriver, capture_info
+from helpers.fake_launch import FakeLaunch
 
 from allreduce_jit import abi
 from allreduce_jit.abi import MAX_SHAPES
@@ -20,7 +21,8 @@ from allreduce_jit.engine import prepared, streams
 from allreduce_jit.engine.base import EngineConfig, KernelEngine
 from allreduce_jit.engine.failure import SIGNATURES, SIGNATURES_AT, Kind, abort_code, tag
 from allreduce_jit.errors import AllReduceError, CallMismatch, InputError, PeerLost, PeerTimeout, Poisoned
-from allreduce_jit.jit.cache import KernelCache
+from allreduce_jit.jit import compiler
+from allreduce_jit.jit.cache import Artifact, KernelCache
 from allreduce_jit.policy.catalogue import P2P_ALGORITHMS, catalogue, entry, nvlink_algorithms
 from allreduce_jit.policy.operation import ALL_REDUCE, DTYPES
 from allreduce_jit.policy.operation import all_reduce as all_reduce_spec
@@ -39,19 +41,6 @@ class FakeModule:
 
     def kernel(self, name):
         return f"kernel {name}"
-
-
-class FakeLaunch:
-    """What was launched: the kernel, its arguments as they were at that moment, the grid."""
-
-    fired: list[FakeLaunch] = []
-
-    def __init__(self, kernel, arguments, grid, block, shared_bytes=0, pdl=False):
-        self.kernel, self.arguments, self.grid, self.block, self.pdl = kernel, arguments, grid, block, pdl
-
-    def __call__(self, stream):
-        values = [bytes(argument) for argument in self.arguments]
-        FakeLaunch.fired.append(SimpleNamespace(kernel=self.kernel, values=values, grid=self.grid, stream=stream, pdl=self.pdl))
 
 
 def config(rank, world_size, **changes):
@@ -89,8 +78,12 @@ def test_v2_ranks_share_the_work(monkeypatch, max_ctas):
 
 @needs_triton
 def test_legacy_ranks_share_the_work(monkeypatch):
+    """With a stand-in of the compiler, which takes a second for each kernel: ``test_compile.py`` compiles them all."""
     from allreduce_jit.engine.p2p import P2PEngine
 
+    monkeypatch.setattr(
+        compiler, "_triton", lambda spec, arch: Artifact(spec.name, arch, 128, 0, b"\x7fELF" + spec.name.encode())
+    )
     for one in built(P2PEngine, 2, monkeypatch):
         assert one._modules(ALL_REDUCE) == catalogue("legacy", 2) and one.families == list(ALL_REDUCE)
         kinds = {(f"legacy_{a}", dtype, vector) for a in P2P_ALGORITHMS for dtype in DTYPES for vector in (True, False)}
@@ -151,7 +144,7 @@ def test_v2_launches(monkeypatch, current):
             plan = one.plan(all_reduce_spec(str(dtype).removeprefix("torch."), numel))
             region = one.layout.regions[plan.algorithm]
             fired = fire(one, numel, dtype)
-            args = [nvlink.Args.from_buffer_copy(launch.values[0]) for launch in fired]
+            args = [launch.arguments[0] for launch in fired]
             assert sum(a.numel for a in args) == numel and {a.total for a in args} == {numel}
             assert [a.launch for a in args] == list(range(len(args)))
             for launch, a in zip(fired, args, strict=True):
@@ -172,8 +165,10 @@ def legacy_values(launch, algorithm):
     from allreduce_jit.triton_kernels.p2p import signature
 
     names = [name for name, kind in signature(algorithm).items() if kind != "constexpr"]
-    assert [len(value) for value in launch.values[len(names) :]] == [8, 8] and not any(map(any, launch.values[len(names) :]))
-    return {n: struct.unpack("<i" if len(v) == 4 else "<q", v)[0] for n, v in zip(names, launch.values)}
+    values = [argument.value for argument in launch.arguments]
+    scratch = launch.arguments[len(names) :]
+    assert [ctypes.sizeof(argument) for argument in scratch] == [8, 8] and not any(values[len(names) :])
+    return dict(zip(names, values))
 
 
 @pytest.mark.parametrize(("numel", "algorithm"), [(1000, "one_shot"), (1003, "one_shot"), (10_000_003, "two_shot")])

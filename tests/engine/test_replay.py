@@ -13,6 +13,7 @@ import torch
 pytest.importorskip("cuda.bindings.driver")
 
 from helpers.fake_driver import FakeDriver, capture_info
+from helpers.fake_launch import FakeLaunch
 
 from allreduce_jit.abi import Args
 from allreduce_jit.engine import driver, nvlink, prepared, streams, verify
@@ -29,19 +30,16 @@ X, OUT, ELSEWHERE = 1 << 40, 1 << 41, 1 << 42
 ALL = SHORTS + LONGS
 
 
-class FakeLaunch:
-    """Notes what the GPU would run: the kernel, from where to where, on which stream."""
+def what(launch, arguments):
+    """The kernel, and from where to where."""
+    (args,) = arguments
+    return launch.kernel, args.numel, args.input, args.output
 
-    log: list[tuple] = []
 
-    def __init__(self, kernel, arguments, grid, block, pdl):
-        (self.args,), self.kernel = arguments, kernel
-
-    def what(self):
-        return self.kernel, self.args.numel, self.args.input, self.args.output
-
-    def __call__(self, stream):
-        self.log.append(("kernel", *self.what(), stream))
+def log(first=0):
+    """What the GPU would run, in order: launches, and what ``FakeGraph`` notes among them."""
+    fired = FakeLaunch.fired[first:]
+    return [one if isinstance(one, tuple) else ("kernel", *what(one, one.arguments), one.stream) for one in fired]
 
 
 class FakeGraph:
@@ -58,11 +56,11 @@ class FakeGraph:
         if self.refuses:
             raise AllReduceError("graph update: not supported")
         assert 1 <= len(launches) <= self.kernels and (len(launches) == 1) == (self.kernels == 1)
-        self.what = [launch.what() for launch in launches]
-        FakeLaunch.log.append(("aim",))
+        self.what = [what(launch, launch.held()) for launch in launches]
+        FakeLaunch.fired.append(("aim",))
 
     def launch(self):
-        FakeLaunch.log += [("graph", *what, self.stream.value or 0) for what in self.what]
+        FakeLaunch.fired += [("graph", *what, self.stream.value or 0) for what in self.what]
         return self.error
 
     def close(self):
@@ -74,7 +72,7 @@ def here(monkeypatch):
     """Rank 1 of 4, and its current stream."""
     monkeypatch.setattr(nvlink, "KernelLaunch", FakeLaunch)
     monkeypatch.setattr(replay, "Graph", FakeGraph)
-    FakeLaunch.log, FakeGraph.alive = [], 0
+    FakeLaunch.fired, FakeGraph.alive = [], 0
     one = NvlinkEngine(EngineConfig(1, 4, torch.device("cuda", 1), "sm_90", True, False, Settings()))
     one.state = SimpleNamespace(channels=1 << 30, control=13, report=14, words=[0] * 16)
     one.memory = SimpleNamespace(addresses=[1000 * (rank + 1) for rank in range(4)])
@@ -98,10 +96,10 @@ def here(monkeypatch):
 
 def ran(here, numel=512, source=X, target=OUT, dtype=torch.bfloat16):
     """What one call ran."""
-    before = len(FakeLaunch.log)
+    before = len(FakeLaunch.fired)
     x, out = (SimpleNamespace(numel=lambda: numel, dtype=dtype, data_ptr=lambda at=at: at) for at in (source, target))
     here.engine.all_reduce(x, out)
-    return FakeLaunch.log[before:]
+    return log(before)
 
 
 def kinds(found):
@@ -211,7 +209,7 @@ def test_a_capture_takes_kernels(here):
 
 def test_graphs_are_launched_on_the_current_stream(here):
     streams = [ran(here)[-1][-1] for here.stream in (0, 7, 7, 9, 0, 7)]
-    assert streams == [0, 7, 7, 9, 0, 7] and kinds(FakeLaunch.log) == ["kernel", "aim"] + ["graph"] * 5
+    assert streams == [0, 7, 7, 9, 0, 7] and kinds(log()) == ["kernel", "aim"] + ["graph"] * 5
 
 
 def test_streams_of_a_priority_keep_it(here):
@@ -238,7 +236,7 @@ def test_a_stopped_communicator_replays_nothing(here):
         with pytest.raises(ZeroDivisionError):
             ran(here)
         here.engine.state.words[0] = 0
-    assert len(FakeLaunch.log) == sum(map(len, FIRST))
+    assert len(log()) == sum(map(len, FIRST))
 
 
 def test_ever_new_calls_take_turns_with_the_same_graphs(here):
@@ -311,7 +309,7 @@ def test_what_verification_launches(here, monkeypatch, caplog, can):
     assert made == ([1] * SHORTS + [MOST] * LONGS if can else [1]) and len(caplog.records) == (not can)
     for dtype, name in ((torch.float32, "fp32"), (torch.float16, "fp16"), (torch.bfloat16, "bf16")):
         whole = verify.VERIFY_BYTES // dtype.itemsize
-        mine = [(kind, *what) for kind, *what in FakeLaunch.log if what and f"_{name}_" in what[0]]
+        mine = [(kind, *what) for kind, *what in log() if what and f"_{name}_" in what[0]]
         forms = {f"{a}_{name}_ws4{form}" for a in ("one_shot", "two_shot", "two_shot_stream") for form in ("", "_ragged")}
         assert {what[1] for what in mine if what[0] == "kernel"} == forms
         several = [what for what in mine if what[2] == whole // verify.LAUNCHES]

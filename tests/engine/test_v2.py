@@ -9,7 +9,9 @@ import torch
 
 pytest.importorskip("cuda.bindings.driver")
 
-from allreduce_jit.abi import MAX_SHAPES, Args
+from helpers.fake_launch import FakeLaunch
+
+from allreduce_jit.abi import MAX_SHAPES
 from allreduce_jit.engine import nvlink as engine_module
 from allreduce_jit.engine.base import EngineConfig
 from allreduce_jit.engine.nvlink import NvlinkEngine
@@ -18,20 +20,6 @@ from allreduce_jit.policy.catalogue import NVLINK_ALGORITHMS, entry, nvlink_algo
 from allreduce_jit.policy.operation import ITEMSIZE, all_reduce
 from allreduce_jit.policy.plan import PACKET, Plan
 from allreduce_jit.settings import Settings
-
-
-class FakeLaunch:
-    """Notes in ``fired`` what the driver would be handed."""
-
-    fired: list[SimpleNamespace] = []
-
-    def __init__(self, kernel, arguments, grid, block, pdl):
-        (self.args,), self.kernel, self.grid, self.block, self.pdl = arguments, kernel, grid, block, pdl
-
-    def __call__(self, stream):
-        values = {name: getattr(self.args, name) for name, _ in Args._fields_ if name != "staging"}
-        about = {"kernel": self.kernel, "grid": self.grid, "block": self.block, "stream": stream}
-        FakeLaunch.fired.append(SimpleNamespace(**about, **values))
 
 
 @pytest.fixture(params=[2, 4])
@@ -50,7 +38,15 @@ def engine(request, monkeypatch):
 def launched(engine, numel, dtype="bfloat16", source=1 << 40, target=1 << 41):
     FakeLaunch.fired = []
     engine.prepared(all_reduce(dtype, numel)).bind((source, target), 7)
-    return FakeLaunch.fired
+    return [flat(one) for one in FakeLaunch.fired]
+
+
+def flat(fired):
+    """What was launched, and the fields of its argument block beside it."""
+    (args,) = fired.arguments
+    about = {name: getattr(fired, name) for name in ("kernel", "grid", "block", "stream")}
+    fields = {name: getattr(args, name) for name, _ in args._fields_ if name != "staging"}
+    return SimpleNamespace(**about, **fields)
 
 
 @pytest.mark.parametrize(("algorithm", "chunk", "numel", "found"), [
@@ -127,7 +123,7 @@ def test_tensors_off_a_packets_border_take_the_ragged_kernel(engine):
 def test_explicit_plans_have_the_flag_of_no_shape(engine):
     spec = all_reduce("bfloat16", 999)
     call = engine.prepare(spec, nvlink.plan_of("one_shot", 32, spec, engine.config.world_size, engine.layout), shape_id=0)
-    assert {launch.args.shape_id for launch, *_ in call.unaligned} == {0}
+    assert {launch.arguments[0].shape_id for launch, *_ in call.unaligned} == {0}
     assert min(one.shape_id for one in launched(engine, 1)) == 1
 
 

@@ -98,17 +98,18 @@ def test_the_pattern_tells_places_ranks_and_calls_apart(world_size):
     # Four bytes that stayed away, came from elsewhere, came twice: whatever the place, and whatever the distance.
     dice = torch.Generator().manual_seed(3)
     for distance in (1, 4, 1 << 10, 1 << 18, 1 << 20, verify.CHUNK + 5):
-        for at in torch.randint(0, numel - distance, (5,), generator=dice).tolist():
-            for wrong in (
-                0.0,
-                right[at] - parts[-1][at],
-                right[at + distance],
-                right[at] - parts[0][at] + parts[0][at + distance],
-            ):
-                damaged = right.clone()
-                damaged[at] = wrong
-                with pytest.raises(SetupError, match=": 1 wrong"):
-                    verify._compare(one, damaged, 1, "a call")
+        at = torch.randint(0, numel - distance, (5,), generator=dice)
+        assert len(at.unique()) == 5
+        for wrong in (
+            torch.zeros(5),
+            right[at] - parts[-1][at],
+            right[at + distance],
+            right[at] - parts[0][at] + parts[0][at + distance],
+        ):
+            damaged = right.clone()
+            damaged[at] = wrong
+            with pytest.raises(SetupError, match=": 5 wrong"):
+                verify._compare(one, damaged, 1, "a call")
     assert not torch.equal(parts[0], parts[1]) and float(torch.stack(parts).abs().max()) < 1 << 20
     assert (torch.stack(parts).double().sum(0) == right.double()).all()  # exact, in any order
 

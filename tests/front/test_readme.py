@@ -15,17 +15,20 @@ def test_there_are_three():
     assert len(EXAMPLES) == 3
 
 
+@pytest.mark.programs
 def test_plain(tmp_path):
     lines = torchrun(EXAMPLES[0], tmp_path).strip().splitlines()
     assert len(lines) == 2
     assert all(line.endswith(" 2.0") for line in lines)
 
 
+@pytest.mark.programs
 @pytest.mark.gpus(2)
 def test_graph(tmp_path):
     assert torchrun(EXAMPLES[1], tmp_path).count("4.0") == 2
 
 
+@pytest.mark.programs
 def test_sglang(tmp_path):
     out = torchrun(EXAMPLES[2], tmp_path)
     assert out.count("CustomAll") == 2
