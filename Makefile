@@ -1,5 +1,5 @@
 # make run: the main job (selftest) on whatever this machine has.  make lint: ruff and pyright, as pyproject.toml configures them.
-# Tests in three tiers (docs/verification.md has their times). make quick: plans, decisions and what users call.
+# Tests in three tiers (docs/verification.md). make quick: plans, decisions and what users call.
 # make test: all tests that this machine can run.  make proofs: in full what make test cuts short of the proofs about kernels.
 PYTHON ?= python3
 VENV := .venv
@@ -21,8 +21,7 @@ test: $(VENV)/ready
 	@$(call pytest,loadfile)
 
 proofs: $(VENV)/ready
-	@export LONG=1 TWIN_COLLECTIVES=50000; $(call pytest,worksteal) -m long \
-		tests/proofs
+	@export LONG=1 TWIN_COLLECTIVES=50000; $(call pytest,worksteal) -m long tests/proofs
 
 lint: $(VENV)/ready
 	$(VENV)/bin/python -m ruff check .

@@ -1,8 +1,16 @@
 import pytest
 import torch
 
+# What takes longest begins first, so that no worker is left alone with it; others follow as they are.
+FIRST = ["proofs", "setup"]
+
+
+def pytest_configure(config):
+    config.option.loadscopereorder = False  # xdist would begin with the files of most tests
+
 
 def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: [*FIRST, item.path.parent.name].index(item.path.parent.name))
     present = torch.cuda.device_count() if torch.cuda.is_available() else 0
     for item in items:
         for mark in item.iter_markers("gpus"):

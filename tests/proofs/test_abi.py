@@ -86,7 +86,7 @@ def test_every_field_is_asserted():
     text = "".join(abi.headers().values())
     for struct in STRUCTS:
         for name, _ in struct._fields_:
-            assert f"__builtin_offsetof({struct.__name__}, {name}) == {getattr(struct, name).offset}," in text
+            assert f"is_at(&{struct.__name__}::{name}, {getattr(struct, name).offset})," in text
         assert f"sizeof({struct.__name__}) == {ctypes.sizeof(struct)}," in text
 
 

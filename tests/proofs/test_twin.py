@@ -25,6 +25,7 @@ pytestmark = pytest.mark.skipif(twin.missing() is not None, reason=str(twin.miss
 
 LONG = bool(os.environ.get("LONG"))
 WORLDS = range(2, 9)
+FEW_WORLDS = WORLDS if LONG else (2, 3, 5, 8)
 LAYOUTS = [cramped, partial(cramped, under="one_shot")]  # what a stream's buffers lie over
 # ThreadSanitizer's share: collectives, and how many of 100 each world size gets (3 and more are at least ten times slower).
 COLLECTIVES = int(os.environ.get("TWIN_COLLECTIVES", "2000"))
@@ -102,7 +103,8 @@ def test_every_16_bit_pattern_and_every_rounding(objects):
                 world.run(program, seed=turn, room=512, jitter=0.01, sleep=0)
 
 
-@pytest.mark.parametrize("world_size", WORLDS)
+@pytest.mark.long
+@pytest.mark.parametrize("world_size", FEW_WORLDS)
 @pytest.mark.parametrize("options", [{}, {"pdl": False}, {"max_ctas": 3}], ids=str)
 def test_a_long_life(objects, world_size, options):
     """Everything changes from call to call on one communicator, many calls are in flight, ranks and threads dawdle."""
@@ -117,7 +119,7 @@ def test_a_long_life(objects, world_size, options):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("world_size", WORLDS)
+@pytest.mark.parametrize("world_size", FEW_WORLDS)
 @pytest.mark.parametrize("options", [{}, {"max_ctas": 3}], ids=str)
 def test_what_construction_runs(objects, world_size, options):
     """The plans that every new communicator is verified with."""
