@@ -115,7 +115,7 @@ def _soak_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seconds", type=_seconds, metavar="S", help="how long to go on at most")
     add("--max-bytes", type=_size(4), metavar="SIZE", help="largest tensor (default 1M, on the CPU 16K)")
     add("--seed", type=int, default=0, help="of sizes and inputs (default 0)")
-    add("--gemm", action="store_true", help="matrix products on another stream keep all multiprocessors busy")
+    add("--gemm", action="store_true", help="matrix products on another stream keep all SMs busy")
     add("--nccl", action="store_true", help="NCCL all-reduces on another stream and group alongside")
     add("--stalls", action="store_true", help="random pauses of hosts and devices")
 
