@@ -16,7 +16,7 @@ from ..harness.place import Place
 from ..torch_private import keep_gpu_busy
 
 # Calls in one timed burst: their common start-up is divided by this, so short calls come in longer bursts. The same
-# for everybody who is measured.
+# for all that is measured.
 BURSTS = ((256 << 10, 200), (4 << 20, 100), (32 << 20, 20))  # (up to so many bytes, calls)
 CALLS = 8  # of messages beyond
 ROTATE = 4  # inputs taken in turn, so that no call finds its own data in a cache
@@ -41,7 +41,7 @@ class Workload:
         call: takes one tensor; may work in place.
         inputs: the tensors taken in turn.
         sources: what each input holds at the start of every burst. Without this, in-place sums grow to
-            infinity within a few bursts, and constant data is not what anybody reduces.
+            infinity within a few bursts, and constant data is not representative.
     """
 
     call: Callable[[torch.Tensor], Any]
@@ -69,7 +69,7 @@ def capturable(place: Place, communicator: Any) -> bool:
 
 
 def device_barrier(place: Place, communicator: Any) -> Callable[[], None]:
-    """Lines the ranks up to about a microsecond, on the GPU: a one-element all-reduce of ours, whoever is measured.
+    """Lines the ranks up to about a microsecond, on the GPU: a one-element all-reduce of ours, also before competitors.
 
     A barrier of the hosts would let them go tens of microseconds apart.
     """

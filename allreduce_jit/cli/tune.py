@@ -27,7 +27,7 @@ from ..policy.verdict import Path
 from ..setup.ladder import climb
 
 SIZES = tuple(1 << shift for shift in range(10, 27))  # 1 KB to 64 MB
-MARGIN = 0.02  # what is that close to the fastest is as good: no reason for another band
+MARGIN = 0.02  # within so much of the fastest, no other band is made
 REPLAYS, WARMUP = 9, 2
 
 Choice = tuple[str, int]  # algorithm, threads of a block

@@ -14,9 +14,8 @@ import torch.distributed as dist
 
 from ..errors import InputError, SetupError
 
-# NVLink multicast is never wanted here, neither from us nor from what we compare with.
+# Neither ours nor competitors use NVLink multicast.
 NO_MULTICAST = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", "NVSHMEM_DISABLE_NVLS": "1"}
-
 
 _TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -107,7 +106,7 @@ def joined(device: torch.device, deadline: float, **where: Any) -> Iterator[Plac
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    # Ours is the deadline that tells the story, so torch's has to come later.
+    # Our deadline names the ranks that did not finish, so torch's timeout has to come later.
     timeout = timedelta(seconds=deadline + 60)
     try:
         dist.init_process_group(backend, timeout=timeout, **where)

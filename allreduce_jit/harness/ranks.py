@@ -1,4 +1,4 @@
-"""One process per rank: join the ones that torchrun started, or start our own and never leave one behind."""
+"""One process per rank: join those that torchrun started, or start our own, which end with this one."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from .place import Seat, joined
 
 _MAX_GPUS = 8
 _CPU_RANKS = 4
-_GRACE_S = 2.0  # after a first failure, for the other ranks to tell theirs
+_GRACE_S = 2.0  # after a first failure, for the other ranks to report theirs
 _EXIT_S = 15.0  # after the last result, for processes to end by themselves
 _PR_SET_PDEATHSIG = 1
 _FILES, _FILES_PER_RANK = 64, 8  # that a process opens, rounded up: its own, and those that connect it to a peer
@@ -198,12 +198,12 @@ def _child(pipe: connection.Connection, job: _Job, rank: int, work: Callable[...
         with joined(device, job.deadline, store=store, rank=rank, world_size=world_size) as place:
             pipe.send((True, work(place, *args)))
     except BaseException as error:  # noqa: BLE001 - the parent must hear of it
-        pipe.send((False, _told(error)))
+        pipe.send((False, _described(error)))
         # No destructors: with a peer gone, tearing a process group down can wait for ever.
         os._exit(1)
 
 
-def _told(error: BaseException) -> str:
+def _described(error: BaseException) -> str:
     """One sentence for what was raised on purpose, and for the machine's limits; else the traceback."""
     if isinstance(error, AllReduceError):
         return f"{type(error).__name__}: {error}"
@@ -242,7 +242,7 @@ def _collect(children: list[_Child], end: float, deadline: float) -> dict[int, A
                 end = min(end, time.monotonic() + _GRACE_S)
     if failed or pending:
         unfinished = sorted(child.rank for child in pending.values())
-        raise RanksFailed(_story(failed, unfinished, deadline), failed, unfinished)
+        raise RanksFailed(_message(failed, unfinished, deadline), failed, unfinished)
     return values
 
 
@@ -258,7 +258,7 @@ def _receive(child: _Child) -> tuple[bool, Any]:
         return False, f"died without a word ({how})"
 
 
-def _story(failed: dict[int, str], unfinished: list[int], deadline: float) -> str:
+def _message(failed: dict[int, str], unfinished: list[int], deadline: float) -> str:
     if not failed:
         return f"{_names(unfinished)} did not finish within {deadline:g} s; all ranks were stopped"
     lines = [f"rank {rank} failed:\n{text.rstrip()}" for rank, text in failed.items()]

@@ -7,7 +7,7 @@ can put another one in the place of the cache directory, but only one that is th
 home and project directories that a group may write are too common to refuse. A link has to belong to this user or to
 root, and the file that it leads to and that file's directory are held to the same.
 
-Each is opened first and then looked at, from the cache directory down, so that what was checked is what is read.
+Each is opened first and then checked, from the cache directory down, so that what was checked is what is read.
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ class Watch:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def _tell(self, rank: int) -> None:
+    def _notify(self, rank: int) -> None:
         if self._loop is None:
             return
         try:
@@ -90,7 +90,7 @@ def watch(peers: Mapping[int, Process], on_death: Callable[[int], None], level: 
         else:
             opened[fd] = rank
     for rank, problem in handle.refused.items():
-        _say_once(rank, problem, level)
+        _warn_once(rank, problem, level)
     handle.watched = tuple(sorted([*opened.values(), *dead]))
     if handle.watched:
         try:
@@ -100,7 +100,7 @@ def watch(peers: Mapping[int, Process], on_death: Callable[[int], None], level: 
             for fd in opened:
                 os.close(fd)
             handle.refused |= dict.fromkeys(handle.watched, f"no thread to watch it with: {e}")
-            _say_once(handle.watched[0], f"no thread to watch it with: {e}", level)
+            _warn_once(handle.watched[0], f"no thread to watch it with: {e}", level)
             handle.watched = ()
     return handle
 
@@ -180,8 +180,8 @@ class _Loop:
                 self.dead.clear()
             while found:
                 handle, rank = found.pop(0)
-                handle._tell(rank)
-            handle = None  # while this thread sleeps it keeps nobody alive
+                handle._notify(rank)
+            handle = None  # or it would be kept alive while this thread waits
 
     def close_descriptors(self) -> None:
         if hasattr(self, "epoll"):
@@ -204,7 +204,7 @@ class _Loop:
 _lock = threading.RLock()
 _loop: _Loop | None = None
 _live: set[_Loop] = set()  # _loop, and ended ones whose thread has not closed their descriptors yet
-_said: set[str] = set()
+_warned: set[str] = set()
 
 
 def _running_loop() -> _Loop:
@@ -221,9 +221,9 @@ def _quietly(call: Callable[[int], object], fd: int) -> None:
         pass
 
 
-def _say_once(rank: int, problem: str, level: int) -> None:
-    if problem not in _said:
-        _said.add(problem)
+def _warn_once(rank: int, problem: str, level: int) -> None:
+    if problem not in _warned:
+        _warned.add(problem)
         log.log(level, "the death of rank %d will be noticed by the deadline alone: %s", rank, problem)
 
 

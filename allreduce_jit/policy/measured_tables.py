@@ -48,7 +48,7 @@ def save(cache_dir: Path | None, facts: Mapping[str, Any], tables: Mapping[str, 
     file = path(cache_dir, facts)
     assert cache_dir is not None  # or path would have raised
     document = {"format": FORMAT, "fingerprint": facts, "tables": tables_to_json(tables), **more}
-    files.write(file, cache_dir, (json.dumps(document, indent=1) + "\n").encode())
+    files.write(file, Path(cache_dir), (json.dumps(document, indent=1) + "\n").encode())
     return file
 
 

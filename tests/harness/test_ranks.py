@@ -140,7 +140,7 @@ def test_what_is_told_of_an_exception():
         try:
             raise error
         except BaseException as caught:
-            return ranks._told(caught)
+            return ranks._described(caught)
 
     assert told(InputError("say what")) == "InputError: say what"
     assert told(OSError(errno.EMFILE, "Too many open files")) == "[Errno 24] Too many open files"

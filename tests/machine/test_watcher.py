@@ -69,7 +69,7 @@ def nothing_more(told):
 
 @pytest.fixture(autouse=True)
 def nothing_left():
-    watcher._said.clear()
+    watcher._warned.clear()
     before = threading.active_count()
     yield
     assert watcher._loop is None and threading.active_count() == before
