@@ -95,8 +95,10 @@ def _nvrtc(spec: KernelSpec, arch: str) -> Artifact:
 
 @memoise
 def _triton_source() -> str:
-    kernels = importlib.resources.files("allreduce_jit.triton_kernels").joinpath("p2p.py").read_text()
-    return kernels + "".join(abi.headers().values())  # all offsets and constants, which it takes from the same module
+    folder = importlib.resources.files("allreduce_jit.triton_kernels")
+    kernels = sorted(entry.name for entry in folder.iterdir() if entry.name.endswith(".py"))
+    # And all offsets and constants, which they take from the module of which headers are made.
+    return "".join([*(folder.joinpath(name).read_text() for name in kernels), *abi.headers().values()])
 
 
 def _triton(spec: KernelSpec, arch: str) -> Artifact:
