@@ -2,7 +2,7 @@
 
 CUDA: the structs of ``kernels/cuda/abi.cuh`` and ``floor.cu`` have the same fields; ``headers`` makes the constants that they
 use and a ``static_assert`` of every offset and size, so that a field that moved on one side only does not compile. Triton
-has no structs: ``kernels/triton/p2p.py`` takes its word indices from here. The host fills and reads the structs themselves.
+has no structs: the kernels of ``kernels/triton`` take their word indices from here. The host fills and reads the structs themselves.
 
 Nothing is imported but ctypes: every room stands on this, and so do the kernels.
 """

@@ -96,9 +96,11 @@ def _nvrtc(spec: KernelSpec, arch: str) -> Artifact:
 
 @memoise
 def _triton_source() -> str:
-    kernels = importlib.resources.files("allreduce_jit.triton_kernels").joinpath("p2p.py").read_text()
-    # With all offsets and constants, which it takes from the same modules.
-    return kernels + "".join(abi.headers().values()) + f"{p2p.BLOCK_BYTES} {p2p.NUM_WARPS}"
+    folder = importlib.resources.files("allreduce_jit.triton_kernels")
+    kernels = sorted(entry.name for entry in folder.iterdir() if entry.name.endswith(".py"))
+    # And all offsets and constants, which they take from the modules of which headers and plans are made.
+    shared = [*abi.headers().values(), f"{p2p.BLOCK_BYTES} {p2p.NUM_WARPS}"]
+    return "".join([*(folder.joinpath(name).read_text() for name in kernels), *shared])
 
 
 def _triton(spec: KernelSpec, arch: str) -> Artifact:

@@ -41,9 +41,8 @@ DEADLINES = slice(abi.Control.deadline_ns.offset // 8, abi.Control.grace_ns.offs
 
 
 def source() -> Path:
-    """The kernels' source file: of this checkout, else of the installed package."""
-    here = Path(__file__).parents[2] / "kernels/triton/p2p.py"
-    return here if here.exists() else Path(importlib.util.find_spec("allreduce_jit.triton_kernels.p2p").origin)
+    """The folder of the kernels' sources."""
+    return Path(importlib.util.find_spec("allreduce_jit.triton_kernels").origin).parent
 
 
 @dataclass
@@ -500,13 +499,17 @@ def disturb(interpreter, tl, communicator: Communicator, rank: int, check_every:
 
 
 def play(scenario: Scenario, interpreter, tl) -> Outcome:
-    spec = importlib.util.spec_from_file_location("legacy_under_test", scenario.source)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    folder = scenario.source
+    spec = importlib.util.spec_from_file_location(
+        "kernels_under_test", f"{folder}/__init__.py", submodule_search_locations=[folder]
+    )
+    sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    module = importlib.import_module("kernels_under_test.p2p")
+    check_every = importlib.import_module("kernels_under_test.wait").CHECK_EVERY.value
     communicator = Communicator(scenario)
 
     def live(rank: int) -> None:
-        disturb(interpreter, tl, communicator, rank, module._CHECK_EVERY.value)
+        disturb(interpreter, tl, communicator, rank, check_every)
         repair_masks(interpreter, tl.int1)
         communicator.play(rank, module, tl)
 

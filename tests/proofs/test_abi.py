@@ -111,24 +111,24 @@ def test_the_layout_has_room():
 
 def test_triton_has_the_same_words():
     pytest.importorskip("triton")
-    from allreduce_jit.triton_kernels import p2p
+    from allreduce_jit.triton_kernels import guard, wait
 
     for constant, field, size in (
-        (p2p._SEQUENCE, abi.Control.sequence, 4),
-        (p2p._IN_FLIGHT, abi.Control.completed, 4),
-        (p2p._REPORTED, abi.Control.reported, 4),
-        (p2p._HANDSHAKEN, abi.Control.handshaken, 4),
-        (p2p._DEADLINE, abi.Control.deadline_ns, 8),
-        (p2p._GRACE, abi.Control.grace_ns, 8),
-        (p2p._CALL, abi.Report.sequence, 4),
-        (p2p._TAG, abi.Report.tag, 4),
-        (p2p._BUFFER, abi.Report.buffer, 4),
-        (p2p._CHANNEL, abi.Report.channel, 4),
-        (p2p._WAITED_MS, abi.Report.waited_ms, 4),
-        (p2p._MINE, abi.Report.mine, 4),
-        (p2p._THEIRS, abi.Report.theirs, 4),
+        (wait.SEQUENCE, abi.Control.sequence, 4),
+        (guard.IN_FLIGHT, abi.Control.completed, 4),
+        (wait._REPORTED, abi.Control.reported, 4),
+        (wait.HANDSHAKEN, abi.Control.handshaken, 4),
+        (wait._DEADLINE, abi.Control.deadline_ns, 8),
+        (wait._GRACE, abi.Control.grace_ns, 8),
+        (wait._CALL, abi.Report.sequence, 4),
+        (wait._TAG, abi.Report.tag, 4),
+        (wait._BUFFER, abi.Report.buffer, 4),
+        (wait._CHANNEL, abi.Report.channel, 4),
+        (wait._WAITED_MS, abi.Report.waited_ms, 4),
+        (guard.MINE, abi.Report.mine, 4),
+        (guard.THEIRS, abi.Report.theirs, 4),
     ):
         assert constant.value * size == field.offset
-    assert (p2p._SIGNATURES.value, p2p._IN_PLACE.value) == (abi.Header.signatures.offset, abi.IN_PLACE)
+    assert (guard._SIGNATURES.value, guard._IN_PLACE.value) == (abi.Header.signatures.offset, abi.IN_PLACE)
     # Words that the kernels address as the first of their struct.
     assert abi.Header.abort.offset == abi.Report.code.offset == 0

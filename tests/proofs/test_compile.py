@@ -51,6 +51,7 @@ from allreduce_jit.policy.catalogue import (
     triton_module,
 )
 from allreduce_jit.policy.operation import DTYPES, ITEMSIZE, all_reduce
+from allreduce_jit.policy.p2p import THREADS
 
 ARCHS = ("sm_80", "sm_90", "sm_100")
 ALL = [(n, arch) for arch in ARCHS for n in WORLD_SIZES]
@@ -232,7 +233,7 @@ def test_legacy_compiles(compiled, tmp_path, world_size, arch):
     specs = p2p_modules(world_size)
     assert len(specs) == 2 * len(DTYPES) * 2
     for spec, artifact in zip(specs, compiled(specs, arch), strict=True):
-        assert (artifact.name, artifact.arch, artifact.threads) == (spec.name, arch, 32 * p2p.NUM_WARPS)
+        assert (artifact.name, artifact.arch, artifact.threads) == (spec.name, arch, THREADS)
         assert artifact.shared_bytes <= 48 << 10  # what a kernel may have without asking
         assert entries_of(artifact.cubin) == set(spec.entries)
         (usage,) = resources(tmp_path, artifact).values()
@@ -431,7 +432,7 @@ def test_a_source_that_is_missing():
 def test_the_message_of_triton_is_in_the_error():
     spec = triton_module("one_shot", 2, "bfloat16", False)
     no_number = replace(spec, constants=(*spec.constants, ("WORLD", "two")))
-    with pytest.raises(CompileError, match="(?s)legacy_one_shot_bf16_ws2 for sm_90: CompilationError: .*_guard\\(link, total"):
+    with pytest.raises(CompileError, match="(?s)legacy_one_shot_bf16_ws2 for sm_90: CompilationError: .*guard\\(link, total"):
         compile_one(no_number, "sm_90")
 
 
