@@ -21,7 +21,7 @@
 // A call begins after a full wait, but a peer may still be in its last launch of the call before. So the first launch scatters
 // through the buffer of the channel's parity, as STREAM 0 does, and the last one through that of the other parity, which leaves
 // the epoch as it is: the next call, of either form, begins with another buffer than this one ended with. The last launch's
-// gather buffer is always the same. (The host assigns the buffers: v2.launches. The number of launches is not 1 modulo 3.)
+// gather buffer is always the same. (The host assigns the buffers: policy/nvlink.launches. The number of launches is not 1 modulo 3.)
 //
 // The other two buffers may alias the slots of other algorithms. What was pushed into them came from a launch before the last:
 // a rank that has completed a call has gather packets of its last launch from every peer, sent when that peer's launch before
