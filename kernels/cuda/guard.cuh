@@ -8,7 +8,7 @@
 //   peer's e+1, which the peer sent when its call e was complete.
 // - Concurrent use: two calls in flight on one rank (two streams, two replayed graphs) share slots and epochs. Another call is
 //   in flight if more calls entered than were signed, or more were signed than completed, which the last channel of each call
-//   counts. (The call at hand may have completed before its guard looks. Other channels may still be at work when the last
+//   counts. (The call at hand may have completed before its guard reads the counts. Other channels may still be at work when the last
 //   one is done.)
 // - Handshake: once all ranks came to a call of some shape, later ones must come within the short deadline.
 #pragma once
