@@ -170,7 +170,7 @@ def _layout(*structs: type[ctypes.Structure]) -> str:
     lines = []
     for struct in structs:
         name = struct.__name__
-        for field, _ in struct._fields_:
+        for field, *_ in struct._fields_:
             at = getattr(struct, field)
             lines.append(f'static_assert(is_at(&{name}::{field}, {at.offset}), "{name}.{field} has moved");')
             lines.append(f'static_assert(sizeof({name}::{field}) == {at.size}, "{name}.{field} has another size");')

@@ -60,8 +60,7 @@ def init(
         SettingsError: a bad environment variable on any rank; raised on all.
         NotDeterministicError: ``deterministic`` and no kernel path is possible; the message says why.
     """
-    require_group(group)
-    group = dist.group.WORLD if group is None else group
+    group = require_group(group)
     if max_ctas is not None and (not isinstance(max_ctas, int) or max_ctas < 2):
         raise InputError(f"max_ctas={max_ctas!r}: expected 2 blocks or more (one watches, the others move data), or None")
     return Communicator(group, as_device(device), deterministic=deterministic, max_ctas=max_ctas)
@@ -97,8 +96,7 @@ class Communicator:
         self.deterministic = deterministic
         self.rank = dist.get_rank(group)
         self.world_size = dist.get_world_size(group)
-        self._closed = False
-        self._engine = self._torch = self._watch = None
+        self._closed, self._watch = False, None
         self._last = NO_ROUTE  # most calls are like the one before
         self.group = group
         if not groups.has_backend(group, "cpu:"):
@@ -108,13 +106,13 @@ class Communicator:
         self._ladder = climb(self.group, device, deterministic, highest, lowest, max_ctas)
         self._engine = self._ladder.engine
         self.path = self._ladder.verdict.path
+        may_have_nccl = create_groups or groups.has_backend(group, "cuda:nccl")
+        self._torch = torch_engine(self.group, device, self._ladder, deterministic=deterministic, may_have_nccl=may_have_nccl)
         if deterministic and self._engine is None and self.world_size > 1:
             raise NotDeterministicError(
                 f"rank {self.rank}: deterministic=True needs a kernel path, but {self.reason}; "
                 "remove the cause, or build the communicator without deterministic=True"
             )
-        may_have_nccl = create_groups or groups.has_backend(group, "cuda:nccl")
-        self._torch = torch_engine(self.group, device, self._ladder, deterministic=deterministic, may_have_nccl=may_have_nccl)
         self._routes = Routes(self._engines(), deterministic and self.world_size > 1, self.rank)
         self._watch = watch_peers(self._ladder, self.rank, self._engines())
         if create_groups and not self.takes(LARGEST, torch.float32):
@@ -231,7 +229,7 @@ class Communicator:
         if self._watch is not None:
             self._watch.close()
         self._routes.clear()
-        self._engine = self._torch = self._ladder.engine = None
+        self._engine = self._ladder.engine = None
         # A group that outlives destroy_process_group can abort the process at exit.
         self.group = None
         work = partial(release, engines, self.device)
@@ -292,7 +290,7 @@ class Communicator:
 
     def _engines(self) -> list[Engine]:
         """The best first; torch.distributed takes what no other does."""
-        return [engine for engine in (self._engine, self._torch) if engine is not None]
+        return [self._torch] if self._engine is None else [self._engine, self._torch]
 
     def _capturing(self) -> bool:
         return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from .policy.operation import DTYPES, ITEMSIZE, OpSpec, all_reduce
 from .policy.plan import Plan
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .routes import Routes
     from .setup.ladder import Ladder
 
+T = TypeVar("T")
 
 LARGEST = 1 << 30  # bytes up to which plans are asked for
 
@@ -40,9 +41,9 @@ def describe(ladder: Ladder, torch_engine: TorchEngine, routes: Routes, watched:
     }
 
 
-def reasons(ladder: Ladder, torch_engine: TorchEngine | None) -> list[Reason]:
+def reasons(ladder: Ladder, torch_engine: TorchEngine) -> list[Reason]:
     """Why this path, and why not NCCL where it was wanted."""
-    problem = torch_engine.problem if torch_engine is not None else None
+    problem = torch_engine.problem
     without = [Reason("no-nccl", f"NCCL cannot be set up: {problem}")] if problem else []
     return [*ladder.verdict.reasons, *without]
 
@@ -67,7 +68,7 @@ def bands(dtype: str, plan: Callable[[OpSpec], Plan]) -> list[dict]:
     ]
 
 
-def stretches(what: Callable[[int], object], last: int) -> Iterator[tuple[int, int | None, object]]:
+def stretches(what: Callable[[int], T], last: int) -> Iterator[tuple[int, int | None, T]]:
     """(first, last, answer) for every stretch of 1 … ``last`` with one answer; the final one has no end (None).
 
     ``what`` must not come back to an answer that it has left, and no plan does.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
 
@@ -31,13 +31,17 @@ class Route:
         nbytes: size of such a tensor.
     """
 
-    call: Call | None
+    call: Call
     matches: Callable[[torch.Tensor], bool]
-    empty: Callable[[], torch.Tensor] | None
+    empty: Callable[[], torch.Tensor]
     nbytes: int
 
 
-NO_ROUTE = Route(None, never_matches, None, 0)
+def _no_call(*tensors: torch.Tensor) -> NoReturn:
+    raise AssertionError("no tensor matches this route")
+
+
+NO_ROUTE = Route(_no_call, never_matches, _no_call, 0)
 
 
 def spec_of(numel: int, dtype: torch.dtype) -> OpSpec:
@@ -54,11 +58,12 @@ class Routes:
     """
 
     def __init__(self, engines: Sequence[Engine], deterministic: bool, rank: int):
-        self._engines, self._deterministic, self._rank = engines, deterministic, rank
+        self._engines: Sequence[Engine] = engines
+        self._deterministic, self._rank = deterministic, rank
         self._calls: dict[OpSpec, Call] = {}
         self._routes: dict[tuple[torch.Size, torch.dtype], Route] = {}  # of tensors that one check can tell
 
-    def known(self, x: object) -> Route:
+    def known(self, x: torch.Tensor) -> Route:
         """The route of tensors like ``x``, if one was accepted before; else ``NO_ROUTE``."""
         route = self._routes.get((x.shape, x.dtype), NO_ROUTE) if plain(x) else NO_ROUTE
         return route if route.matches(x) else NO_ROUTE

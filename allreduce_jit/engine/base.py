@@ -10,6 +10,7 @@ import contextlib
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -59,6 +60,11 @@ class KernelEngine:
     path: str
     uses_device = True  # calls may be in flight on the GPU
     channel_bytes: int  # what a channel keeps from call to call
+    # From ``allocate`` to ``close``:
+    memory: StagingMemory
+    state: LocalState
+    side: SideChannel
+    _streams: StreamOrder
 
     def __init__(self, config: EngineConfig, layout: Layout):
         self.config = config
@@ -66,16 +72,12 @@ class KernelEngine:
         self._raw_device = config.device.index
         self.families: list[OpSpec] = []  # of calls whose kernels are loaded
         self.compiled = self.cached = 0
-        self.memory: StagingMemory | None = None
-        self.state: LocalState | None = None
-        self.side: SideChannel | None = None
         self.dead: list[int] = []  # ranks whose process has ended, the first one first
         self.watched: tuple[int, ...] = ()  # ranks whose end would be noticed
         self._failure: CommunicatorFailed | None = None
         self._stopped = False  # nothing is launched any more
-        self._raised = False
+        self._raised: CommunicatorFailed | None = None  # the failure, once a caller has been told
         self._verified = False  # staging memory, streams and slots are
-        self._streams: StreamOrder | None = None
         self.hands_over = not config.deterministic  # calls for which torch.distributed is expected to be faster
         self._graph_cache = GraphCache()
         self._prepared: dict[OpSpec, PreparedCall] = {}
@@ -149,7 +151,7 @@ class KernelEngine:
         if self._failure is None and (code := self.state.words[0] or self._peer_abort_code()):
             self._fail(code)
         if self._failure is not None:
-            self._raised = True
+            self._raised = self._failure
             raise self._failure
 
     def abort(self, kind: Kind = Kind.ABORTED, culprit: int | None = None) -> None:
@@ -157,7 +159,7 @@ class KernelEngine:
         rank = self.config.rank
         code = abort_code(kind, rank if culprit is None else culprit, rank)
         # One's own first: a kernel here may wait for somebody whose memory cannot be reached any more.
-        memory, side = self.memory, self.side
+        memory, side = getattr(self, "memory", None), getattr(self, "side", None)
         if memory is None or side is None:
             return
         own, others = memory.addresses[rank], enumerate(memory.addresses)
@@ -182,8 +184,8 @@ class KernelEngine:
         return 0 if code & 0xFF == Kind.LOST else code
 
     def _refuse(self) -> None:
-        if self._raised:
-            raise Poisoned(str(self._failure), self._failure.ranks, self._failure.report) from self._failure
+        if failure := self._raised:
+            raise Poisoned(str(failure), failure.ranks, failure.report) from failure
         if not self.state.words[0]:  # nothing was hurt so far
             self._fail(abort_code(Kind.LOST, self.dead[0], self.config.rank))
         self.check()
@@ -210,11 +212,11 @@ class KernelEngine:
 
     def close(self) -> None:
         """Free everything. No kernel of this engine may be in flight, no graph with one replayed again."""
-        parts = [part for part in (self._graph_cache, self._streams, self.side, self.memory, self.state) if part is not None]
-        self._streams = self.side = self.memory = self.state = None
-        with contextlib.ExitStack() as stack:
-            for part in reversed(parts):
-                stack.callback(part.close)
+        allocated = [vars(self).pop(name, None) for name in ("state", "memory", "side", "_streams")]
+        with contextlib.ExitStack() as stack:  # which calls the last one first
+            for part in (*allocated, self._graph_cache):
+                if part is not None:
+                    stack.callback(part.close)
 
     # -- for subclasses
 
@@ -243,7 +245,7 @@ class KernelEngine:
         """The modules that calls of ``families`` may run."""
         raise NotImplementedError
 
-    def _register(self, spec: KernelSpec, entry: str, artifact: Artifact, kernel) -> None:
+    def _register(self, spec: KernelSpec, name: str, artifact: Artifact, kernel: Any) -> None:
         raise NotImplementedError
 
     def verification_plans(self, spec: OpSpec) -> list[Plan]:

@@ -12,7 +12,7 @@ from typing import NoReturn
 import torch
 import torch.distributed as dist
 
-from ..errors import CommunicatorFailed, InputError, PeerLost, PeerTimeout, Poisoned
+from ..errors import ClosedError, CommunicatorFailed, InputError, PeerLost, PeerTimeout, Poisoned
 from ..inputs import memory_problem, raise_no_memory
 from ..policy.operation import OpSpec
 from ..policy.plan import Plan
@@ -65,7 +65,7 @@ class TorchEngine:
         self._nccl: Nccl | None = None
         self._hurt = False  # a call may have been in flight when a peer died
         self._failure: CommunicatorFailed | None = None
-        self._raised = False
+        self._raised: CommunicatorFailed | None = None  # the failure, once a caller has been told
 
     def takes(self, spec: OpSpec) -> bool:
         return spec.operation == "all_reduce"
@@ -128,7 +128,7 @@ class TorchEngine:
         if self._failure is None and self.dead and (self.alone or self._hurt):
             self._fail(self._death())
         if self._failure is not None:
-            self._raised = True
+            self._raised = self._failure
             raise self._failure
 
     def lost(self, rank: int) -> None:
@@ -154,14 +154,16 @@ class TorchEngine:
     # -- internals
 
     def _over_nccl(self, x: torch.Tensor) -> None:
+        nccl = self._nccl
+        if nccl is None:
+            raise ClosedError(f"rank {self.rank}: this communicator was closed during a call")
         try:
-            self._nccl.all_reduce(x)
+            nccl.all_reduce(x)
         except RuntimeError as e:
             if not self.dead:
                 raise
-            self._fail(self._death())
-            self._raised = True
-            raise self._failure from e
+            self._raised = self._fail(self._death())
+            raise self._raised from e
 
     def _over_gloo(self, x: torch.Tensor) -> None:
         try:
@@ -173,9 +175,8 @@ class TorchEngine:
             end = time.monotonic() + _WATCHER_S
             while not self.dead and time.monotonic() < end:
                 time.sleep(0.01)
-            self._fail(self._death() if self.dead else self._unknown(str(e)))
-            self._raised = True
-            raise self._failure from e
+            self._raised = self._fail(self._death() if self.dead else self._unknown(str(e)))
+            raise self._raised from e
 
     def _death(self) -> PeerLost:
         text = f"rank {self.rank}: the process of rank {self.dead[0]} has ended. {_AFTERWARDS}"
@@ -190,17 +191,17 @@ class TorchEngine:
         ranks = [{"rank": r, "alive": False if r in self.dead else None, "last_call": None} for r in range(self.world_size)]
         return {"kind": kind, "culprit": culprit, "found_by": self.rank, "rank": self.rank, "ranks": ranks}
 
-    def _fail(self, failure: CommunicatorFailed) -> None:
+    def _fail(self, failure: CommunicatorFailed) -> CommunicatorFailed:
+        """The first failure: this one, unless there was another."""
         self._failure = self._failure or failure
+        return self._failure
 
     def _refuse(self) -> NoReturn:
         """The cause once, from then on that there was one."""
-        if self._failure is None:
-            self._fail(self._death())
-        if self._raised:
-            raise Poisoned(str(self._failure), self._failure.ranks, self._failure.report) from self._failure
-        self._raised = True
-        raise self._failure
+        if failure := self._raised:
+            raise Poisoned(str(failure), failure.ranks, failure.report) from failure
+        self._raised = self._failure or self._fail(self._death())
+        raise self._raised
 
     def _refuse_capture(self, why: str, instead: str) -> None:
         if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():

@@ -11,7 +11,7 @@ from __future__ import annotations
 import ctypes
 import logging
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from ..errors import AllReduceError
 from .driver import Graph, KernelLaunch
@@ -25,7 +25,7 @@ LARGEST = 1 << 20  # bytes of a call of one launch
 FEWEST, MOST = 16, 48  # launches of a call of several; with fewer there was little to gain, and on 2 GPUs something to lose
 SHORTS, LONGS = 64, 8  # graphs of one kernel and of MOST, of a communicator
 
-Call = tuple["PreparedCall | int", ...]  # what is called, and the address of each of its pointers
+Call: TypeAlias = "tuple[PreparedCall, *tuple[int, ...]]"  # what is called, and the address of each of its pointers
 
 
 def repeats_as_graph(launches: int, nbytes: int) -> bool:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterator, Sequence
 from itertools import chain
+from typing import Any
 
 from ..abi import Args, Channel
+from ..jit.cache import Artifact
 from ..policy import nvlink
 from ..policy.catalogue import NVLINK_ALGORITHMS, KernelSpec, entry, nvlink_modules
 from ..policy.operation import ITEMSIZE, OpSpec, all_reduce
@@ -31,7 +33,7 @@ class NvlinkEngine(KernelEngine):
         # A launch that starts early occupies SMs beside the one before it.
         early = config.max_ctas is None and int(config.arch.removeprefix("sm_")) >= 90
         self._pdl = config.settings.pdl and early
-        self._kernels: dict[str, object] = {}
+        self._kernels: dict[str, Any] = {}
 
     def plan(self, spec: OpSpec) -> Plan:
         return nvlink.make_plan(spec, self.config.world_size, self.bands[spec.dtype], self.layout)
@@ -86,5 +88,5 @@ class NvlinkEngine(KernelEngine):
     def _modules(self, families: Sequence[OpSpec]) -> list[KernelSpec]:
         return nvlink_modules(self.config.world_size, families, few_sms=self.config.max_ctas is not None)
 
-    def _register(self, spec, name, artifact, kernel) -> None:
+    def _register(self, spec: KernelSpec, name: str, artifact: Artifact, kernel: Any) -> None:
         self._kernels[name] = kernel

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator, Sequence
+from typing import Any
 
+from ..jit.cache import Artifact
 from ..policy import p2p
 from ..policy.catalogue import KernelSpec, p2p_modules
 from ..policy.operation import ITEMSIZE, OpSpec, all_reduce
@@ -27,7 +29,7 @@ class P2PEngine(KernelEngine):
 
     def __init__(self, config: EngineConfig):
         super().__init__(config, p2p.make_layout(config.world_size, config.settings.staging_mb << 20))
-        self._kernels: dict[tuple[str, str, bool], tuple[object, int]] = {}
+        self._kernels: dict[tuple[str, str, bool], tuple[Any, int]] = {}
 
     def plan(self, spec: OpSpec) -> Plan:
         return p2p.make_plan(spec, self.config.world_size, self.layout, self.config.nvlink, self.hands_over)
@@ -80,6 +82,6 @@ class P2PEngine(KernelEngine):
     def _modules(self, families: Sequence[OpSpec]) -> list[KernelSpec]:
         return p2p_modules(self.config.world_size, families)
 
-    def _register(self, spec, entry, artifact, kernel) -> None:
-        constants = dict(spec.constants)
-        self._kernels[entry, constants["DTYPE"], constants["VECTOR"]] = (kernel, artifact.shared_bytes)
+    def _register(self, spec: KernelSpec, name: str, artifact: Artifact, kernel: Any) -> None:
+        constants: dict[str, Any] = dict(spec.constants)
+        self._kernels[name, constants["DTYPE"], constants["VECTOR"]] = (kernel, artifact.shared_bytes)

@@ -13,7 +13,7 @@ from ..policy.plan import Plan
 class Call(Protocol):
     """Runs calls of one ``OpSpec``: one tensor per pointer of the operation, accepted and contiguous."""
 
-    def __call__(self, x: torch.Tensor, out: torch.Tensor, *others: torch.Tensor) -> None: ...
+    def __call__(self, x: torch.Tensor, out: torch.Tensor, /, *others: torch.Tensor) -> None: ...
 
 
 class Engine(Protocol):

@@ -87,9 +87,8 @@ class Backend:
     def _switched_off(self, group: Group) -> Reason | None:
         if self.switch is None:
             return None
-        return first_rank(
-            group.settings, self._off, f"has {self.switch} off", lambda s: not getattr(s, VARIABLES[self.switch][0])
-        )
+        field = VARIABLES[self.switch][0]
+        return first_rank(group.settings, self._off, f"has {self.switch} off", lambda s: not getattr(s, field))
 
     def _path_forced(self, group: Group) -> Reason | None:
         """The first rank with the lowest choice, as that one counts; ``checks.kernels_allowed`` came before."""

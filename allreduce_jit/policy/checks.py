@@ -15,11 +15,12 @@ from ..settings import Settings
 from .verdict import CODES, Reason
 
 if TYPE_CHECKING:  # the command line's --help imports this module, and has no use for a probe
-    from ..machine.probe import Capabilities
+    from ..machine.probe import Capabilities, Gpu, Link
 
 T = TypeVar("T")
 
-_FABRIC = {"not_started": "not started", "in_progress": "still being set up"}  # of those that are to come up
+# Of fabrics that are to come up.
+_FABRIC: dict[str | None, str] = {"not_started": "not started", "in_progress": "still being set up"}
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,15 @@ class Group:
     settings: Sequence[Settings]
     world_sizes: Collection[int]
     nnodes: int = 1
+
+    @property
+    def gpus(self) -> list[Gpu]:
+        """One per rank, once ``has_gpu`` is met."""
+        return [c.gpu for c in self.caps if c.gpu is not None]
+
+    def link(self, rank: int, peer: int) -> Link | None:
+        """What ``rank`` knows of its link to ``peer``, once ``has_gpu`` is met."""
+        return self.caps[rank].link_to(self.gpus[peer].uuid)
 
 
 Check = Callable[[Group], "Reason | None"]
@@ -110,14 +120,14 @@ def gpu_each(group: Group) -> Reason | None:
 
 
 def no_mig(group: Group) -> Reason | None:
-    return first_rank(group.caps, "mig", lambda c: f"runs on a MIG instance ({c.gpu.name})", lambda c: c.gpu.mig)
+    return first_rank(group.gpus, "mig", lambda gpu: f"runs on a MIG instance ({gpu.name})", lambda gpu: gpu.mig)
 
 
 def no_vgpu(group: Group) -> Reason | None:
-    def virtual(c: Capabilities) -> bool:
-        return c.gpu.virtualization in ("vgpu", "host-vgpu", "host-vsga")
+    def virtual(gpu: Gpu) -> bool:
+        return gpu.virtualization in ("vgpu", "host-vgpu", "host-vsga")
 
-    return first_rank(group.caps, "vgpu", lambda c: f"runs on a virtual GPU ({c.gpu.name})", virtual)
+    return first_rank(group.gpus, "vgpu", lambda gpu: f"runs on a virtual GPU ({gpu.name})", virtual)
 
 
 def one_pid_namespace(group: Group) -> Reason | None:
@@ -136,14 +146,16 @@ def known_world_size(group: Group) -> Reason | None:
 
 
 def sm_80(group: Group) -> Reason | None:
-    def old(c: Capabilities) -> bool:
-        return c.gpu.compute_capability < (8, 0)
+    def old(gpu: Gpu) -> bool:
+        return gpu.compute_capability < (8, 0)
 
-    return first_rank(group.caps, "compute-capability", lambda c: f"has a GPU older than sm_80 ({c.gpu.name})", old)
+    return first_rank(group.gpus, "compute-capability", lambda gpu: f"has a GPU older than sm_80 ({gpu.name})", old)
 
 
 def same_architecture(group: Group) -> Reason | None:
-    return _differs(group, "mixed-gpus", "compute capability", lambda c: "{}.{}".format(*c.gpu.compute_capability))
+    found = ["{}.{}".format(*gpu.compute_capability) for gpu in group.gpus]
+    text = f"has compute capability {{}}, rank 0 has {found[0]}".format
+    return first_rank(found, "mixed-gpus", text, lambda one: one != found[0])
 
 
 COMMON: tuple[Check, ...] = (
@@ -174,32 +186,30 @@ def fabric_ready(group: Group) -> Reason | None:
 
 
 def full_nvlink(group: Group) -> Reason | None:
-    caps = group.caps
-    missing = _lacking(caps, "nvlink")
+    ranks, missing = len(group.caps), _lacking(group, "nvlink")
     if not missing:
         return None
     rank, peer = missing[0]
-    if len(missing) == len(caps) * (len(caps) - 1):
+    if len(missing) == ranks * (ranks - 1):
         return Reason("no-nvlink", "no two GPUs of the group are known to be joined by NVLink")
-    link = caps[rank].link_to(caps[peer].gpu.uuid)
+    link = group.link(rank, peer)
     known = "has no NVLink" if link is not None and link.nvlink is False else "is not known to have NVLink"
     return Reason("partial-nvlink", f"rank {rank} {known} to rank {peer}; some pairs have it", rank)
 
 
 def peer_access(group: Group) -> Reason | None:
-    caps = group.caps
-    missing = _lacking(caps, "p2p_access")
+    missing = _lacking(group, "p2p_access")
     if not missing:
         return None
     rank, peer = missing[0]
-    link = caps[rank].link_to(caps[peer].gpu.uuid)
+    link = group.link(rank, peer)
     if link is not None and link.p2p_access is False:
         return Reason("no-p2p", f"rank {rank} has no peer access to the GPU of rank {peer}", rank)
-    text = f"rank {rank} cannot tell whether it reaches the GPU of rank {peer}{problem(caps[rank], 'nvml')}"
+    text = f"rank {rank} cannot tell whether it reaches the GPU of rank {peer}{problem(group.caps[rank], 'nvml')}"
     return Reason("no-p2p", text, rank)
 
 
-def _differs(group: Group, code: str, what: str, key: Callable[[Capabilities], str | None], source: str = "") -> Reason | None:
+def _differs(group: Group, code: str, what: str, key: Callable[[Capabilities], str | None], source: str) -> Reason | None:
     """The first rank whose ``key`` is unknown (no ground to assume the best) or not that of rank 0.
 
     ``source`` is what the probe asked for it.
@@ -214,7 +224,6 @@ def _differs(group: Group, code: str, what: str, key: Callable[[Capabilities], s
     return first_rank(group.caps, code, text, lambda c: key(c) is None or key(c) != mine)
 
 
-def _lacking(caps: Sequence[Capabilities], fact: str) -> list[tuple[int, int]]:
+def _lacking(group: Group, fact: str) -> list[tuple[int, int]]:
     """The ordered pairs of ranks whose link is not known to have ``fact``."""
-    pairs = permutations(range(len(caps)), 2)
-    return [(i, j) for i, j in pairs if not getattr(caps[i].link_to(caps[j].gpu.uuid), fact, None)]
+    return [pair for pair in permutations(range(len(group.caps)), 2) if not getattr(group.link(*pair), fact, None)]

@@ -12,9 +12,12 @@ import time
 import weakref
 from collections.abc import Mapping
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError, InputTypeError, PeerTimeout
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
 
 TIMEOUT_S = 300.0
 _FOREVER_S = 10 * 365 * 86400.0
@@ -28,8 +31,8 @@ _MOST = 1 << 30
 _under_way: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 
 
-def require_group(group: Any) -> None:
-    """Refuse what is no group of this rank.
+def require_group(group: Any) -> dist.ProcessGroup:
+    """The group that is meant; refuses what is no group of this rank.
 
     Args:
         group: a ``torch.distributed`` process group, or None for the default one.
@@ -42,14 +45,17 @@ def require_group(group: Any) -> None:
 
     if not dist.is_available() or not dist.is_initialized():
         raise InputError("torch.distributed is not initialised: call torch.distributed.init_process_group first")
+    if group is None:
+        group = dist.group.WORLD
     if group == dist.GroupMember.NON_GROUP_MEMBER:
         raise InputError(f"this rank is not a member of the group (global rank {dist.get_rank()}): its members alone call")
-    if group is not None and not isinstance(group, dist.ProcessGroup):
+    if not isinstance(group, dist.ProcessGroup):
         raise InputTypeError(f"group must be a torch.distributed process group, not {type(group).__name__}")
     try:
         dist.get_rank(group)
     except ValueError as e:
         raise InputError("the group is not known to torch.distributed: was it destroyed?") from e
+    return group
 
 
 def require_cpu_group(group: Any) -> None:

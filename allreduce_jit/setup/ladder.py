@@ -11,7 +11,7 @@ import pkgutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -33,7 +33,7 @@ from .exchange import all_gather_fields
 from .stages import Stages, StepDown
 
 if TYPE_CHECKING:
-    from ..engine.base import EngineConfig
+    from ..engine.base import EngineConfig, KernelEngine
 
 log = logging.getLogger("allreduce_jit")
 
@@ -55,7 +55,7 @@ class Ladder:
     wishes: list[Settings]
     tuned: Mapping[str, Bands] | None = None
     tuning: str | None = None
-    engine: object | None = None
+    engine: KernelEngine | None = None
     timings: dict[str, float] = field(default_factory=dict)
 
 
@@ -191,11 +191,13 @@ def climb(
     return ladder
 
 
-def _construct(row: Backend, rank: int, device: torch.device, deterministic: bool, max_ctas: int | None, ladder: Ladder) -> Any:
+def _construct(
+    row: Backend, rank: int, device: torch.device, deterministic: bool, max_ctas: int | None, ladder: Ladder
+) -> KernelEngine:
     """This rank's engine."""
     from ..engine.base import EngineConfig
 
-    gpus = [c.gpu for c in ladder.capabilities]
+    gpus = [c.gpu for c in ladder.capabilities if c.gpu is not None]  # all, where a row was taken
     major, minor = gpus[rank].compute_capability
     config = EngineConfig(
         rank=rank,
@@ -211,6 +213,6 @@ def _construct(row: Backend, rank: int, device: torch.device, deterministic: boo
     return _engine_class(row)(config)
 
 
-def _engine_class(row: Backend) -> Callable[[EngineConfig], Any]:
+def _engine_class(row: Backend) -> Callable[[EngineConfig], KernelEngine]:
     """Imported here, of the row that was chosen alone."""
     return pkgutil.resolve_name(row.engine)

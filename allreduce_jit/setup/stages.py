@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -21,6 +21,9 @@ from ..errors import CommunicatorFailed, InputError
 from ..policy.operation import OpSpec
 from ..policy.verdict import Reason
 from .exchange import all_gather_fields
+
+if TYPE_CHECKING:
+    from ..engine.base import KernelEngine
 
 log = logging.getLogger("allreduce_jit")
 
@@ -53,31 +56,30 @@ class Stages:
     ):
         self.group, self.device, self.cache_dir, self.timeout_s, self.timings = group, device, cache_dir, timeout_s, timings
 
-    def build_engine(self, construct: Callable[[], Any], families: Sequence[OpSpec]) -> Any:
+    def build_engine(self, construct: Callable[[], KernelEngine], families: Sequence[OpSpec]) -> KernelEngine:
         """The engine that ``construct`` makes: with the kernels of ``families``, memory and the peers' memory, verified. If any
         rank fails in any stage, all close what they have."""
-        engine = None
+        made: list[KernelEngine] = []  # one, unless it cannot even be constructed
 
         def compile_share() -> list[str]:
-            nonlocal engine
-            engine = construct()
-            return self._compile_share(engine, families)
+            made.append(construct())
+            return self._compile_share(made[0], families)
 
         def load(shares: list) -> str:
-            engine.load(shares, families)
-            return engine.allocate()
+            made[0].load(shares, families)
+            return made[0].allocate()
 
         try:
             handles = self._compile_and_load(compile_share, load)
-            self._run("map_s", "map-failed", lambda: engine.connect(handles))
-            self._verify(engine, families)
+            self._run("map_s", "map-failed", lambda: made[0].connect(handles))
+            self._verify(made[0], families)
         except BaseException:
-            if engine is not None:
+            for engine in made:
                 self._close(engine)
             raise
-        return engine
+        return made[0]
 
-    def build_kernels(self, engine: Any, families: Sequence[OpSpec]) -> None:
+    def build_kernels(self, engine: KernelEngine, families: Sequence[OpSpec]) -> None:
         """Kernels of ``families`` that a live ``engine`` lacks, verified. A ``StepDown`` does not close it.
 
         Raises:
@@ -96,12 +98,12 @@ class Stages:
         shares = self._run("build_s", "build-failed", compile_share)
         return self._run("build_s", "build-failed", lambda: load(shares))
 
-    def _compile_share(self, engine: Any, families: Sequence[OpSpec]) -> list[str]:
+    def _compile_share(self, engine: KernelEngine, families: Sequence[OpSpec]) -> list[str]:
         from ..jit.cache import KernelCache
 
         return engine.compile(KernelCache(self.cache_dir), families)
 
-    def _verify(self, engine: Any, families: Sequence[OpSpec]) -> None:
+    def _verify(self, engine: KernelEngine, families: Sequence[OpSpec]) -> None:
         self._run("verify_s", "verify-failed", lambda: engine.verify(families))
 
     def _run(self, timing: str, code: str, work: Callable[[], object]) -> list:
@@ -123,7 +125,7 @@ class Stages:
             raise StepDown(Reason(code, f"rank {cause}: {answers[cause]['problem']}", cause))
         return [answer["result"] for answer in answers]
 
-    def _close(self, engine: Any) -> None:
+    def _close(self, engine: KernelEngine) -> None:
         """Never raises: this rank still has to take the next rung with the others."""
         try:
             with torch.cuda.device(self.device):

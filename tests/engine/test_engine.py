@@ -394,7 +394,7 @@ def test_the_first_to_die_is_to_blame(one):
 
 
 def test_abort_of_what_was_closed(one):
-    one.side = one.memory = None
+    del one.side, one.memory
     one.abort()
 
 

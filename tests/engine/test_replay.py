@@ -251,7 +251,7 @@ def test_ever_new_calls_take_turns_with_the_same_graphs(here):
     for i in range(3 * SHORTS):  # addresses that do not come again take nobody's
         assert kinds(ran(here, target=ELSEWHERE + 16 * i)) == KERNEL and len(here.engine._graph_cache._seen) <= SHORTS
     assert [kinds(ran(here, source=X + 16 * i)) for i in range(1, SHORTS + 1)] == [AGAIN] * SHORTS
-    here.engine.memory = here.engine.state = None
+    del here.engine.memory, here.engine.state
     here.engine.close()
     assert FakeGraph.alive == 0
 

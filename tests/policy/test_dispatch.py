@@ -119,7 +119,7 @@ def test_planted_one_directional_check_would_be_noticed(monkeypatch):
 
 
 def test_planted_optimism_about_the_unknown_would_be_noticed(monkeypatch):
-    monkeypatch.setattr(checks, "_lacking", lambda caps, fact: [])
+    monkeypatch.setattr(checks, "_lacking", lambda group, fact: [])
     for name in ("ray-h100-x4-nvml-missing", "l40s-x4-vm", "rtx3090-x4-two-bridges"):
         found = judge(look_all(MACHINES[name]))
         assert found.path.value != MACHINES[name]["expect"]["path"]
