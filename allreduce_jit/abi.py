@@ -79,21 +79,31 @@ class Header(ctypes.Structure):
     ]
 
 
-class Control(ctypes.Structure):
-    """A rank's own, in device memory; its channels follow."""
-
-    _fields_ = [
+def _control(shapes: int, unused: int) -> list[tuple]:
+    return [
         ("sequence", u32),  # calls that were signed, by this rank and all others
         ("completed", u32),  # V2: calls whose last channel is done. Legacy: calls in flight
         ("deadline_ns", u64),  # how long to wait for a peer in a shape of call that is handshaken; 0 = for ever
         ("grace_ns", u64),  # the same until it is: the peer may still compile, or load a model
         ("reported", u32),  # whether the report is taken
         ("entered", u32),  # calls that began
-        ("handshaken", u32 * MAX_SHAPES),  # per shape of call: whether all ranks have taken part in one
+        ("handshaken", u32 * shapes),  # per shape of call: whether all ranks have taken part in one
         ("channels", u32),  # how many there are of all algorithms together
-        ("unused", u32 * 4071),
+        ("unused", u32 * unused),
         ("table", u64 * MAX_RANKS),  # legacy: the staging memory of each rank, as mapped in this process
     ]
+
+
+class Control(ctypes.Structure):
+    """A rank's own, in device memory; its channels follow."""
+
+    _fields_ = _control(MAX_SHAPES, unused=4071)
+
+
+class SmallControl(ctypes.Structure):
+    """``Control`` with short arrays. Offsets are asserted of this one: to find them in 32 KiB takes as long as to compile a kernel."""
+
+    _fields_ = _control(2, unused=1)
 
 
 class Channel(ctypes.Structure):
@@ -160,19 +170,20 @@ def headers() -> dict[str, str]:
     constants = "#pragma once\n" + "".join(f"constexpr u32 {name} = {value};\n" for name, value in CONSTANTS.items())
     return {
         "abi_constants.cuh": constants,
-        "abi_layout.cuh": _layout(Args, Signature, Header, Control, Channel, Report),
+        "abi_layout.cuh": _layout(Args, Signature, Header, SmallControl, Control, Channel, Report),
         "floor_layout.cuh": _layout(FloorArgs, FloorState),
     }
 
 
 def _layout(*structs: type[ctypes.Structure]) -> str:
-    """A ``static_assert`` of the size of each struct, and of the offset and size of each of its fields."""
+    """A ``static_assert`` of the size of each struct, and of the offset and size of each of its fields; of ``Control`` all but offsets."""
     lines = []
     for struct in structs:
         name = struct.__name__
         for field, *_ in struct._fields_:
             at = getattr(struct, field)
-            lines.append(f'static_assert(is_at(&{name}::{field}, {at.offset}), "{name}.{field} has moved");')
+            if struct is not Control:
+                lines.append(f'static_assert(is_at(&{name}::{field}, {at.offset}), "{name}.{field} has moved");')
             lines.append(f'static_assert(sizeof({name}::{field}) == {at.size}, "{name}.{field} has another size");')
         lines.append(f'static_assert(sizeof({name}) == {ctypes.sizeof(struct)}, "{name} has another size");')
     return "".join(f"{line}\n" for line in lines)

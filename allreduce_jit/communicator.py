@@ -279,7 +279,7 @@ class Communicator:
     def describe(self) -> dict:
         """Path and reasons, what runs per dtype and size, memory and set-up times, ready for JSON.
 
-        ``tuning`` is V2's table: ``package``, or the file that ``allreduce-jit tune`` wrote.
+        ``tuning`` is V2's table: ``package``, or the file that ``allreduce-jit tune`` wrote. ``kernels_of``: what the path is inside.
         """
         self._check_open()
         watched = self._watch.watched if self._watch else ()

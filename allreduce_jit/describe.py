@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
+from .policy import backends
 from .policy.operation import DTYPES, ITEMSIZE, OpSpec, all_reduce
 from .policy.plan import Plan
 from .policy.verdict import Path, Reason
@@ -22,12 +23,14 @@ LARGEST = 1 << 30  # bytes up to which plans are asked for
 def describe(ladder: Ladder, torch_engine: TorchEngine, routes: Routes, watched: Sequence[int], deterministic: bool) -> dict:
     """What was agreed and built, but for who and where this rank is."""
     engine, verdict = ladder.engine, ladder.verdict
+    row = backends.of(verdict.path)
 
     def plan(spec: OpSpec) -> Plan:
         return routes.engine(spec).plan(spec)
 
     return {
         "path": verdict.path.value,
+        "kernels_of": None if row is None else {"backend": row.name, "memory": row.memory},
         "backend": torch_engine.backend,
         "reasons": [{"code": r.code, "text": r.text, "rank": r.rank} for r in reasons(ladder, torch_engine)],
         "deterministic": deterministic or verdict.path is Path.V2 or len(ladder.processes) == 1,

@@ -203,7 +203,7 @@ def _calls(comm: Any, x: Any, out: Any, case: Case, deed: Any, synchronize: Any)
         step()
         turn += 1
         comm.check()
-        # As an engine does: a little ahead of the device. Who is waited for in vain is found out without waiting.
+        # As an engine does: a little ahead of the device. Who is missing is found out without waiting.
         if turn % 10 == 0:
             _drain(comm, x.device.type == "cuda")
 

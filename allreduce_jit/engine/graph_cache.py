@@ -1,8 +1,8 @@
-"""Eager calls that come again are launched as CUDA graphs.
+"""Repeated eager calls are launched as CUDA graphs.
 
 Small ones as a graph of one kernel: the host takes 2 µs less to launch it again than to launch the kernel, and 1 µs more to
 update its parameters for another call first; the GPU takes some 2 µs longer to run it. Large ones as a graph of all their launches,
-each of which takes the GPU 1.5 µs less there, and the host next to nothing (docs/performance.md). A gain where calls come again with the
+each of which takes the GPU 1.5 µs less there, and the host next to nothing (docs/performance.md). A gain where calls are repeated with the
 same addresses, as an allocator has it.
 """
 
@@ -29,7 +29,7 @@ Call: TypeAlias = "tuple[PreparedCall, *tuple[int, ...]]"  # what is called, and
 
 
 def repeats_as_graph(launches: int, nbytes: int) -> bool:
-    """Whether calls of so many launches and bytes are launched as graphs when they come again."""
+    """Whether calls of so many launches and bytes are launched as graphs when they are repeated."""
     return nbytes <= LARGEST if launches == 1 else FEWEST <= launches <= MOST
 
 

@@ -40,18 +40,21 @@ struct Header {
 };
 
 // A rank's own, in device memory; its channels follow.
-struct Control {
+template <u32 SHAPES, u32 UNUSED>
+struct ControlOf {
     u32 sequence;     // calls that were signed, by this rank and all others
     u32 completed;    // calls whose last channel is done
     u64 deadline_ns;  // how long to wait for a peer in a shape of call that is handshaken; 0 = for ever
     u64 grace_ns;     // the same until it is: the peer may still compile, or load a model
     u32 reported;     // whether the report is taken
     u32 entered;      // calls that began
-    u32 handshaken[MAX_SHAPES];  // per shape of call: whether all ranks have taken part in one
+    u32 handshaken[SHAPES];  // per shape of call: whether all ranks have taken part in one
     u32 channels;                // how many there are of all algorithms together
-    u32 unused[4071];
+    u32 unused[UNUSED];
     u64 table[MAX_RANKS];  // of the Triton kernels
 };
+typedef ControlOf<MAX_SHAPES, 4071> Control;
+typedef ControlOf<2, 1> SmallControl;
 
 // What a channel keeps from call to call; one load reads both.
 struct Channel {

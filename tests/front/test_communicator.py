@@ -334,6 +334,7 @@ def with_kernels(place):
         assert place.gather({**described, **own}) == [{**described, **own}] * 3
         assert described["path"] == "v2" and described["deterministic"] is True and described["backend"] == "nccl"
         assert (described["staging_bytes"], described["device_bytes"]) == (1 << 20, (1 << 20) + (1 << 10))
+        assert described["kernels_of"] == {"backend": "nvlink", "memory": "device"}
         assert described["kernels"] == {"compiled": 2, "cached": 1}
         assert set(described["timings"]) == {"probe_s", "build_s", "map_s", "verify_s", "total_s"}
         assert engine.closed == 0
@@ -446,7 +447,7 @@ def test_one_rank_is_the_identity(world_of_one, deterministic):
         described = comm.describe()
         assert json.loads(json.dumps(described)) == described
         assert described["deterministic"] is True and described["path"] == "torch.distributed"
-        assert described["staging_bytes"] == described["device_bytes"] == 0
+        assert described["staging_bytes"] == described["device_bytes"] == 0 and described["kernels_of"] is None
         assert [b["to_bytes"] for b in described["bands"]] == [None] * 3
 
 

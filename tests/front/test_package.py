@@ -127,6 +127,12 @@ def arrows():
                     yield "/".join(here), here[0], "__init__" if name[0] in allreduce_jit.__all__ else name[0]
 
 
+def test_modules_are_short():
+    root = Path(allreduce_jit.__file__).parent
+    lines = {path.name: len(path.read_text().splitlines()) for path in root.rglob("*.py")}
+    assert not {name: count for name, count in lines.items() if count > 300}
+
+
 def test_imports_point_downwards():
     found = [arrow for arrow in arrows() if arrow[2] not in KERNELS]
     assert {room for _, room, _ in found} | {other for _, _, other in found} == set(ROOMS)

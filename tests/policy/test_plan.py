@@ -47,9 +47,9 @@ BUFFERS = {
 }  # fmt: skip
 PACKETS = {"one_shot_wide": 12, "two_shot_wide": 4, "two_shot_wide2": 2}  # of a thread, where it is not one
 STREAMS = {"two_shot_stream"}
-SHARED = {"two_shot_stream": 2}  # buffers, the first ones, that may lie over the slots of other algorithms
+SHARED = {"two_shot_stream": 2}  # buffers, the first ones, that may alias the slots of other algorithms
 INSIDE = {"two_shot": "two_shot_stream"}  # whose last buffers and whose epochs are its own, too
-RESIDENT = 264 * 512  # threads: two blocks on each of an H200's multiprocessors
+RESIDENT = 264 * 512  # threads: two blocks on each of an H200's SMs
 
 
 @dataclass(frozen=True)
@@ -375,7 +375,7 @@ def legacy_repeats(f, case):
 
 
 def check_apart(layout, case):
-    """Nothing lies over the header, outside, or over buffers that are another's alone, unless it may be shared itself."""
+    """Nothing overlaps the header, outside, or over buffers that are another's alone, unless it may be shared itself."""
     assert all(region.offset >= 0 and region.capacity > 0 and region.channels > 0 for region in layout.regions.values())
     alone, channels = [], 0  # from where to where
     for name, region in layout.regions.items():

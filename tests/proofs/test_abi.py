@@ -18,7 +18,7 @@ from allreduce_jit.jit.cache import KernelCache
 from allreduce_jit.policy.catalogue import NVLINK_ALGORITHMS, WORLD_SIZES, cuda_module
 from allreduce_jit.policy.plan import HEADER_BYTES, PACKET, WARP
 
-STRUCTS = [abi.Args, abi.Signature, abi.Header, abi.Control, abi.Channel, abi.Report, abi.FloorArgs, abi.FloorState]
+STRUCTS = [abi.Args, abi.Signature, abi.Header, abi.SmallControl, abi.Channel, abi.Report, abi.FloorArgs, abi.FloorState]
 MISTAKES = [  # text of abi.cuh or floor.cu, what someone made of it, what the compiler says
     ("    u32 rank;\n    u32 capacity;", "    u32 capacity;\n    u32 rank;", "Args.rank has moved"),
     ("    u64 total; ", "    u32 total; ", "Args.total has another size"),
@@ -88,6 +88,9 @@ def test_every_field_is_asserted():
         for name, _ in struct._fields_:
             assert f"is_at(&{struct.__name__}::{name}, {getattr(struct, name).offset})," in text
         assert f"sizeof({struct.__name__}) == {ctypes.sizeof(struct)}," in text
+    for name, _ in abi.Control._fields_:  # whose offsets follow from those of the short form, and from these
+        assert f"sizeof(Control::{name}) == {getattr(abi.Control, name).size}," in text
+    assert f"sizeof(Control) == {ctypes.sizeof(abi.Control)}," in text
 
 
 def test_sources_have_no_copy_of_a_constant():

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.skipif(twin.missing() is not None, reason=str(twin.miss
 LONG = bool(os.environ.get("LONG"))
 WORLDS = range(2, 9)
 FEW_WORLDS = WORLDS if LONG else (2, 3, 5, 8)
-LAYOUTS = [cramped, partial(cramped, under="one_shot")]  # what a stream's buffers lie over
+LAYOUTS = [cramped, partial(cramped, under="one_shot")]  # what a stream's buffers alias
 # ThreadSanitizer's share: collectives, and how many of 100 each world size gets (3 and more are at least ten times slower).
 COLLECTIVES = int(os.environ.get("TWIN_COLLECTIVES", "2000"))
 SHARES = {2: 80, 3: 10, 4: 6, 5: 1, 6: 1, 7: 1, 8: 1}
@@ -416,7 +416,7 @@ def test_planted_shared_slots_are_caught(objects, record_property):
     ("scatters", "gathers"), [((0, 2, 3), (4, 1)), ((2, 3, 0), (4, 1)), ((2, 0, 3), (1, 4))], ids=["first", "last", "sums"]
 )
 def test_planted_shared_buffer_of_a_stream_is_caught(objects, monkeypatch, record_property, scatters, gathers):
-    """A buffer that must not lie over other slots changes places with one that may."""
+    """A buffer that must not alias other slots changes places with one that may."""
     stream = replace(NVLINK_ALGORITHMS["two_shot_stream"], gathers=gathers)
     monkeypatch.setattr(nvlink, "_STREAM_SCATTERS", scatters)
     monkeypatch.setitem(NVLINK_ALGORITHMS, "two_shot_stream", stream)

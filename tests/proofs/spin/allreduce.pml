@@ -16,8 +16,8 @@
  * that a launch is complete only when every rank has passed the wait of the same launch (RIDE).
  *
  * Memory. Of the buffers of a streamed call, FIRST, LAST and FINAL are those of two-shot, which takes turns with it by one
- * epoch; MIDDLE and OTHER may lie over the slots of one-shot, in any way. In the model they coincide with two buffers of
- * it. A slot may as well lie over one of another channel or another source, which a model of one channel cannot show. So
+ * epoch; MIDDLE and OTHER may alias the slots of one-shot, in any way. In the model they coincide with two buffers of
+ * it. A slot may as well alias one of another channel or another source, which a model of one channel cannot show. So
  * the same is asserted of kernels (ANYWHERE), which are complete only with all of their channels; then kernels of both
  * kinds never use a slot at the same time, wherever it lies:
  * - A packet lands in MIDDLE or OTHER only where all earlier calls are complete. It is pushed after something was heard
@@ -63,7 +63,7 @@
 #define OTHER 0         /* where it lies: 0, 1, 5 or 6, but not with MIDDLE */
 #endif
 #ifndef ANYWHERE
-#define ANYWHERE 1      /* whether MIDDLE and OTHER may lie over one-shot's slots of other channels and sources, too */
+#define ANYWHERE 1      /* whether MIDDLE and OTHER may alias one-shot's slots of other channels and sources, too */
 #endif
 
 /* Planted mistakes, by -DMUTANT=... */
