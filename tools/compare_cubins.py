@@ -116,17 +116,18 @@ import cuda.core  # here, not by several threads at once
 from allreduce_jit.bench import speed_of_light
 from allreduce_jit.jit.cache import KernelCache
 from allreduce_jit.jit.compiler import build_all
-from allreduce_jit.policy.catalogue import catalogue, cuda_module, nvlink_algorithms
+from allreduce_jit.policy.catalogue import cuda_module, nvlink_algorithms, nvlink_modules, p2p_modules
+from allreduce_jit.policy.operation import all_reduce
 
 folder, archs, sizes, only = Path(sys.argv[1]), sys.argv[2].split(","), [int(n) for n in sys.argv[3].split(",")], sys.argv[4]
 specs = []
 for n in sizes:
-    specs += catalogue("v2", n)
+    specs += nvlink_modules(n)
     for name in dict.fromkeys(nvlink_algorithms(n) + nvlink_algorithms(n, True)):
         specs += [cuda_module(name, n), cuda_module(name, n, guarded=False)]
         specs += [cuda_module(name, n, virtual_ranks=True)] if n < 5 else []
     specs += [speed_of_light.module(n)]
-    specs += catalogue("legacy", n, ["bfloat16"])
+    specs += p2p_modules(n, [all_reduce("bfloat16")])
 specs = [spec for spec in dict.fromkeys(specs) if re.search(only, spec.name)]
 jobs = [(spec, arch) for arch in archs for spec in specs]
 for (spec, arch), (artifact, _) in zip(jobs, build_all(jobs, KernelCache(None)), strict=True):

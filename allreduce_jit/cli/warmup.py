@@ -19,20 +19,17 @@ from ..settings import Settings
 
 def run(
     args: argparse.Namespace,
-    catalogue: Callable[[str, int], Iterable[Any]] | None = None,
+    modules: Callable[[str, int], Iterable[Any]] = backends.modules,
     build: Callable[..., tuple[Any, bool]] | None = None,
 ) -> int:
     """Compile, print, and return the exit code: 1 if a kernel did not compile."""
-    if catalogue is None or build is None:
-        from ..jit.compiler import build as real_build
-        from ..policy.catalogue import catalogue as real_catalogue
-
-        catalogue, build = catalogue or real_catalogue, build or real_build
+    if build is None:
+        from ..jit.compiler import build
     cache = _open()
     archs = [args.arch] if args.arch else _archs()
     paths = backends.names() if args.path == "all" else (args.path,)
     sizes = WORLD_SIZES if args.world_size == "all" else (int(args.world_size),)
-    specs = {spec.name: spec for path in paths for n in sizes for spec in catalogue(path, n)}
+    specs = {spec.name: spec for path in paths for n in sizes for spec in modules(path, n)}
     start = time.perf_counter()
     rows = _build_all([(spec, arch) for spec in specs.values() for arch in archs], build, cache)
     failed = [row for row in rows if row["error"]]

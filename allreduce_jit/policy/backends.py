@@ -6,12 +6,15 @@ and a name in ``Path``; below the last row there is torch.distributed, which has
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ..paths import Path
 from ..settings import V2_SWITCH, VARIABLES
 from . import checks
+from .catalogue import KernelSpec, nvlink_modules, p2p_modules
 from .checks import Check, Group, first_rank, unmet
+from .operation import ALL_REDUCE, OpSpec
 from .verdict import Reason
 
 
@@ -53,6 +56,7 @@ class Backend:
         path: what users call it.
         requires: of the machine, in this order, beside ``checks.COMMON``.
         toolchain: what compiles its kernels.
+        modules: (world size, families of calls) -> the modules that those calls may run.
         engine: ``module:class``, imported once it is to be built.
         memory: where staging memory is: ``device`` (CUDA IPC, mapped by peers).
         switch: the environment variable that turns this backend off alone.
@@ -63,6 +67,7 @@ class Backend:
     path: Path
     requires: tuple[Check, ...]
     toolchain: Toolchain
+    modules: Callable[[int, Sequence[OpSpec]], list[KernelSpec]]
     engine: str
     memory: str = "device"
     switch: str | None = None
@@ -103,6 +108,7 @@ BACKENDS: tuple[Backend, ...] = (
         path=Path.V2,
         requires=(checks.fabric_ready, checks.full_nvlink, checks.peer_access),
         toolchain=NVRTC,
+        modules=nvlink_modules,
         engine="allreduce_jit.engine.nvlink:NvlinkEngine",
         switch=V2_SWITCH,
         why=("full-nvlink", "NVLink and peer access between all {n} GPUs"),
@@ -112,6 +118,7 @@ BACKENDS: tuple[Backend, ...] = (
         path=Path.LEGACY,
         requires=(checks.peer_access,),
         toolchain=TRITON,
+        modules=p2p_modules,
         engine="allreduce_jit.engine.p2p:P2PEngine",
     ),
 )
@@ -125,6 +132,12 @@ def of(path: Path) -> Backend | None:
 def names() -> list[str]:
     """The paths with kernels, as users call them, the highest first."""
     return [row.path.value for row in BACKENDS]
+
+
+def modules(path: str, world_size: int) -> list[KernelSpec]:
+    """The modules that ``init`` builds on ``path``, as users call it, without ``max_ctas``."""
+    row = next(row for row in BACKENDS if row.path.value == path)
+    return row.modules(world_size, ALL_REDUCE)
 
 
 def wishes() -> list[str]:

@@ -97,14 +97,6 @@ def p2p_modules(world_size: int, families: Sequence[OpSpec] = ALL_REDUCE) -> lis
     ]
 
 
-def catalogue(path: str, world_size: int, families: Sequence[OpSpec] = ALL_REDUCE) -> list[KernelSpec]:
-    """All modules that calls of ``families`` may run on ``path`` (``v2`` or ``legacy``) at ``world_size``."""
-    modules = {"v2": nvlink_modules, "legacy": p2p_modules}
-    if path not in modules:
-        raise ValueError(f"no kernels for path {path!r}: expected one of {', '.join(modules)}")
-    return modules[path](world_size, families)
-
-
 def cuda_module(algorithm: str, world_size: int, virtual_ranks: bool = False, guarded: bool = True) -> KernelSpec:
     """``virtual_ranks`` builds the one-GPU form of ``entry.cuh`` that tests use; without ``guarded`` nothing watches over
     calls and waits, for a test that measures what that costs."""

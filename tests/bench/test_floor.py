@@ -13,7 +13,7 @@ from helpers.cubins import PARAMETERS_AT, compile_one, entries_of, needs_nvrtc, 
 from allreduce_jit.abi import FLAG_STRIDE, FloorArgs
 from allreduce_jit.bench import speed_of_light as floor
 from allreduce_jit.jit import compiler
-from allreduce_jit.policy.catalogue import WORLD_SIZES, catalogue
+from allreduce_jit.policy.catalogue import WORLD_SIZES, nvlink_modules
 
 H200 = floor.Floor(flag_us=1.51, flag_serial_us=1.91, empty_us=0.54, empty_serial_us=0.81, egress_gbs=352.0)
 
@@ -69,7 +69,7 @@ def test_stores_stay_inside_the_memory_and_off_each_other(n):
 
 
 def test_no_engine_uses_the_kernels():
-    assert not {spec.source for n in WORLD_SIZES for spec in catalogue("v2", n)} & {floor.module(4).source}
+    assert not {spec.source for n in WORLD_SIZES for spec in nvlink_modules(n)} & {floor.module(4).source}
 
 
 def test_flags_have_room():

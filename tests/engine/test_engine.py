@@ -23,7 +23,7 @@ from allreduce_jit.engine.failure import SIGNATURES, SIGNATURES_AT, Kind, abort_
 from allreduce_jit.errors import AllReduceError, CallMismatch, InputError, PeerLost, PeerTimeout, Poisoned
 from allreduce_jit.jit import compiler
 from allreduce_jit.jit.cache import Artifact, KernelCache
-from allreduce_jit.policy.catalogue import P2P_ALGORITHMS, catalogue, entry, nvlink_algorithms
+from allreduce_jit.policy.catalogue import P2P_ALGORITHMS, entry, nvlink_algorithms, nvlink_modules, p2p_modules
 from allreduce_jit.policy.operation import ALL_REDUCE, DTYPES
 from allreduce_jit.policy.operation import all_reduce as all_reduce_spec
 from allreduce_jit.policy.plan import HEADER_BYTES, Layout, Plan
@@ -85,7 +85,7 @@ def test_legacy_ranks_share_the_work(monkeypatch):
         compiler, "_triton", lambda spec, arch: Artifact(spec.name, arch, 128, 0, b"\x7fELF" + spec.name.encode())
     )
     for one in built(P2PEngine, 2, monkeypatch):
-        assert one._modules(ALL_REDUCE) == catalogue("legacy", 2) and one.families == list(ALL_REDUCE)
+        assert one._modules(ALL_REDUCE) == p2p_modules(2) and one.families == list(ALL_REDUCE)
         kinds = {(f"legacy_{a}", dtype, vector) for a in P2P_ALGORITHMS for dtype in DTYPES for vector in (True, False)}
         assert set(one._kernels) == kinds
 
@@ -137,7 +137,7 @@ def test_v2_launches(monkeypatch, current):
     from allreduce_jit.engine import nvlink
 
     one = bound(nvlink.NvlinkEngine, nvlink, monkeypatch)
-    one._kernels = {e: e for spec in catalogue("v2", 3) for e in spec.entries}
+    one._kernels = {e: e for spec in nvlink_modules(3) for e in spec.entries}
     seen = set()
     for config, numel in enumerate((8, 100_000, 30_000_000), 1):
         for dtype in (torch.bfloat16, torch.float32)[: 1 if config > 1 else 2]:

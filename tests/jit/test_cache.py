@@ -21,7 +21,7 @@ from allreduce_jit import abi
 from allreduce_jit.jit import compiler, source
 from allreduce_jit.jit.cache import Artifact, KernelCache, decode, encode
 from allreduce_jit.jit.store import FileStore
-from allreduce_jit.policy.catalogue import catalogue, cuda_module, triton_module
+from allreduce_jit.policy.catalogue import cuda_module, p2p_modules, triton_module
 
 
 @pytest.fixture
@@ -417,7 +417,7 @@ def test_keys_tell_modules_apart(monkeypatch, no_compilers):
     assert len(set(keys)) == len(keys)
     assert keys == [compiler._key(spec, arch) for spec in specs for arch in ("sm_80", "sm_90", "sm_100")]
     monkeypatch.setattr(compiler, "_triton_source", lambda: "text")
-    specs = catalogue("legacy", 2)
+    specs = p2p_modules(2)
     assert len({compiler._key(spec, "sm_90") for spec in specs}) == len(specs) == 12
 
 

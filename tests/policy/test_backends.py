@@ -25,6 +25,7 @@ from allreduce_jit.machine.probe import Software
 from allreduce_jit.paths import Path
 from allreduce_jit.policy import backends
 from allreduce_jit.policy.backends import BACKENDS, TRITON, Backend
+from allreduce_jit.policy.catalogue import nvlink_modules, p2p_modules
 from allreduce_jit.policy.checks import COMMON, Group, first_rank
 from allreduce_jit.policy.dispatch import decide
 from allreduce_jit.policy.verdict import CODES, Reason
@@ -89,7 +90,11 @@ def shared_memory(group: Group):
     return first_rank(group.caps, "map-failed", "has no shared memory", lambda c: not c.host.shm_bytes)
 
 
-HOST = Backend("host", Third.HOST, (shared_memory,), TRITON, f"{__name__}:HostEngine", memory="host")
+def host_modules(world_size, families):
+    return [SimpleNamespace(name=f"host_ws{world_size}", families=families)]
+
+
+HOST = Backend("host", Third.HOST, (shared_memory,), TRITON, host_modules, f"{__name__}:HostEngine", memory="host")
 
 
 @contextmanager
@@ -156,10 +161,11 @@ def test_warmup(third, monkeypatch, capsys):
 
     def kernels(*options):
         args = cli._parser().parse_args(["warmup", "--arch", "sm_90", "--world-size", "2", "--json", *options])
-        warmup.run(args, lambda path, n: [SimpleNamespace(name=f"{path}_ws{n}")], lambda spec, arch, cache: (b"", False))
+        warmup.run(args, build=lambda spec, arch, cache: (b"", False))
         return [kernel["name"] for kernel in json.loads(capsys.readouterr().out)["kernels"]]
 
-    assert kernels() == ["v2_ws2", "legacy_ws2", "host_ws2"] and kernels("--path", "host") == ["host_ws2"]
+    names = [spec.name for spec in (*nvlink_modules(2), *p2p_modules(2))]
+    assert kernels() == [*names, "host_ws2"] and kernels("--path", "host") == ["host_ws2"]
 
 
 def test_command_line_without_the_row(capsys):

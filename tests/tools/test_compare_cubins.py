@@ -12,6 +12,7 @@ from pathlib import Path
 
 import compare_cubins as tool
 import pytest
+from helpers import ROOT
 
 from allreduce_jit.errors import CompileError
 from allreduce_jit.jit import compiler
@@ -94,3 +95,12 @@ def test_its_exit_status_and_table(cubin, tmp_path):
     (tmp_path / "after" / f"{SPEC.name}.sm_90.cubin").unlink()
     assert run(tmp_path / "before", tmp_path / "after")[0] == 1
     assert run(tmp_path / "after", tmp_path / "after")[0] == 1  # nothing compared is no proof
+
+
+def test_it_compiles_a_checkout(cubin, tmp_path):
+    """This one, by the names that its modules have today."""
+    tool.compile_checkout(ROOT, tmp_path, ["sm_90"], [2], "^one_shot_ws2$")
+    (path,) = tmp_path.iterdir()
+    assert path.name == "one_shot_ws2.sm_90.cubin"
+    mine, same = tool.kernels(path.read_bytes()), tool.kernels(cubin)
+    assert {name: kernel.code for name, kernel in mine.items()} == {name: kernel.code for name, kernel in same.items()}
