@@ -18,7 +18,7 @@ from ..policy import backends
 from ..policy.catalogue import WORLD_SIZES
 from ..settings import Settings
 
-PEERS = ("nccl", "nccl_symm", "torch_one_shot", "torch_two_shot", "sglang", "flashinfer")
+COMPETITORS = ("nccl", "nccl_symm", "torch_one_shot", "torch_two_shot", "sglang", "flashinfer")
 _MAX_CPU_RANKS = 16  # soak's sums are exact up to there
 _MAX_SECONDS = 1_000_000  # poll and the timeouts of torch count milliseconds in 31 bits
 _DTYPES = {name: name for name in ("float", "half", "bfloat16")} | {
@@ -135,7 +135,13 @@ def _bench_arguments(parser: argparse.ArgumentParser) -> None:
     add("-c", "--check", type=int, choices=[0, 1], default=1, help="compare every bit with the exact sum (default 1)")
     add("--seed", type=int, default=0, help="of the inputs (default 0)")
     add("--max-ctas", type=_from(2), metavar="N", help="a communicator that occupies at most so many thread blocks")
-    add("--peers", type=_peers, default=PEERS, metavar="A,B,…", help=f"of {', '.join(PEERS)} (default all), or none")
+    add(
+        "--peers",
+        type=_competitors,
+        default=COMPETITORS,
+        metavar="A,B,…",
+        help=f"of {', '.join(COMPETITORS)} (default all), or none",
+    )
     modes = parser.add_mutually_exclusive_group()
     for mode, text in (("graph", "replayed CUDA graphs"), ("eager", "calls from the host"), ("both", "both (default)")):
         modes.add_argument(f"--{mode}", dest="mode", action="store_const", const=mode, help=f"time {text}")
@@ -260,9 +266,9 @@ def _arch(text: str) -> str:
     return text
 
 
-def _peers(text: str) -> tuple[str, ...]:
+def _competitors(text: str) -> tuple[str, ...]:
     names = tuple(name for name in text.split(",") if name and name != "none")
-    unknown = [name for name in names if name not in PEERS]
+    unknown = [name for name in names if name not in COMPETITORS]
     if unknown:
-        raise argparse.ArgumentTypeError(f"{unknown[0]!r}: expected some of {', '.join(PEERS)}, or none")
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r}: expected some of {', '.join(COMPETITORS)}, or none")
     return names

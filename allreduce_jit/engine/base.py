@@ -70,7 +70,8 @@ class KernelEngine:
         self.config = config
         self.layout = layout
         self._raw_device = config.device.index
-        self.families: list[OpSpec] = []  # of calls whose kernels are loaded
+        self.families: list[OpSpec] = []  # of calls whose kernels were verified on all ranks
+        self._loaded: set[str] = set()  # names of modules
         self.compiled = self.cached = 0
         self.dead: list[int] = []  # ranks whose process has ended, the first one first
         self.watched: tuple[int, ...] = ()  # ranks whose end would be noticed
@@ -104,7 +105,7 @@ class KernelEngine:
             module = load_module(artifacts[spec.name].cubin)
             for entry in spec.entries:
                 self._register(spec, entry, artifacts[spec.name], module.kernel(entry))
-        self.families += [family for family in families if family not in self.families]
+            self._loaded.add(spec.name)
 
     def allocate(self) -> str:
         """Allocate and poison the staging memory; returns the handle for the peers."""
@@ -238,8 +239,7 @@ class KernelEngine:
 
     def _missing(self, families: Sequence[OpSpec]) -> list[KernelSpec]:
         """The modules of ``families`` that are not loaded yet, in one order on all ranks."""
-        loaded = {spec.name for spec in self._modules(self.families)}
-        return [spec for spec in self._modules(families) if spec.name not in loaded]
+        return [spec for spec in self._modules(families) if spec.name not in self._loaded]
 
     def _modules(self, families: Sequence[OpSpec]) -> list[KernelSpec]:
         """The modules that calls of ``families`` may run."""

@@ -105,6 +105,7 @@ class Stages:
 
     def _verify(self, engine: KernelEngine, families: Sequence[OpSpec]) -> None:
         self._run("verify_s", "verify-failed", lambda: engine.verify(families))
+        engine.families += [family for family in families if family not in engine.families]  # taken from now on, by all ranks
 
     def _run(self, timing: str, code: str, work: Callable[[], object]) -> list:
         """Run ``work`` on every rank; returns all results, or raises ``StepDown`` with ``code``."""

@@ -299,7 +299,7 @@ class TestBench:
         assert replaced(min_bytes=1 << 26, max_bytes=None).sizes(torch.device("cuda")) == [1 << 26]
 
     def test_the_command_line_knows_the_competitors(self):
-        assert cli.PEERS == tuple(competitors.COMPETITORS)
+        assert cli.COMPETITORS == tuple(competitors.COMPETITORS)
 
 
 class TestExitCodes:
