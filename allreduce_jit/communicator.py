@@ -115,7 +115,7 @@ class Communicator:
             )
         self._routes = Routes(self._engines(), deterministic and self.world_size > 1, self.rank)
         self._watch = watch_peers(self._ladder, self.rank, self._engines())
-        if create_groups and not self.takes(LARGEST, torch.float32):
+        if create_groups and (self._engine is None or not self._engine.takes(spec_of(LARGEST, torch.float32))):
             self.warmup()  # NCCL takes some calls, and its first one must not be captured
             if self._torch.problem and self._engine is not None:
                 self._engine.hands_over = False  # our kernels are faster than gloo at any size
@@ -266,7 +266,7 @@ class Communicator:
 
     def takes(self, numel: int, dtype: torch.dtype) -> bool:
         """Whether a kernel runs a call with ``numel`` > 0 elements of ``dtype``; the same on all ranks."""
-        return self._engine is not None and self._engine.takes(spec_of(numel, dtype))
+        return self._engine is not None and self._routes.kernel_takes(numel, dtype)
 
     def plan(self, numel: int, dtype: torch.dtype) -> Plan:
         """What a call with ``numel`` elements of ``dtype`` would run."""

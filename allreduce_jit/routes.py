@@ -62,6 +62,7 @@ class Routes:
         self._deterministic, self._rank = deterministic, rank
         self._calls: dict[OpSpec, Call] = {}
         self._routes: dict[tuple[torch.Size, torch.dtype], Route] = {}  # of tensors that one check can tell
+        self._taken: dict[tuple[int, torch.dtype], bool] = {}
 
     def known(self, x: torch.Tensor) -> Route:
         """The route of tensors like ``x``, if one was accepted before; else ``NO_ROUTE``."""
@@ -83,11 +84,20 @@ class Routes:
         """Who runs calls of ``spec``; the same on all ranks."""
         return next((engine for engine in self._engines if engine.takes(spec)), self._engines[-1])
 
+    def kernel_takes(self, numel: int, dtype: torch.dtype) -> bool:
+        """Whether a kernel runs calls of so many elements; remembered, as inference engines ask before each call."""
+        taken = self._taken.get((numel, dtype))
+        if taken is None:
+            taken = self.engine(spec_of(numel, dtype)) is not self._engines[-1]
+            _remember(self._taken, (numel, dtype), taken)
+        return taken
+
     def clear(self) -> None:
         """Hold no engine any more."""
         self._engines = ()
         self._calls.clear()
         self._routes.clear()
+        self._taken.clear()
 
     def _prepared(self, spec: OpSpec) -> Call:
         """Remembered, as a plan costs more than the look-up."""

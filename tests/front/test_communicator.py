@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers.fake_engines import LIMIT, SWITCHES, FakeEngine, fake_gpus, raised, suite
+from helpers.wrapper import Wrapper
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -179,20 +180,6 @@ def bad_calls(comm):
     for first, second in ((0, 1), (1, 0), (0, 7), (5, 3)):
         overlap = (ring[first : first + 8], ring[second : second + 8])
         yield InputError, lambda a=overlap: comm.all_reduce(*a), "overlaps", "out=x", "separate memory"
-
-
-class Wrapper(torch.Tensor):
-    """A tensor around another one, as quantised and distributed ones are."""
-
-    @staticmethod
-    def __new__(cls, inner):
-        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype, device=inner.device)
-
-    __torch_function__ = torch._C._disabled_torch_function_impl
-
-    @classmethod
-    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
-        raise NotImplementedError(function)
 
 
 class Distributed(Wrapper):
@@ -697,6 +684,14 @@ def test_routes_are_few_and_right(driven, monkeypatch):
                 driven.all_reduce(torch.ones(numel, dtype=dtype))
                 assert driven._engine.sums == sums + (dtype is not torch.int32)
                 assert len(driven._routes._routes) <= 5 and len(driven._routes._calls) <= 5
+
+
+def test_whether_a_kernel_takes_a_call_is_asked_once(driven, monkeypatch):
+    """Inference engines ask before each call."""
+    asked = [(5, torch.float32), (5, torch.int32), (7, torch.bfloat16)]
+    first = [driven.takes(*call) for call in asked]
+    monkeypatch.setattr(driven._engine, "takes", None)
+    assert [driven.takes(*call) for call in asked] == first == [True, False, True]
 
 
 def test_a_tensor_that_is_not_told_by_one_call_is_not_planned_anew(driven, monkeypatch):

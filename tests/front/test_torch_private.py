@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
+from helpers.wrapper import Wrapper
 from torch._subclasses import FakeTensorMode
 
 import allreduce_jit
@@ -190,20 +191,6 @@ def test_new_tensors_are_like_the_input(fresh_quick_empty, monkeypatch, shape, d
             made = inputs.maker(x)()
             assert (made.shape, made.dtype, made.device, made.stride()) == (x.shape, dtype, x.device, x.stride())
             assert not made.requires_grad and made.is_inference() == torch.is_inference_mode_enabled()
-
-
-class Wrapper(torch.Tensor):
-    """A tensor around another one, without memory."""
-
-    @staticmethod
-    def __new__(cls, inner):
-        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype, device=inner.device)
-
-    __torch_function__ = torch._C._disabled_torch_function_impl
-
-    @classmethod
-    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
-        raise NotImplementedError(function)
 
 
 class Liar(torch.Tensor):
