@@ -62,6 +62,31 @@ class Args(ctypes.Structure):
     ]
 
 
+class NormArgs(ctypes.Structure):
+    """The argument of a V2 kernel that normalizes the rows of the sum (policy/norm.py), by value. Absent tensors are 0.
+
+    ``call.output`` is the norm, or what it is quantized to; the elements of ``call`` are whole rows.
+    """
+
+    _fields_ = [
+        ("call", Args),
+        ("residual", u64),  # as the input; from this launch's first row on, as all tensors but the weight and a static scale
+        ("residual_out", u64),
+        ("weight", u64),  # hidden elements
+        ("norm", u64),  # where the output is quantized: the norm
+        ("scale", u64),  # of the quantized output: fp32, read (static) or written
+        ("hidden", u32),  # elements of a row
+        ("row_packets", u32),  # packets of a row
+        ("inverse", ctypes.c_float),  # 1 / hidden
+        ("eps", ctypes.c_float),
+        ("weight_bias", ctypes.c_float),
+        ("weight_is_fp32", u32),
+        ("scale_row", u32),  # elements of the scales from one row to the next
+        ("scale_group", u32),  # and from one group to the next
+        ("parameters", u64),  # what the signature tells beside Args: hidden, flags, eps
+    ]
+
+
 class Signature(ctypes.Structure):
     """What a call tells its peers of itself. Both halves carry the sequence number, and so prove their own arrival."""
 
@@ -75,7 +100,8 @@ class Header(ctypes.Structure):
         ("abort", u32),  # 0, or an abort code: this rank's kernels must stop
         ("reserved", u32 * 63),
         ("signatures", Signature * MAX_RANKS * 2),  # per parity of the sequence number, per source
-        ("unused", u32 * 896),
+        ("parameters", Signature * MAX_RANKS * 2),  # the same for NormArgs.parameters, in place of numel and tag
+        ("unused", u32 * 832),
     ]
 
 
@@ -170,7 +196,7 @@ def headers() -> dict[str, str]:
     constants = "#pragma once\n" + "".join(f"constexpr u32 {name} = {value};\n" for name, value in CONSTANTS.items())
     return {
         "abi_constants.cuh": constants,
-        "abi_layout.cuh": _layout(Args, Signature, Header, SmallControl, Control, Channel, Report),
+        "abi_layout.cuh": _layout(Args, NormArgs, Signature, Header, SmallControl, Control, Channel, Report),
         "floor_layout.cuh": _layout(FloorArgs, FloorState),
     }
 

@@ -25,6 +25,25 @@ struct Args {
     u32 last;  // whether it completes what a guard began: the last launch of a stream, any other launch
 };
 
+// The argument of a kernel that normalizes the rows of the sum, by value. Absent tensors are 0.
+struct NormArgs {
+    Args call;         // whole rows; its output is the norm, or what that is quantized to
+    u64 residual;      // as the input; from this launch's first row on, as all tensors but the weight and a static scale
+    u64 residual_out;
+    u64 weight;        // hidden elements
+    u64 norm;          // where the output is quantized: the norm
+    u64 scale;         // of the quantized output: fp32, read (static) or written
+    u32 hidden;        // elements of a row
+    u32 row_packets;   // packets of a row
+    float inverse;     // 1 / hidden
+    float eps;
+    float weight_bias;
+    u32 weight_is_fp32;
+    u32 scale_row;    // elements of the scales from one row to the next
+    u32 scale_group;  // and from one group to the next
+    u64 parameters;   // what the signature tells beside Args: hidden, flags, eps
+};
+
 // What a call tells its peers of itself. Each 8-byte half carries the sequence number, so it proves its own arrival.
 struct Signature {
     u32 numel, sequence;      // the lower half of the number of elements
@@ -36,7 +55,8 @@ struct Header {
     u32 abort;  // 0, or an abort code: this rank's kernels must stop
     u32 reserved[63];
     Signature signatures[2][MAX_RANKS];  // per parity of the sequence number, per source
-    u32 unused[896];
+    Signature parameters[2][MAX_RANKS];  // the same for NormArgs.parameters, in place of numel and tag
+    u32 unused[832];
 };
 
 // A rank's own, in device memory; its channels follow.
