@@ -79,7 +79,7 @@ class NvlinkEngine(KernelEngine):
                 kernel = self._kernels[entry(plan.algorithm, spec.dtype, world_size, whole)]
                 launch = KernelLaunch(kernel, [args], piece.grid, plan.block, pdl=self._pdl)
                 pointers = [
-                    (ctypes.c_uint64.from_buffer(args, getattr(Args, pointer.name).offset), piece.start * pointer.stride)
+                    (ctypes.c_uint64.from_buffer(args, getattr(Args, pointer.name).offset), pointer.offset(piece.start))
                     for pointer in spec.pointers
                 ]
                 bindings.append(binding(launch, pointers))
