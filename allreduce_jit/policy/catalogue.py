@@ -18,7 +18,7 @@ class KernelSpec:
     Attributes:
         name: unique name, also in the cache listing, e.g. ``two_shot_ws4``.
         language: ``cuda`` (NVRTC) or ``triton``.
-        source: a file of ``kernels/cuda`` or a function of ``kernels/triton/p2p.py``.
+        source: a file of ``kernels/cuda`` or a function of ``kernels/triton``.
         constants: members of the CUDA struct ``Config``, or Triton constexprs, by name.
         entries: names of the kernels inside.
         bodies: the CUDA device function that each entry runs; none where the source defines its kernels itself.
