@@ -50,12 +50,12 @@ MEMORIES = ("device",)
 
 @dataclass(frozen=True)
 class OpSpec:
-    """One call, or (without a shape) the family of all calls that the same kernels run.
+    """One call, or the family of all calls that the same kernels run: without a shape, of ``NORMS`` without rows.
 
     Attributes:
         operation: a name of ``OPERATIONS``.
         dtype: of the tensors that are summed, by torch's name; engines say which they take.
-        shape: of the input, of ``NORMS`` (rows, hidden); None = the family.
+        shape: of the input, of ``NORMS`` (rows, hidden); of a family None, or (0, hidden).
         epilogue: what happens to a sum before it is stored: of ``NORMS`` how it is normalized, else None.
         wire: how elements become packets, of ``WIRES``: ``sentinel`` sends them as they are, but for all-ones words.
         memory: where the packets pass through, of ``MEMORIES``: staging memory on the ``device``.
@@ -82,8 +82,10 @@ class OpSpec:
 
     @property
     def family(self) -> OpSpec:
-        """All calls that the same kernels run: of any shape, and of any norm of one family."""
-        return replace(self, shape=None, epilogue=self.epilogue and self.epilogue.family)
+        """All calls that the same kernels run: of any shape, or of any number of rows and any norm of one family."""
+        if self.epilogue is None or self.shape is None:
+            return replace(self, shape=None)
+        return replace(self, shape=(0, self.hidden), epilogue=self.epilogue.family)
 
     @property
     def numel(self) -> int:
