@@ -68,7 +68,7 @@ def quantized(y: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     inverse = torch.ones_like(scale) / scale
     groups = y.float().view(y.shape[0], inverse.shape[-1] if inverse.numel() != 1 else 1, -1)
     q = groups * (inverse.unsqueeze(-1) if inverse.numel() != 1 else inverse.reshape(()))
-    return q.clamp(-LARGEST_E4M3, LARGEST_E4M3).to(E4M3).view(y.shape)  # not clamped, what is above becomes NaN
+    return q.clamp(-LARGEST_E4M3, LARGEST_E4M3).to(E4M3).view(y.shape)  # not every torch saturates
 
 
 def _scales(y: torch.Tensor, quant: str) -> torch.Tensor:
