@@ -62,7 +62,7 @@ def rows_of(case: Case, which: int) -> torch.Tensor:
     """An operand like x: magnitudes far apart, normal ones, zeros of both signs, squares that underflow, that overflow, specials."""
     dtype = getattr(torch, case.dtype)
     generator = torch.Generator().manual_seed(2 * case.seed + which)
-    normal = torch.randn(case.rows, case.hidden, generator=generator)
+    normal = torch.randn(max(case.rows, 2), case.hidden, generator=generator)
     made = normal.to(dtype)
     spread = reference.values(case.seed, which, case.hidden, dtype)
     specials = made[:1].clone()
@@ -76,7 +76,7 @@ def rows_of(case: Case, which: int) -> torch.Tensor:
         (normal[:1] * largest / 8).to(dtype),
         specials,
     ]
-    return torch.cat([*first[: case.rows], made[len(first) :]])
+    return torch.cat([*first, made[len(first) :]])[: case.rows]
 
 
 def given(case: Case) -> dict:
