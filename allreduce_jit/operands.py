@@ -76,6 +76,8 @@ def operands(
     check.option("rounding", rounding, ROUNDINGS)
     check.option("weight_bias", weight_bias, (0, 1))
     norm_eps = check.eps(eps)
+    if device.type not in ("cpu", "cuda"):
+        check.refuse(f"the tensor is on {device}: expected a CUDA device or the CPU")
     check.input("the tensor", x)
     dtype, hidden = str(x.dtype).removeprefix("torch."), x.shape[-1] if x.dim() else 0
     check.option("dtype", dtype, DTYPES)
@@ -105,9 +107,8 @@ def operands(
     ready = {
         name: tensor if tensor is None or name == "scale" or _direct(tensor) else packed(tensor) for name, tensor in read.items()
     }
-    check.overlaps(
-        outs, {name: (tensor, tensor is ready[name]) for name, tensor in read.items() if tensor is not None}, keep_norm
-    )
+    in_place = {name: (tensor, tensor is ready[name]) for name, tensor in read.items() if tensor is not None}
+    check.overlaps(outs, in_place, quant)
 
     spec = OpSpec(
         operation,
@@ -241,13 +242,13 @@ class _Checks:
         if any(stride == 0 and size > 1 for stride, size in zip(out.stride(), out.shape, strict=True)):
             self.refuse(f"{name} is an expanded tensor, whose elements share memory: clone it")
 
-    def overlaps(self, outs: list[_Out], read: dict[str, tuple[torch.Tensor, bool]], keep_norm: bool) -> None:
+    def overlaps(self, outs: list[_Out], read: dict[str, tuple[torch.Tensor, bool]], quant: str) -> None:
         """Refuse an output in the memory of another operand, but for the norm in that of ``x`` and the sum in that of the residual.
 
         Args:
             read: by name each input, and whether it is read where it is: what is packed first, no output can spoil.
         """
-        same = {("norm_out" if keep_norm else "out", "x"), ("residual_out", "residual")}
+        same = {("out" if quant == "none" else "norm_out", "x"), ("residual_out", "residual")}
         for i, out in enumerate(outs):
             for other in outs[:i]:
                 if _overlap(out.told, other.told):

@@ -20,8 +20,8 @@ E4M3 = torch.float8_e4m3fn
 
 @dataclass(frozen=True)
 class Normed:
-    """What a norm yields: ``residual_out`` and ``norm`` like the input, and of a quantized one e4m3 and its fp32 scales: one (static), or
-    (rows, 1), or (rows, groups)."""
+    """What a norm yields: ``residual_out`` and ``norm`` like the input, and of a quantized one e4m3 and its fp32 scales: of no dimension
+    (static), or (rows, 1), or (rows, groups)."""
 
     residual_out: torch.Tensor
     norm: torch.Tensor
@@ -42,9 +42,8 @@ def normed(
     y = (n * (weight.float() + norm.weight_bias)).to(x.dtype)
     if norm.quant == "none":
         return Normed(t, y)
-    scale = scale if norm.quant == "static" else _scales(y, norm.quant)
-    assert scale is not None, "a static scale is given"
-    return Normed(t, y, quantized(y, scale), scale)
+    found = _scales(y, norm.quant) if scale is None else scale.reshape(())
+    return Normed(t, y, quantized(y, found), found)
 
 
 def tree(x: torch.Tensor) -> torch.Tensor:
@@ -64,16 +63,17 @@ def rsqrt(x: torch.Tensor) -> torch.Tensor:
 
 
 def quantized(y: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """``y`` (rows, hidden) in e4m3, to be multiplied by ``scale``: one, (rows, 1), or (rows, groups)."""
+    """``y`` (rows, hidden) in e4m3, to be multiplied by ``scale``: of no dimension, or (rows, groups)."""
     inverse = torch.ones_like(scale) / scale
-    groups = y.float().view(y.shape[0], inverse.shape[-1] if inverse.numel() != 1 else 1, -1)
-    q = groups * (inverse.unsqueeze(-1) if inverse.numel() != 1 else inverse.reshape(()))
-    return q.clamp(-LARGEST_E4M3, LARGEST_E4M3).to(E4M3).view(y.shape)  # not clamped, what is above becomes NaN
+    if scale.dim():
+        inverse = inverse.repeat_interleave(y.shape[1] // scale.shape[1], dim=1)
+    return (y.float() * inverse).clamp(-LARGEST_E4M3, LARGEST_E4M3).to(E4M3)  # not every torch saturates
 
 
 def _scales(y: torch.Tensor, quant: str) -> torch.Tensor:
-    groups = y.float().abs().view(y.shape[0], -1, GROUP if quant == "group" else y.shape[1])
-    absmax = groups.amax(-1)  # a NaN if there is one
+    rows, hidden = y.shape
+    width = GROUP if quant == "group" else hidden
+    absmax = y.float().abs().view(rows, hidden // width, width).amax(-1)  # a NaN if there is one
     largest = torch.full_like(absmax, LARGEST_E4M3)
     if quant == "group":
         return absmax.clamp(min=LEAST_GROUP_ABSMAX) / largest
