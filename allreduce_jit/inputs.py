@@ -85,6 +85,23 @@ def raise_no_memory(tensors: Sequence[torch.Tensor], rank: int | None, operation
     raise InputError(f"{by}{operation} was given tensors at addresses {addresses}, where the driver gives no memory")
 
 
+def accepted(
+    x: torch.Tensor, out: torch.Tensor | None, device: torch.device, index: int, rank: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What an all-reduce of ``x`` into ``out``, or a new tensor, reads; what it writes; and what its caller gets, into which the latter
+    is to be copied if it is another. Refuses what cannot be."""
+    check_input(x, device, index, rank)
+    dense = x.is_contiguous() and not x.is_neg()
+    if out is None:
+        source = x if dense else packed(x)
+        target = torch.empty_like(x) if dense else source
+        return source, target, target
+    if (out is not x or not dense) and not check_output(x, out, dense, rank):
+        source = packed(x)
+        return source, source, out
+    return x, out, out
+
+
 def check_input(
     x: object, device: torch.device, index: int, rank: int | None, operation: str = "all_reduce", name: str = "the tensor"
 ) -> None:

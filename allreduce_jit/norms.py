@@ -11,28 +11,56 @@ import torch
 from .engine import norm_reference
 from .errors import InputError
 from .operands import Operands, operands, quant_of
-from .policy.norm import QUANTS, ROUNDINGS, Norm
+from .policy.norm import GROUP, HIDDEN, QUANTS, ROUNDINGS, Norm
 from .policy.operation import DTYPES, OpSpec
 
 __all__ = ["Operands", "add_rms_norm", "add_rms_norm_fp8", "norm_family", "operands", "quant_of", "run_local"]
 
 
-def norm_family(dtype: str | torch.dtype, rounding: str = "R", quant: str = "none") -> OpSpec:
-    """The fused calls that one kernel serves, for ``init(operations=)``.
+def norm_family(
+    dtype: str | torch.dtype,
+    hidden: int,
+    rounding: str = "R",
+    quant: str = "none",
+    *,
+    residual: bool = True,
+    weight: str | torch.dtype | None = None,
+    weight_bias: int = 0,
+    with_norm: bool = False,
+) -> OpSpec:
+    """The fused calls that the same kernels serve, with any number of rows, for ``init(operations=)``.
 
     Args:
         dtype: ``float32``, ``float16`` or ``bfloat16``: of the tensors.
+        hidden: elements of a row.
         rounding: of the calls: ``R``, ``U`` or ``H``.
         quant: ``none``, or the ``scales`` of calls that quantize: ``static``, ``token`` or ``group``.
+        residual: whether they have one.
+        weight: its dtype: that of the tensors (None), or ``float32``.
+        weight_bias: 0 or 1.
+        with_norm: of calls that quantize: whether they return the norm itself, too.
 
     Raises:
         InputError: there is no such family.
     """
     name = str(dtype).removeprefix("torch.")
-    for what, value, values in (("dtype", name, tuple(DTYPES)), ("rounding", rounding, ROUNDINGS), ("quant", quant, QUANTS)):
+    wide = name if weight is None else str(weight).removeprefix("torch.")
+    for what, value, values in (
+        ("dtype", name, tuple(DTYPES)),
+        ("rounding", rounding, ROUNDINGS),
+        ("quant", quant, QUANTS),
+        ("weight", wide, (name, "float32")),
+        ("weight_bias", weight_bias, (0, 1)),
+    ):
         if value not in values:
-            raise InputError(f"norm_family: {what} {value!r}: expected one of {', '.join(values)}")
-    return OpSpec("all_reduce_norm", name, None, Norm(rounding, quant))
+            raise InputError(f"norm_family: {what} {value!r}: expected one of {', '.join(map(str, values))}")
+    step = GROUP if quant == "group" else HIDDEN.step
+    if hidden not in HIDDEN or hidden % step:
+        raise InputError(
+            f"norm_family: hidden {hidden!r}: expected a multiple of {step} from {HIDDEN.start} to {HIDDEN.stop - 1}"
+        )
+    norm = Norm(rounding, quant, bool(residual), wide, weight_bias, keep_norm=with_norm and quant != "none")
+    return OpSpec("all_reduce_norm", name, (0, hidden), norm)
 
 
 def add_rms_norm(

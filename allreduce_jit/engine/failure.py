@@ -55,7 +55,7 @@ class Signature:
 
     def report(self) -> dict[str, object]:
         """Ready for JSON."""
-        fields = asdict(self)
+        fields: dict[str, object] = asdict(self)
         del fields["parameters"]
         return fields | ({} if self.parameters is None else {"norm": self.norm})
 
@@ -143,7 +143,7 @@ def explain(
         ],
     }
     where = f" in call {seen.sequence} ({call.algorithm}, {call.dtype}, {phase})" if call and by == rank else ""
-    told = "" if by == rank else f" (rank {by} told rank {rank})"
+    hearsay = "" if by == rank else f" (rank {by} told rank {rank})"
     lives = {True: "lives", False: "is dead", None: "may live or not"}[alive(culprit)]
     error: type[CommunicatorFailed] = PeerTimeout
     if kind is Kind.TIMEOUT:
@@ -167,7 +167,7 @@ def explain(
     else:
         error, text = Poisoned, f"rank {by} aborted this communicator"
     last = "".join(f" Rank {r} last signed call {s[0]}: {s[1]}." for r, s in enumerate(signed) if s)
-    text = f"rank {rank}: {text}{told}.{last} Results since then are NaN; close this communicator and build a new one."
+    text = f"rank {rank}: {text}{hearsay}.{last} Results since then are NaN; close this communicator and build a new one."
     ranks = (culprit, by) if kind is Kind.MISMATCH else (culprit,)
     return error(text, ranks, report)
 

@@ -48,7 +48,9 @@ def norm_module(form: Form, family: OpSpec, world_size: int, virtual_ranks: bool
     told = [norm.rounding.lower(), *([norm.quant] if norm.quant != "none" else []), *([] if norm.residual else ["plain"])]
     told += [f"w_{DTYPES[norm.weight]}"] * (norm.weight != family.dtype) + [f"b{norm.weight_bias}"] * bool(norm.weight_bias)
     told += ["kept"] * norm.keep_norm + ["virtual"] * virtual_ranks + ["unguarded"] * (not guarded)
-    name = f"{form.algorithm}_k{form.packets}_c{form.cluster}_{family.hidden}_{DTYPES[family.dtype]}_{'_'.join(told)}_ws{world_size}"
+    name = (
+        f"{form.algorithm}_k{form.packets}_c{form.cluster}_{family.hidden}_{DTYPES[family.dtype]}_{'_'.join(told)}_ws{world_size}"
+    )
     function = what.source.removesuffix(".cu")
     body = f"{function}<Config, {DTYPES[family.dtype].title()}, {form.packets}, {form.cluster}>"
     macro = ("NORM_ENTRY", form.cluster, warps, _min_blocks(form, warps, world_size))

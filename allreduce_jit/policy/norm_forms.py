@@ -120,4 +120,3 @@ def _form(algorithm: str, rule: Rule, family: OpSpec, world_size: int) -> Form:
     least = (count for count in PACKETS if count >= rule.packets)
     forms = (Form(algorithm, count, rule.cluster) for count in least)
     return next(form for form in forms if form.warps(family, world_size) <= MOST_WARPS)
-

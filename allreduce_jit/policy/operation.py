@@ -89,17 +89,17 @@ class OpSpec:
 
     @property
     def numel(self) -> int:
-        """Elements of the input. Raises ``ValueError`` for a family."""
+        """Elements of the input. Raises ``ValueError`` without a shape."""
         return math.prod(self._shape)
 
     @property
     def rows(self) -> int:
-        """Of an operation of ``NORMS``, in which a row is what is normalized. Raises ``ValueError`` for a family."""
+        """Of an operation of ``NORMS``, in which a row is what is normalized; 0 of a family."""
         return self._shape[0]
 
     @property
     def hidden(self) -> int:
-        """Elements of a row. Raises ``ValueError`` for a family."""
+        """Elements of a row."""
         return self._shape[-1]
 
     @property
@@ -109,7 +109,7 @@ class OpSpec:
 
     @property
     def pointers(self) -> tuple[Pointer, ...]:
-        """What a call binds, in order: input and output first. Raises ``ValueError`` for a family of ``NORMS``."""
+        """What a call binds, in order: input and output first."""
         itemsize = ITEMSIZE[self.dtype]
         if self.epilogue is None:
             return Pointer("input", itemsize), Pointer("output", itemsize)

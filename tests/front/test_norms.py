@@ -152,13 +152,30 @@ def test_options_in_the_call():
 
 
 def test_families():
-    assert norm_family("bfloat16") == norm_family(torch.bfloat16) == OpSpec("all_reduce_norm", "bfloat16", None, Norm())
-    assert norm_family("float16", "H", "group").epilogue == Norm("H", "group")
-    call = operands(rows(2), None, weights(), 1e-6, operation="all_reduce_norm", device=CPU, index=-1, rank=0)
-    assert call.spec.family == norm_family("bfloat16")
-    for bad in (("float64",), (torch.int8,), ("bfloat16", "X"), ("bfloat16", "R", "tensor")):
-        with pytest.raises(InputError, match="norm_family: .* expected one of"):
+    family = norm_family("bfloat16", 256)
+    assert family == norm_family(torch.bfloat16, 256, weight=torch.bfloat16)
+    assert family == OpSpec("all_reduce_norm", "bfloat16", (0, 256), Norm(weight="bfloat16")) == family.family
+    want = Norm("H", "group", False, "float32", 1, keep_norm=True)
+    assert (
+        norm_family("float16", 256, "H", "group", residual=False, weight="float32", weight_bias=1, with_norm=True).epilogue
+        == want
+    )
+    x = rows(2)
+    for residual, kind in ((None, {"residual": False}), (rows(2), {})):
+        call = operands(x, residual, weights(), 1e-6, operation="all_reduce_norm", device=CPU, index=-1, rank=0)
+        assert call.spec.family == norm_family("bfloat16", x.shape[-1], **kind)
+    for bad in (
+        ("float64", 64),
+        (torch.int8, 64),
+        ("bfloat16", 64, "X"),
+        ("bfloat16", 64, "R", "tensor"),
+        ("bfloat16", 60),
+        ("bfloat16", 192, "R", "group"),
+    ):
+        with pytest.raises(InputError, match="norm_family: .* expected"):
             norm_family(*bad)
+    with pytest.raises(InputError, match="weight 'float16': expected one of bfloat16, float32"):
+        norm_family("bfloat16", 64, weight="float16")
     assert {"add_rms_norm", "add_rms_norm_fp8", "norm_family"} <= set(allreduce_jit.__all__)
 
 

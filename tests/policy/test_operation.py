@@ -60,16 +60,19 @@ def test_a_family_is_all_that_one_kernel_computes():
         for quant in QUANTS:
             for dtype in DTYPES:
                 spec = OpSpec("norm", dtype, (3, 64), Norm(rounding, quant, False, "float32", 1, 1e-5, True, (1, 3)))
-                assert spec.family == OpSpec("norm", dtype, None, Norm(rounding, quant)) == spec.family.family
+                family = OpSpec("norm", dtype, (0, 64), Norm(rounding, quant, False, "float32", 1, keep_norm=True))
+                assert spec.family == family == family.family
+                assert replace(spec, shape=(5, 64)).family == family != replace(spec, shape=(3, 72)).family
     assert norm_spec().family != norm_spec("token").family != replace(norm_spec("token"), operation="norm").family
 
 
 def test_rows_and_hidden():
     spec = norm_spec(rows=0)
     assert (spec.rows, spec.hidden, spec.numel, spec.nbytes) == (0, 2880, 0, 0)
-    for name in ("rows", "hidden", "numel", "pointers"):
+    for name in ("rows", "hidden", "numel"):
         with pytest.raises(ValueError, match="is a family of calls"):
-            getattr(spec.family, name)
+            getattr(all_reduce("bfloat16"), name)
+    assert (spec.family.rows, spec.family.hidden) == (0, 2880)
 
 
 @pytest.mark.parametrize(
