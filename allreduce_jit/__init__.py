@@ -22,6 +22,7 @@ _HOMES = {
         "can_use_custom_all_reduce_with_nvlink",
         "dispatch_custom_allreduce",
     ),
+    "norms": ("add_rms_norm", "add_rms_norm_fp8", "norm_family"),
     "policy.dispatch": ("apply_multi_node_policy", "decide"),
     "errors": (
         "AllReduceError",
@@ -75,6 +76,7 @@ if TYPE_CHECKING:
         dispatch_custom_allreduce,
     )
     from .machine.probe import Capabilities
+    from .norms import add_rms_norm, add_rms_norm_fp8, norm_family
     from .policy.dispatch import apply_multi_node_policy, decide
     from .policy.verdict import Path, Reason, Verdict
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -15,7 +15,9 @@ import torch.distributed as dist
 from .describe import LARGEST, describe, reasons
 from .engine.bounded import within
 from .errors import ClosedError, InputError, NotDeterministicError
-from .inputs import as_device, check_input, check_output, packed, plain
+from .fused import NormCalls, Norms, check_operations
+from .inputs import accepted, as_device, plain
+from .policy.operation import OpSpec
 from .policy.plan import Plan
 from .policy.verdict import Path
 from .routes import NO_ROUTE, Routes, spec_of
@@ -41,6 +43,7 @@ def init(
     *,
     deterministic: bool = False,
     max_ctas: int | None = None,
+    operations: Sequence[OpSpec] = (),
 ) -> Communicator:
     """A communicator over ``group`` on the best path that all of its ranks can take. Collective.
 
@@ -52,6 +55,8 @@ def init(
             torch.distributed could run is then an error.
         max_ctas: at most so many thread blocks on the V2 path (2 or more), for all-reduces beside other kernels, such
             as matrix products; costs bandwidth. None: as many as are fastest. The bits are the same.
+        operations: calls whose kernels are built now rather than by the first of them, which could not be captured:
+            ``[allreduce_jit.norm_family(...), ...]``. Those of ``all_reduce`` always are.
 
     Raises:
         InputError: torch.distributed is not initialised, this rank is not in ``group``, or ``device`` is none;
@@ -63,10 +68,11 @@ def init(
     group = require_group(group)
     if max_ctas is not None and (not isinstance(max_ctas, int) or max_ctas < 2):
         raise InputError(f"max_ctas={max_ctas!r}: expected 2 blocks or more (one watches, the others move data), or None")
-    return Communicator(group, as_device(device), deterministic=deterministic, max_ctas=max_ctas)
+    operations = check_operations(operations)
+    return Communicator(group, as_device(device), deterministic=deterministic, max_ctas=max_ctas, operations=operations)
 
 
-class Communicator:
+class Communicator(NormCalls):
     """All-reduces over one group on one device. Made by ``init``; also a context manager.
 
     Calls must come in the same order, with the same shape and dtype, on all ranks.
@@ -89,6 +95,7 @@ class Communicator:
         lowest: Path | None = None,
         create_groups: bool = True,
         max_ctas: int | None = None,
+        operations: Sequence[OpSpec] = (),
     ):
         self.device = device
         self._index = index = -1 if device.type == "cpu" else device.index  # as Tensor.get_device has it
@@ -103,7 +110,7 @@ class Communicator:
             if not create_groups:
                 require_cpu_group(group)
             self.group = groups.gloo_sibling(group)
-        self._ladder = climb(self.group, device, deterministic, highest, lowest, max_ctas)
+        self._ladder = climb(self.group, device, deterministic, highest, lowest, max_ctas, operations=operations)
         self._engine = self._ladder.engine
         self.path = self._ladder.verdict.path
         may_have_nccl = create_groups or groups.has_backend(group, "cuda:nccl")
@@ -114,6 +121,8 @@ class Communicator:
                 "remove the cause, or build the communicator without deterministic=True"
             )
         self._routes = Routes(self._engines(), deterministic and self.world_size > 1, self.rank)
+        self._norms = Norms(self._ladder, self._routes, device, index, self.rank, self._current, max_ctas)
+        self._norms.note_failed(operations)
         self._watch = watch_peers(self._ladder, self.rank, self._engines())
         if create_groups and (self._engine is None or not self._engine.takes(spec_of(LARGEST, torch.float32))):
             self.warmup()  # NCCL takes some calls, and its first one must not be captured
@@ -158,23 +167,12 @@ class Communicator:
     def _all_reduce(self, x: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
         """``all_reduce`` with every check."""
         self._check_open()
-        check_input(x, self.device, self._index, self.rank)
-        dense = x.is_contiguous() and not x.is_neg()
-        if out is None:
-            if dense:
-                out = torch.empty_like(x)
-            else:
-                x = out = packed(x)
-                dense = True
-        elif out is not x or not dense:
-            dense = check_output(x, out, dense, self.rank)
-        if x.numel() == 0:
-            return out
-        through, target = (x, out) if dense else (packed(x),) * 2
-        self._last = route = self._routes.of(through)
-        route.call(through, target)
-        if not dense:
-            out.copy_(through)
+        source, target, out = accepted(x, out, self.device, self._index, self.rank)
+        if source.numel():
+            self._last = route = self._routes.of(source)
+            route.call(source, target)
+            if target is not out:
+                out.copy_(target)
         return out
 
     @contextlib.contextmanager
@@ -229,6 +227,7 @@ class Communicator:
         if self._watch is not None:
             self._watch.close()
         self._routes.clear()
+        self._norms.clear()
         self._engine = self._ladder.engine = None
         # A group that outlives destroy_process_group can abort the process at exit.
         self.group = None
@@ -284,7 +283,8 @@ class Communicator:
         self._check_open()
         watched = self._watch.watched if self._watch else ()
         who = {"rank": self.rank, "world_size": self.world_size, "device": str(self.device)}
-        return describe(self._ladder, self._torch, self._routes, watched, self.deterministic) | who
+        about = {"operations": self._norms.describe()} | who
+        return describe(self._ladder, self._torch, self._routes, watched, self.deterministic) | about
 
     # -- internals
 

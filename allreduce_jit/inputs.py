@@ -67,20 +67,46 @@ def memory_problem(x: torch.Tensor) -> str | None:
     return None
 
 
-def raise_no_memory(tensors: Sequence[torch.Tensor], rank: int) -> NoReturn:
+def said_by(rank: int | None) -> str:
+    """How a message begins: with the rank, or (a call of this process alone) with nothing."""
+    return "" if rank is None else f"rank {rank}: "
+
+
+def raise_no_memory(tensors: Sequence[torch.Tensor], rank: int | None, operation: str = "all_reduce") -> NoReturn:
     """Say which of a call's tensors (input, output, others) has no memory, one of them having an address where there is none."""
     x, out, *others = tensors
+    by = said_by(rank)
     if problem := memory_problem(x):
-        raise InputError(f"rank {rank}: all_reduce was given {problem}")
+        raise InputError(f"{by}{operation} was given {problem}")
     for name, tensor in (("out", out), *((f"argument {i}", other) for i, other in enumerate(others, 2))):
         if problem := memory_problem(tensor):
-            raise InputError(f"rank {rank}: {name} is {problem}")
+            raise InputError(f"{by}{name} is {problem}")
     addresses = ", ".join(f"{tensor.data_ptr():#x}" for tensor in tensors)
-    raise InputError(f"rank {rank}: all_reduce was given tensors at addresses {addresses}, where the driver gives no memory")
+    raise InputError(f"{by}{operation} was given tensors at addresses {addresses}, where the driver gives no memory")
 
 
-def check_input(x: object, device: torch.device, index: int, rank: int) -> None:
-    """Refuse what is no strided tensor with memory on ``device`` (``index`` as ``Tensor.get_device`` has it), or requires grad."""
+def accepted(
+    x: torch.Tensor, out: torch.Tensor | None, device: torch.device, index: int, rank: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What an all-reduce of ``x`` into ``out``, or a new tensor, reads; what it writes; and what its caller gets, into which the latter
+    is to be copied if it is another. Refuses what cannot be."""
+    check_input(x, device, index, rank)
+    dense = x.is_contiguous() and not x.is_neg()
+    if out is None:
+        source = x if dense else packed(x)
+        target = torch.empty_like(x) if dense else source
+        return source, target, target
+    if (out is not x or not dense) and not check_output(x, out, dense, rank):
+        source = packed(x)
+        return source, source, out
+    return x, out, out
+
+
+def check_input(
+    x: object, device: torch.device, index: int, rank: int | None, operation: str = "all_reduce", name: str = "the tensor"
+) -> None:
+    """Refuse what is no strided tensor with memory on ``device`` (``index`` as ``Tensor.get_device`` has it), or requires grad.
+    ``name``: what the operation calls it."""
     if (
         not isinstance(x, torch.Tensor)
         or x.get_device() != index
@@ -89,20 +115,22 @@ def check_input(x: object, device: torch.device, index: int, rank: int) -> None:
         or (x.requires_grad and torch.is_grad_enabled())
         or memory_problem(x) is not None
     ):
-        _refuse_input(x, device, rank)
+        _refuse_input(x, device, rank, operation, name)
 
 
-def _refuse_input(x: object, device: torch.device, rank: int) -> NoReturn:
+def _refuse_input(x: object, device: torch.device, rank: int | None, operation: str, name: str) -> NoReturn:
+    by, given = said_by(rank), "" if name == "the tensor" else f" as {name}"
     if not isinstance(x, torch.Tensor):
-        raise InputTypeError(f"rank {rank}: all_reduce takes a torch.Tensor, not {type(x).__name__}")
+        raise InputTypeError(f"{by}{operation} takes a torch.Tensor{given}, not {type(x).__name__}")
     if x.device != device:
-        raise InputError(f"rank {rank}: the tensor is on {x.device}, this communicator on {device}: move the tensor")
+        other = "the input" if rank is None else "this communicator"
+        raise InputError(f"{by}{name} is on {x.device}, {other} on {device}: move the tensor")
     if x.layout is not torch.strided:
-        raise InputError(f"rank {rank}: layout {x.layout}: all_reduce takes strided tensors; use to_dense()")
+        raise InputError(f"{by}layout {x.layout}{given}: {operation} takes strided tensors; use to_dense()")
     if problem := memory_problem(x):
-        raise InputError(f"rank {rank}: all_reduce was given {problem}")
+        raise InputError(f"{by}{operation} was given{given} {problem}")
     raise InputError(
-        f"rank {rank}: the tensor requires grad and all_reduce is not differentiable: detach it, or call it under torch.no_grad()"
+        f"{by}{name} requires grad and {operation} is not differentiable: detach it, or call it under torch.no_grad()"
     )
 
 

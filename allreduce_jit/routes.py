@@ -77,7 +77,7 @@ class Routes:
             call = self._calls.get(spec) or self._prepared(spec)
             route = Route(call, tensor_guard(x), maker(x), x.nbytes)
             if route.matches(x):
-                _remember(self._routes, (x.shape, x.dtype), route)
+                remember(self._routes, (x.shape, x.dtype), route)
         return route
 
     def engine(self, spec: OpSpec) -> Engine:
@@ -89,7 +89,7 @@ class Routes:
         taken = self._taken.get((numel, dtype))
         if taken is None:
             taken = self.engine(spec_of(numel, dtype)) is not self._engines[-1]
-            _remember(self._taken, (numel, dtype), taken)
+            remember(self._taken, (numel, dtype), taken)
         return taken
 
     def clear(self) -> None:
@@ -108,11 +108,11 @@ class Routes:
                 "sum; use fp32, fp16 or bf16, or build the communicator without deterministic=True"
             )
         call = engine.prepared(spec)
-        _remember(self._calls, spec, call)
+        remember(self._calls, spec, call)
         return call
 
 
-def _remember(known: dict, key: object, value: object) -> None:
+def remember(known: dict, key: object, value: object) -> None:
     """Calls of ever new sizes must not fill the memory: what is dropped is found again."""
     if len(known) >= MAX_ROUTES:
         known.clear()

@@ -24,7 +24,7 @@ from ..policy.plan import Layout, Plan
 from ..policy.tables import Bands
 from ..settings import Settings
 from .driver import load_module
-from .failure import SIGNATURES, SIGNATURES_AT, Kind, abort_code, explain, heard, last_signed
+from .failure import SIGNATURES_AT, SIGNED, Kind, abort_code, explain, heard, last_signed, parameters
 from .graph_cache import GraphCache
 from .memory import LocalState, SideChannel, StagingMemory
 from .prepared import PreparedCall
@@ -124,11 +124,12 @@ class KernelEngine:
 
     def verify(self, families: Sequence[OpSpec] = ALL_REDUCE) -> None:
         """Prove with real traffic what calls of ``families`` will rely on, before the first one; see ``engine.verify``."""
-        self.state.set_deadlines(VERIFY_SECONDS, VERIFY_SECONDS)
-        verify(self, families, memory=not self._verified)
-        self._verified = True
         settings = self.config.settings
-        self.state.set_deadlines(settings.timeout_s, settings.first_timeout_s)
+        with self._lock:  # no other thread's calls in between
+            self.state.set_deadlines(VERIFY_SECONDS, VERIFY_SECONDS)
+            verify(self, families, memory=not self._verified)
+            self._verified = True
+            self.state.set_deadlines(settings.timeout_s, settings.first_timeout_s)
 
     # -- service
 
@@ -194,17 +195,18 @@ class KernelEngine:
     def _fail(self, code: int) -> None:
         rank, addresses = self.config.rank, self.memory.addresses
         words = list(self.state.words[:10])
-        header = self.side.read(addresses[rank] + SIGNATURES_AT, SIGNATURES)
+        header, told = self.side.read(addresses[rank] + SIGNATURES_AT, SIGNED), (None, None)
         culprit = code >> 8 & 0xFF
         # V2's kernels leave to us what is still there to be read.
         if words[0] and not words[1]:
             words[1] = int.from_bytes(self.side.read(self.state.control, 4), "little")
-        if code & 0xFF == Kind.MISMATCH and culprit != rank and not any(words[6:]):
-            mine = last_signed(self.side.read(addresses[culprit] + SIGNATURES_AT, SIGNATURES), rank)
-            theirs = last_signed(header, culprit)
-            words[6:] = [*(mine or (0, 0, 0))[1:], *(theirs or (0, 0, 0))[1:]]
+        if code & 0xFF == Kind.MISMATCH and culprit != rank:
+            theirs = self.side.read(addresses[culprit] + SIGNATURES_AT, SIGNED)
+            if not any(words[6:]):
+                words[6:] = [*(last_signed(theirs, rank) or (0, 0, 0))[1:], *(last_signed(header, culprit) or (0, 0, 0))[1:]]
+            told = parameters(theirs, rank, words[1]), parameters(header, culprit, words[1])
         self._stopped = True
-        self._failure = explain(words, code, rank, heard(header, self.config.world_size), self._alive)
+        self._failure = explain(words, code, rank, heard(header, self.config.world_size), self._alive, told)
 
     def _alive(self, rank: int) -> bool | None:
         if rank in self.dead:
@@ -248,7 +250,7 @@ class KernelEngine:
     def _register(self, spec: KernelSpec, name: str, artifact: Artifact, kernel: Any) -> None:
         raise NotImplementedError
 
-    def verification_plans(self, spec: OpSpec) -> list[Plan]:
+    def verification_plans(self, spec: OpSpec) -> Sequence[Plan]:
         """Every kernel for a call of ``spec``, in as many blocks as possible."""
         raise NotImplementedError
 

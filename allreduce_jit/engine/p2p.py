@@ -58,7 +58,7 @@ class P2PEngine(KernelEngine):
                 # Triton's two trailing scratch pointers. No dependent launch: the protocol leans on kernel boundaries.
                 arguments = [*values.values(), ctypes.c_uint64(0), ctypes.c_uint64(0)]
                 launch = KernelLaunch(kernel, arguments, piece.grid, plan.block, shared_bytes)
-                pointers = [(values[_ARGUMENTS[p.name]], piece.start * p.stride) for p in spec.pointers]
+                pointers = [(values[_ARGUMENTS[p.name]], p.offset(piece.start)) for p in spec.pointers]
                 bindings.append(binding(launch, pointers))
         return PreparedCall(self, spec, forms[True], forms[False])
 

@@ -26,7 +26,7 @@ _SPECIAL_BITS = {
         0x0001, 0x8001, 0x007F, 0x807F, 0x0080, 0x8080, 0x7F7F, 0xFF7F,
     ),
 }  # fmt: skip
-_BITS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
+_BITS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float8_e4m3fn: torch.int8}
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def expected(
 def compare(actual: torch.Tensor, want: torch.Tensor) -> Difference:
     """Compare two tensors of one shape and dtype bit by bit; a NaN of any payload equals a NaN."""
     got_bits, want_bits = as_bits(actual), as_bits(want)
-    differs = (got_bits != want_bits) & ~(actual.isnan() & want.isnan())
+    differs = (got_bits != want_bits) & ~(actual.float().isnan() & want.float().isnan())  # e4m3 has no isnan of its own
     wrong = int(differs.sum())
     if not wrong:
         return Difference()
@@ -117,7 +117,7 @@ def as_bits(tensor: torch.Tensor) -> torch.Tensor:
 
 def poison(tensor: torch.Tensor) -> None:
     """Fill with a pattern that no sum yields, so that elements nobody wrote are seen."""
-    as_bits(tensor).fill_(0x5A5A5A5A if tensor.element_size() == 4 else 0x5A5A)
+    as_bits(tensor).fill_({4: 0x5A5A5A5A, 2: 0x5A5A, 1: 0x5A}[tensor.element_size()])
 
 
 def _specials(dtype: torch.dtype, device: torch.device | str) -> torch.Tensor:

@@ -16,6 +16,7 @@ import torch
 from ..errors import SetupError
 from ..policy.operation import OpSpec
 from . import reference
+from .verify_norm import verify_norms
 
 if TYPE_CHECKING:
     from ..policy.plan import Plan
@@ -38,7 +39,10 @@ def verify(engine: KernelEngine, families: Sequence[OpSpec], memory: bool) -> No
         SetupError: a sum is wrong; CommunicatorFailed: a call did not complete.
     """
     for family in families:
-        _kernels(engine, family)
+        if family.epilogue is None:
+            _kernels(engine, family)
+        else:
+            verify_norms(engine, family)
     if memory:
         _streams(engine)
         _slots(engine)

@@ -47,5 +47,6 @@ def expand(filename: str, texts: dict[str, str]) -> str:
 def unit(spec: KernelSpec, source: str) -> str:
     """What a compiler is given: ``Config``, the source, and an entry point for each body."""
     constants = "".join(f"    static constexpr unsigned {name} = {value};\n" for name, value in spec.constants)
-    entries = "".join(f"ENTRY({name}, {body})\n" for name, body in zip(spec.entries, spec.bodies))
+    macro, *arguments = map(str, spec.macro)
+    entries = "".join(f"{macro}({', '.join((name, *arguments, body))})\n" for name, body in zip(spec.entries, spec.bodies))
     return f"struct Config {{\n{constants}}};\n{source}{entries}"

@@ -1,4 +1,4 @@
-"""The legacy kernels' compiler: Triton, in a process of its own for each kernel.
+"""The compiler of kernels/triton: Triton, in a process of its own for each kernel.
 
 Triton is configured per process, by environment and by ``triton.knobs``, and what an engine sets there for its own
 kernels (the interpreter, dumps, instrumentation, a cache on a shared home) is not meant for ours. Nor is it safe beside
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CompileError
+from ..policy import local_norm
 from ..policy.catalogue import KernelSpec
 from ..policy.operation import ITEMSIZE
 from ..policy.p2p import BLOCK_BYTES, NUM_WARPS
@@ -77,15 +78,18 @@ def _compile(source: str, constants: dict[str, Any], arch: str) -> tuple[bytes, 
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from ..triton_kernels import p2p
+    from ..triton_kernels import norm, p2p
 
-    constants["BLOCK"] = BLOCK_BYTES // ITEMSIZE[constants["DTYPE"]]
+    if source == local_norm.KERNEL:
+        module, options = norm, {"num_warps": local_norm.warps(constants["STEPS"]), "num_stages": 1}
+    else:
+        module, options = p2p, {"num_warps": NUM_WARPS, "maxnreg": p2p.MAX_REGISTERS}
+        constants["BLOCK"] = BLOCK_BYTES // ITEMSIZE[constants["DTYPE"]]
     constants["DTYPE"] = getattr(triton.language, constants["DTYPE"])
     constants["INTERPRET"] = False
-    kernel = ASTSource(getattr(p2p, source), signature=p2p.signature(source), constexprs=constants)
+    kernel = ASTSource(getattr(module, source), signature=module.signature(source), constexprs=constants)
     target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
-    # Stated, though nothing here multiplies: Triton 3.9 warns where it is left to it.
-    options = {"num_warps": NUM_WARPS, "maxnreg": p2p.MAX_REGISTERS, "enable_fp_fusion": False}
+    options["enable_fp_fusion"] = False  # the norm's bits are those of products and sums that are rounded each
     compiled = triton.compile(kernel, target=target, options=options)
     meta = compiled.metadata
     return compiled.asm["cubin"], {"threads": 32 * meta.num_warps, "shared_bytes": meta.shared}

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 from ..paths import Path
 from ..settings import V2_SWITCH, VARIABLES
-from . import checks
-from .catalogue import KernelSpec, nvlink_modules, p2p_modules
+from . import checks, norm_catalogue
+from .catalogue import KernelSpec, p2p_modules
 from .checks import Check, Group, first_rank, unmet
 from .operation import ALL_REDUCE, OpSpec
 from .verdict import Reason
@@ -56,7 +56,8 @@ class Backend:
         path: what users call it.
         requires: of the machine, in this order, beside ``checks.COMMON``.
         toolchain: what compiles its kernels.
-        modules: (world size, families of calls) -> the modules that those calls may run.
+        modules: (world size, families of calls, architecture) -> the modules that those calls may run.
+        operations: those that its kernels do.
         engine: ``module:class``, imported once it is to be built.
         memory: where staging memory is: ``device`` (CUDA IPC, mapped by peers).
         switch: the environment variable that turns this backend off alone.
@@ -67,8 +68,9 @@ class Backend:
     path: Path
     requires: tuple[Check, ...]
     toolchain: Toolchain
-    modules: Callable[[int, Sequence[OpSpec]], list[KernelSpec]]
+    modules: Callable[[int, Sequence[OpSpec], str | None], list[KernelSpec]]
     engine: str
+    operations: tuple[str, ...] = ("all_reduce",)
     memory: str = "device"
     switch: str | None = None
     why: tuple[str, str] | None = None
@@ -108,8 +110,9 @@ BACKENDS: tuple[Backend, ...] = (
         path=Path.V2,
         requires=(checks.fabric_ready, checks.full_nvlink, checks.peer_access),
         toolchain=NVRTC,
-        modules=nvlink_modules,
+        modules=norm_catalogue.modules,
         engine="allreduce_jit.engine.nvlink:NvlinkEngine",
+        operations=("all_reduce", "all_reduce_norm"),
         switch=V2_SWITCH,
         why=("full-nvlink", "NVLink and peer access between all {n} GPUs"),
     ),
@@ -134,10 +137,10 @@ def names() -> list[str]:
     return [row.path.value for row in BACKENDS]
 
 
-def modules(path: str, world_size: int) -> list[KernelSpec]:
-    """The modules that ``init`` builds on ``path``, as users call it, without ``max_ctas``."""
+def modules(path: str, world_size: int, families: Sequence[OpSpec] = ALL_REDUCE, arch: str | None = None) -> list[KernelSpec]:
+    """The modules that ``init`` builds on ``path``, as users call it, for calls of ``families``, without ``max_ctas``."""
     row = next(row for row in BACKENDS if row.path.value == path)
-    return row.modules(world_size, ALL_REDUCE)
+    return row.modules(world_size, [family for family in families if family.operation in row.operations], arch)
 
 
 def wishes() -> list[str]:

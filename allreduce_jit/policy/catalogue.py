@@ -18,10 +18,11 @@ class KernelSpec:
     Attributes:
         name: unique name, also in the cache listing, e.g. ``two_shot_ws4``.
         language: ``cuda`` (NVRTC) or ``triton``.
-        source: a file of ``kernels/cuda`` or a function of ``kernels/triton/p2p.py``.
+        source: a file of ``kernels/cuda`` or a function of ``kernels/triton``.
         constants: members of the CUDA struct ``Config``, or Triton constexprs, by name.
         entries: names of the kernels inside.
         bodies: the CUDA device function that each entry runs; none where the source defines its kernels itself.
+        macro: what makes a kernel of an entry and its body (``entry.cuh``), and its arguments between the two.
     """
 
     name: str
@@ -30,6 +31,7 @@ class KernelSpec:
     constants: tuple[tuple[str, object], ...]
     entries: tuple[str, ...]
     bodies: tuple[str, ...] = ()
+    macro: tuple[object, ...] = ("ENTRY",)
 
 
 @dataclass(frozen=True)
@@ -82,13 +84,13 @@ def nvlink_algorithms(world_size: int, few_sms: bool = False) -> tuple[str, ...]
 
 
 def nvlink_modules(world_size: int, families: Sequence[OpSpec] = ALL_REDUCE, few_sms: bool = False) -> list[KernelSpec]:
-    """All CUDA modules of calls of ``families``: each holds all dtypes at once (one compilation, one cubin)."""
+    """All CUDA modules of all-reduces of ``families``: each holds all dtypes at once (one compilation, one cubin)."""
     names = nvlink_algorithms(world_size, few_sms) if families else ()
     return [cuda_module(name, world_size) for name in names]
 
 
-def p2p_modules(world_size: int, families: Sequence[OpSpec] = ALL_REDUCE) -> list[KernelSpec]:
-    """All Triton modules of calls of ``families``: each holds one kernel of one dtype."""
+def p2p_modules(world_size: int, families: Sequence[OpSpec] = ALL_REDUCE, arch: str | None = None) -> list[KernelSpec]:
+    """All Triton modules of calls of ``families``: each holds one kernel of one dtype, the same for every ``arch``."""
     return [
         triton_module(name, world_size, family.dtype, vector)
         for name in P2P_ALGORITHMS

@@ -20,7 +20,8 @@ of y (group); it is what the quantized value is to be multiplied by. A NaN in th
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import struct
+from dataclasses import dataclass, replace
 
 ROUNDINGS = ("R", "U", "H")
 QUANTS = ("none", "static", "token", "group")
@@ -33,7 +34,7 @@ HIDDEN = range(64, 16384 + 1, 8)  # elements of a row
 
 @dataclass(frozen=True)
 class Norm:
-    """What follows the sum.
+    """What follows the sum. Kernels of a family take ``eps`` and the strides as arguments, all else is compiled into them.
 
     Attributes:
         rounding: which engine's arithmetic: ``R`` as vLLM and TensorRT-LLM, ``U`` normalizes the sum before it is rounded (SGLang), ``H``
@@ -64,10 +65,35 @@ class Norm:
     @property
     def family(self) -> Norm:
         """All norms that the same kernels compute."""
-        return Norm(self.rounding, self.quant)
+        return replace(self, eps=0.0, scale_strides=(0, 0))
 
     @property
     def parameters(self) -> int:
         """What ranks compare beside the shape: 16 bits."""
         flags = self.residual | (self.weight == "float32") << 1 | self.weight_bias << 2 | self.keep_norm << 3
         return flags | ROUNDINGS.index(self.rounding) << 4 | QUANTS.index(self.quant) << 6
+
+
+def signed(norm: Norm, hidden: int) -> int:
+    """What ranks compare of a call beside its elements, in 64 bits: ``NormArgs.parameters``."""
+    return hidden | norm.parameters << 16 | _bits(norm.eps) << 32
+
+
+def read_signed(word: int) -> dict[str, object]:
+    """What ``signed`` made a word of, in words for people."""
+    flags = word >> 16 & 0xFFFF
+    rounding, quant = flags >> 4 & 3, flags >> 6 & 3
+    return {
+        "hidden": word & 0xFFFF,
+        "rounding": ROUNDINGS[rounding] if rounding < len(ROUNDINGS) else "?",
+        "eps": float(f"{struct.unpack('<f', struct.pack('<I', word >> 32 & 0xFFFFFFFF))[0]:.6g}"),
+        "residual": bool(flags & 1),
+        "fp32 weight": bool(flags & 2),
+        "weight_bias": flags >> 2 & 1,
+        "quantization": QUANTS[quant],
+        "norm kept": bool(flags & 8),
+    }
+
+
+def _bits(eps: float) -> int:
+    return struct.unpack("<I", struct.pack("<f", eps))[0]

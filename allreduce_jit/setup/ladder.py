@@ -44,6 +44,8 @@ class Ladder:
 
     ``wishes``: what each rank's environment says of paths, nothing else of it.
     ``processes``: each rank's own account of which process it is, for ``watcher.watch``.
+    ``stages``: in which further kernels of ``engine`` are built.
+    ``without``: why it lacks those of ``operations``, if they were what failed.
     ``tuned``: V2's tables per dtype as measured on this machine, ``tuning`` the file they are from; None = the
     package's.
     """
@@ -56,6 +58,8 @@ class Ladder:
     tuned: Mapping[str, Bands] | None = None
     tuning: str | None = None
     engine: KernelEngine | None = None
+    stages: Stages | None = None
+    without: Reason | None = None
     timings: dict[str, float] = field(default_factory=dict)
 
 
@@ -153,6 +157,7 @@ def climb(
     max_ctas: int | None = None,
     tables: Mapping[str, Bands] | None = None,
     families: Sequence[OpSpec] = ALL_REDUCE,
+    operations: Sequence[OpSpec] = (),
 ) -> Ladder:
     """Survey, then build the highest rung that every rank can build and verify.
 
@@ -161,13 +166,14 @@ def climb(
         lowest: below it there is torch.distributed alone; None: the lowest there is.
         max_ctas: blocks that V2 may occupy at once; such a communicator has a table of its own.
         tables: V2's per dtype, instead of what was measured; the same on all ranks.
-        families: of the calls whose kernels are built.
+        families: of the calls whose kernels are built; a rung that cannot is none.
+        operations: more of them, where a rung has such kernels; if they fail, the rung is built without them.
     """
     rows = [row.path for row in backends.BACKENDS]
     highest, lowest = highest or rows[0], lowest or rows[-1]
     # Another version may lay its memory out otherwise.
     request = {"package": __version__, "deterministic": deterministic, "highest": highest, "lowest": lowest, "max_ctas": max_ctas}
-    request["families"] = [asdict(family) for family in families]
+    request |= {"families": [asdict(family) for family in families], "operations": [asdict(family) for family in operations]}
     ladder = survey(group, device, request=request)
     if tables is not None or max_ctas is not None:
         ladder.tuned, ladder.tuning = tables, None
@@ -181,14 +187,29 @@ def climb(
             left[row.path] = row.unwanted(f"the caller asked for the {highest} kernels")
         else:
             construct = functools.partial(_construct, row, dist.get_rank(group), device, deterministic, max_ctas, ladder)
+            more = [family for family in operations if family.operation in row.operations]
             try:
-                ladder.engine = stages.build_engine(construct, families)
+                ladder.engine, ladder.without = _build(stages, construct, families, more)
+                ladder.stages = stages
                 break
             except StepDown as step:
                 left[row.path] = step.reason
         ladder.verdict = decide(ladder.capabilities, ladder.wishes, WORLD_SIZES, left=left)
     ladder.timings["total_s"] = sum(ladder.timings.values())
     return ladder
+
+
+def _build(
+    stages: Stages, construct: Callable[[], KernelEngine], families: Sequence[OpSpec], more: Sequence[OpSpec]
+) -> tuple[KernelEngine, Reason | None]:
+    """An engine with the kernels of ``families`` and of ``more``, all at once; if that fails, without the latter, and the reason."""
+    without = None
+    if more:
+        try:
+            return stages.build_engine(construct, [*families, *more]), None
+        except StepDown as step:
+            without = step.reason
+    return stages.build_engine(construct, families), without
 
 
 def _construct(

@@ -19,7 +19,7 @@ from allreduce_jit.abi import MAX_SHAPES
 from allreduce_jit.engine import base as engines
 from allreduce_jit.engine import prepared, streams
 from allreduce_jit.engine.base import EngineConfig, KernelEngine
-from allreduce_jit.engine.failure import SIGNATURES, SIGNATURES_AT, Kind, abort_code, tag
+from allreduce_jit.engine.failure import SIGNATURES_AT, SIGNED, Kind, abort_code, tag
 from allreduce_jit.errors import AllReduceError, CallMismatch, InputError, PeerLost, PeerTimeout, Poisoned
 from allreduce_jit.jit import compiler
 from allreduce_jit.jit.cache import Artifact, KernelCache
@@ -243,7 +243,8 @@ class Side:
     def __init__(self):
         self.stored = []
         self.told = 0  # this rank's abort word
-        self.signatures = bytearray(SIGNATURES)
+        self.signatures = bytearray(SIGNED)
+        self.peers = bytearray(SIGNED)  # any peer's
 
     def sign(self, rank, sequence, numel, algorithm="one_shot", dtype="float32"):
         at = ((sequence & 1) * 8 + rank) * 16
@@ -257,8 +258,8 @@ class Side:
     def read(self, address, nbytes):
         if (address, nbytes) == (BASES[1], 4):
             return self.told.to_bytes(4, "little")
-        assert address == BASES[1] + SIGNATURES_AT and nbytes == SIGNATURES
-        return bytes(self.signatures)
+        assert address - SIGNATURES_AT in BASES and nbytes == SIGNED
+        return bytes(self.signatures if address == BASES[1] + SIGNATURES_AT else self.peers)
 
 
 @pytest.fixture

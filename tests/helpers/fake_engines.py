@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 from unittest import mock
@@ -10,7 +11,8 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
-from allreduce_jit.engine import reference
+from allreduce_jit.engine import norm_reference, reference
+from allreduce_jit.policy.nvlink_norm import APART
 from allreduce_jit.policy.operation import ALL_REDUCE
 from allreduce_jit.policy.plan import Plan
 from allreduce_jit.setup import ladder, nccl
@@ -21,6 +23,7 @@ STAGES = ("construct", "compile", "load", "allocate", "connect", "verify")
 # First number of elements -> algorithm; odd on purpose.
 SWITCHES = {1: "one_shot", 1001: "two_shot", 20_001: "three_shot"}
 LIMIT = 30_003  # elements from which the fake legacy hands over to torch.distributed
+MOST_ROWS = 20  # with a norm, that the fake V2 takes in one kernel
 
 
 class FakeEngine:
@@ -33,7 +36,7 @@ class FakeEngine:
         self.path, self.config, self.group, self.fails = path, config, group, fails
         self.events: list[str] = []
         self.families = []
-        self.sums = 0
+        self.sums = self.norms = 0
         self.hands_over = not config.deterministic
         self.dead = []
         self._stage("construct")
@@ -81,16 +84,26 @@ class FakeEngine:
         self.dead.append(rank)
 
     def plan(self, spec):
+        if spec.epilogue is not None:
+            return Plan(self.path, "one_shot_norm" if spec.rows <= MOST_ROWS else APART, 1, 32, spec.numel)
         if self.path == "legacy" and self.hands_over and spec.numel >= LIMIT:
             return Plan("torch.distributed", "nccl", 0, 0, spec.numel)
         algorithm = SWITCHES[max(first for first in SWITCHES if first * 4 <= spec.nbytes or first == 1)]
         return Plan(self.path, algorithm, 1, 32, spec.numel)
 
     def takes(self, spec):
-        return spec.family in (self.families or ALL_REDUCE) and self.plan(spec).path == self.path
+        plan = self.plan(spec)
+        return spec.family in (self.families or ALL_REDUCE) and plan.path == self.path and plan.algorithm != APART
 
     def prepared(self, spec):
-        return self.all_reduce
+        return self.all_reduce if spec.epilogue is None else partial(self.all_reduce_norm, spec)
+
+    def all_reduce_norm(self, spec, x, out, *others):
+        assert spec.family in self.families and self.path == "v2"
+        total = torch.empty_like(x)
+        self.all_reduce(x, total)
+        self.sums, self.norms = self.sums - 1, self.norms + 1
+        norm_reference.run(replace(spec, operation="norm"), (total, out, *others))
 
     def all_reduce(self, x, out):
         assert not self.closed and x.numel() and x.shape == out.shape and x.dtype is out.dtype

@@ -90,7 +90,7 @@ def shared_memory(group: Group):
     return first_rank(group.caps, "map-failed", "has no shared memory", lambda c: not c.host.shm_bytes)
 
 
-def host_modules(world_size, families):
+def host_modules(world_size, families, arch):
     return [SimpleNamespace(name=f"host_ws{world_size}", families=families)]
 
 
