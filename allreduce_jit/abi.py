@@ -75,14 +75,10 @@ class NormArgs(ctypes.Structure):
         ("weight", u64),  # hidden elements
         ("norm", u64),  # where the output is quantized: the norm
         ("scale", u64),  # of the quantized output: fp32, read (static) or written
-        ("hidden", u32),  # elements of a row
-        ("row_packets", u32),  # packets of a row
-        ("inverse", ctypes.c_float),  # 1 / hidden
         ("eps", ctypes.c_float),
-        ("weight_bias", ctypes.c_float),
-        ("weight_is_fp32", u32),
         ("scale_row", u32),  # elements of the scales from one row to the next
         ("scale_group", u32),  # and from one group to the next
+        ("reserved", u32),
         ("parameters", u64),  # what the signature tells beside Args: hidden, flags, eps
     ]
 

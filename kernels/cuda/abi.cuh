@@ -33,14 +33,10 @@ struct NormArgs {
     u64 weight;        // hidden elements
     u64 norm;          // where the output is quantized: the norm
     u64 scale;         // of the quantized output: fp32, read (static) or written
-    u32 hidden;        // elements of a row
-    u32 row_packets;   // packets of a row
-    float inverse;     // 1 / hidden
     float eps;
-    float weight_bias;
-    u32 weight_is_fp32;
     u32 scale_row;    // elements of the scales from one row to the next
     u32 scale_group;  // and from one group to the next
+    u32 reserved;
     u64 parameters;   // what the signature tells beside Args: hidden, flags, eps
 };
 

@@ -6,24 +6,35 @@
 #pragma once
 #include "abi.cuh"
 
-template <bool VIRTUAL_RANKS>
+template <class A, bool VIRTUAL_RANKS>
 struct Parameter {
-    typedef Args Type;
-    __device__ static const Args &of(const Args &args) { return args; }
+    typedef A Type;
+    __device__ static const A &of(const A &args) { return args; }
 };
 
-template <>
-struct Parameter<true> {
-    typedef const Args *Type;
-    __device__ static const Args &of(const Args *ranks) { return ranks[blockIdx.y]; }
+template <class A>
+struct Parameter<A, true> {
+    typedef const A *Type;
+    __device__ static const A &of(const A *ranks) { return ranks[blockIdx.y]; }
 };
 
 // Blocks of 512 threads that an SM must have registers for. Few-SM modes and many peers need more registers a thread.
 template <class Config>
 constexpr u32 MIN_BLOCKS = Config::WORLD_SIZE > 4 || Config::PACKETS > 1 ? 1 : 2;
 
-#define ENTRY(name, ...)                                                                      \
-    extern "C" __global__ void __launch_bounds__(512, MIN_BLOCKS<Config>)                     \
-        name(const __grid_constant__ Parameter<Config::VIRTUAL_RANKS>::Type parameter) {      \
-        __VA_ARGS__(Parameter<Config::VIRTUAL_RANKS>::of(parameter));                         \
+#define ENTRY(name, ...)                                                                        \
+    extern "C" __global__ void __launch_bounds__(512, MIN_BLOCKS<Config>)                       \
+        name(const __grid_constant__ Parameter<Args, Config::VIRTUAL_RANKS>::Type parameter) {  \
+        __VA_ARGS__(Parameter<Args, Config::VIRTUAL_RANKS>::of(parameter));                     \
     }
+
+// The same over NormArgs, for rows of a block of WARPS warps, or of a cluster of CLUSTER blocks.
+#define NORM_ENTRY(name, CLUSTER, WARPS, MIN_BLOCKS, ...)                                           \
+    extern "C" __global__ void CLUSTER_OF_##CLUSTER __launch_bounds__(32 * WARPS, MIN_BLOCKS)       \
+        name(const __grid_constant__ Parameter<NormArgs, Config::VIRTUAL_RANKS>::Type parameter) {  \
+        __VA_ARGS__(Parameter<NormArgs, Config::VIRTUAL_RANKS>::of(parameter));                     \
+    }
+#define CLUSTER_OF_1
+#define CLUSTER_OF_2 __cluster_dims__(2, 1, 1)
+#define CLUSTER_OF_4 __cluster_dims__(4, 1, 1)
+#define CLUSTER_OF_8 __cluster_dims__(8, 1, 1)

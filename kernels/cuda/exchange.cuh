@@ -10,6 +10,7 @@ struct Epoch {
     bool alive;
 
     __device__ Epoch(const Args &a, u32 channel) : address(a.channels + channel * sizeof(Channel)) {}
+    __device__ explicit Epoch(u64 address, u32 parity = 0) : address(address), parity(parity) {}
 
     __device__ void load(bool aborted) {
         const u64 state = ld_relaxed_gpu_v2_u32(address);
@@ -48,12 +49,15 @@ struct Exchange {
         for (u32 j = 0; j < PEERS<Config>; j++) push(k, j, p, alive);
     }
 
-    // Every peer's packet, by place; `use()` as in receive().
+    // Every peer's packet, by place; `use()` as in receive(). Returns whether they came.
     template <class Use>
-    __device__ void wait(u32 k, Peers &peers, Use use) const {
+    __device__ bool wait(u32 k, Peers &peers, Use use) const {
         const u64 slot = slots.mine + offset + k * WARP * 16;
-        const auto slow = [&] { wait_slow<Config, Wire, Epilogue>(a, slot, slots.stride, buffer, share); };
-        receive<Config, Wire>(slot, slots.stride, peers, use, slow);
+        const auto slow = [&] {
+            const bool came = wait_slow<Config, Wire, Epilogue>(a, slot, slots.stride, buffer, share);
+            return came || !Epilogue::WAITED_FOR;
+        };
+        return receive<Config, Wire>(slot, slots.stride, peers, use, slow);
     }
 
     __device__ void poison(u32 k) const {

@@ -2,8 +2,8 @@
 // but the smallest messages. (The overlapping launches of a stream have one guard, in the first. "Call" here is what a guard
 // guards.)
 //
-// - Signature: sequence number, number of elements, dtype and algorithm go to every peer and are compared with theirs; a
-//   difference stops the communicator on both. Each 8-byte half carries the sequence number, so it proves its own arrival (the
+// - Signature: sequence number, number of elements, dtype and algorithm go to every peer and are compared with theirs (of calls with
+//   parameters, these as well); a difference stops the communicator on both. Each 8-byte half carries the sequence number, so it proves its own arrival (the
 //   LL protocol of NCCL). Two parities are enough: a rank sends signature e+2 when its call e+1 is complete, so it has the
 //   peer's e+1, which the peer sent when its call e was complete.
 // - Concurrent use: two calls in flight on one rank (two streams, two replayed graphs) share slots and epochs. Another call is
@@ -21,9 +21,10 @@ __device__ inline bool arrived(Packet signature, u32 sequence) {
 // Small, as every launch has to fetch it: a lane per peer. Calls count from 1 (the header holds zeros at first). Each knows its
 // number before griddepcontrol.wait: the next launch may start only when this one has drawn its ticket. So the signature leaves
 // at once, and comes back sooner than the data, which has to wait for the epoch.
-template <class Config>
-__device__ inline void guard(const Args &a) {
+template <class Config, bool WITH_PARAMETERS = false>
+__device__ inline void guard(const Args &a, u64 parameters = 0) {
     constexpr u32 LANES = (1u << PEERS<Config>) - 1, SIGNATURE = sizeof(Signature), PARITY = sizeof(Header::signatures[0]);
+    const u64 BEHIND = offsetof(Header, parameters) - offsetof(Header, signatures);
     const u32 lane = threadIdx.x;
     if (lane >= PEERS<Config>) return;
     const u32 peer = source_at(lane, a.rank);
@@ -45,7 +46,10 @@ __device__ inline void guard(const Args &a) {
     materialize(flag);
     materialize(call);
     griddepcontrol_wait();
-    if (!aborted) st_relaxed_sys_v2_u64(to, Packet{{u32(call), sequence, u32(call >> 32), sequence}});
+    if (!aborted) {
+        st_relaxed_sys_v2_u64(to, Packet{{u32(call), sequence, u32(call >> 32), sequence}});
+        if (WITH_PARAMETERS) st_relaxed_sys_v2_u64(to + BEHIND, Packet{{u32(parameters), sequence, u32(parameters >> 32), sequence}});
+    }
     const u64 signed_completed = ld_relaxed_gpu_v2_u32(control + offsetof(Control, sequence));
     const u32 handshaken = ld_relaxed_gpu_u32(flag);
     const bool alone = u32(signed_completed) == sequence - 1 && int(u32(signed_completed >> 32) - (sequence - 1)) >= 0;
@@ -53,21 +57,27 @@ __device__ inline void guard(const Args &a) {
     Wait wait;
     Packet theirs;
     u32 kind = TIMEOUT, culprit = peer, polls = dead ? POLLS : 0;
+    u64 other = 0;
+    bool differ = false;
+    const auto poll = [&] {
+        theirs = ld_relaxed_sys_v2_u64(from);
+        Packet more;
+        if (WITH_PARAMETERS) more = ld_relaxed_sys_v2_u64(from + BEHIND);
+        other = theirs.w[0] | u64(theirs.w[2]) << 32;
+        differ = ((other ^ call) & ~(u64(IN_PLACE) << 32)) != 0;
+        // Parameters come right behind, from a call of the same kind.
+        if (arrived(theirs, sequence) && (!WITH_PARAMETERS || differ || arrived(more, sequence))) kind = 0;
+        if (WITH_PARAMETERS) differ |= (more.w[0] | u64(more.w[2]) << 32) != parameters;
+    };
     // A single exit, as in receive().
 #pragma unroll 1
-    do {
-        theirs = ld_relaxed_sys_v2_u64(from);
-        if (arrived(theirs, sequence)) kind = 0;
-    } while (kind && ++polls <= POLLS);
+    do poll();
+    while (kind && ++polls <= POLLS);
     if (!dead)
 #pragma unroll 1
-        while (kind && !wait.expired(a)) {
-            theirs = ld_relaxed_sys_v2_u64(from);
-            if (arrived(theirs, sequence)) kind = 0;
-        }
-    const u64 other = theirs.w[0] | u64(theirs.w[2]) << 32;
+        while (kind && !wait.expired(a)) poll();
     if (!alone) kind = CONCURRENT, culprit = a.rank;
-    else if (!kind && (other ^ call) & ~(u64(IN_PLACE) << 32)) kind = MISMATCH;
+    else if (!kind && differ) kind = MISMATCH;
     // Before the vote, which waits for the other lanes, whose peers may be late.
     if (kind) stop<Config>(a, kind, culprit, 0, wait.waited_ns, sequence, call, kind == MISMATCH ? other : 0);
     const bool all_signed = all_sync(LANES, kind == 0);  // after it every lane has read the counts

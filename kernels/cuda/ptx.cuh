@@ -144,6 +144,12 @@ __device__ inline void materialize(u32 &value) {
     asm volatile("{ .reg .pred none; setp.eq.u32 none, %0, 0xFFFFFFFF; @none exit; }" : "+r"(value)::"memory");
 }
 
+__device__ inline void materialize(float &value) {
+    u32 bits = __float_as_uint(value);
+    materialize(bits);
+    value = __uint_as_float(bits);
+}
+
 // Optimisation barrier: the compiler loses what it knows about the value, so it neither merges a branch on it with an earlier
 // one nor sinks the computation of it.
 __device__ inline void opaque(u32 &value) { asm volatile("" : "+r"(value)); }
@@ -162,6 +168,46 @@ __device__ inline bool all_sync(u32 mask, bool p) { return __all_sync(mask, p); 
 
 // Lane 0's value; the lanes of `mask` take part.
 __device__ inline u32 broadcast(u32 mask, u32 v) { return __shfl_sync(mask, v, 0); }
+
+// The other lane's value; all lanes of the warp take part.
+__device__ inline float shfl_xor(float v, u32 lanes) { return __shfl_xor_sync(~0u, v, lanes); }
+__device__ inline u32 shfl_xor(u32 v, u32 lanes) { return __shfl_xor_sync(~0u, v, lanes); }
+
+// Shared memory: an address of this block's, or of another one's of its cluster (clusters: sm_90 and later).
+template <u32 WORDS>
+__device__ inline u32 shared_memory() {
+    __shared__ alignas(16) u32 words[WORDS];
+    return u32(__cvta_generic_to_shared(words));
+}
+
+__device__ inline void st_shared_u32(u32 address, u32 v) {
+    asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(v) : "memory");
+}
+
+__device__ inline Packet ld_shared_v4(u32 address) {
+    Packet p;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(p.w[0]), "=r"(p.w[1]), "=r"(p.w[2]), "=r"(p.w[3])
+                 : "r"(address)
+                 : "memory");
+    return p;
+}
+
+#if __CUDA_ARCH__ >= 900
+__device__ inline u32 mapa(u32 address, u32 block) {
+    u32 there;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(block));
+    return there;
+}
+
+__device__ inline void st_shared_cluster_u32(u32 address, u32 v) {
+    asm volatile("st.shared::cluster.u32 [%0], %1;" ::"r"(address), "r"(v) : "memory");
+}
+
+// Of all threads of the cluster. What was written before the arrival is visible to all after the wait.
+__device__ inline void barrier_cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+__device__ inline void barrier_cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+#endif
 
 // Programmatic dependent launch (sm_90 and later; before it, kernels of a stream do not overlap).
 __device__ inline void griddepcontrol_launch_dependents() {
@@ -211,4 +257,25 @@ __device__ inline u32 cvt_rn_bf16x2_f32(float high, float low) {
     u32 r;
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
     return r;
+}
+
+// e4m3, saturating; NaN stays NaN.
+__device__ inline u32 cvt_rn_satfinite_e4m3x2_f32(float high, float low) {
+    unsigned short r;
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(r) : "f"(high), "f"(low));
+    return r;
+}
+
+__device__ inline void st_global_u32(u64 address, u32 v) {
+    asm volatile("st.global.u32 [%0], %1;" ::"l"(address), "r"(v) : "memory");
+}
+
+__device__ inline void st_global_v2(u64 address, u32 low, u32 high) {
+    asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(address), "r"(low), "r"(high) : "memory");
+}
+
+__device__ inline float ld_global_f32(u64 address) {
+    float v;
+    asm volatile("ld.global.f32 %0, [%1];" : "=f"(v) : "l"(address) : "memory");
+    return v;
 }

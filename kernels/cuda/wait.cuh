@@ -38,14 +38,15 @@ struct Wait {
 
 // Wait for the packet of every peer, u[place], in the slots from `first` on. All loads first, then all checks, so that the
 // round trips overlap. `use()` consumes what was loaded, and does so again after `wait_slow()`, which is called if something
-// is missing after POLLS polls: it returns when all packets are there, or ends the thread.
+// is missing after POLLS polls: it returns true when all packets are there, or false (or ends the thread) when they will not come.
+// Returns what it returned last.
 //
 // The polling loop has a single exit, its backward branch, so that the lanes of a warp reconverge there. With a second exit,
 // lanes that leave in different iterations would run the sum and the store one after the other: 0.1 us for a small message.
 // For the same reason `use()` comes before the branch on whether it was too early: by then the answer is known. The slow path
 // keeps nothing in registers that would have to be merged with the fast path.
 template <class Config, class Wire, class Use, class WaitSlow>
-__device__ inline void receive(u64 first, u32 stride, Packet (&u)[PEERS<Config>], Use use, WaitSlow wait_slow) {
+__device__ inline bool receive(u64 first, u32 stride, Packet (&u)[PEERS<Config>], Use use, WaitSlow wait_slow) {
     for (;;) {
         u32 polls = 0;
         bool pending;
@@ -60,7 +61,7 @@ __device__ inline void receive(u64 first, u32 stride, Packet (&u)[PEERS<Config>]
         } while (pending & (!Config::GUARDED || ++polls <= POLLS));
         opaque(polls);
         use();
-        if (!Config::GUARDED || polls <= POLLS) return;
-        wait_slow();
+        if (!Config::GUARDED || polls <= POLLS) return true;
+        if (!wait_slow()) return false;
     }
 }

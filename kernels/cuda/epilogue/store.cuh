@@ -1,6 +1,6 @@
 // An epilogue says what becomes of a sum. A thread hands it each of its sums with `take`, in any order, and ends with `finish`.
-// A thread that gives up a wait calls `abandon` instead, and must not leave others of its block at a barrier: what synchronizes
-// the block in `finish` does so in `abandon`, too.
+// A thread that gives up a wait calls `abandon`, and then ends, unless other threads wait for it in `finish` (WAITED_FOR): then it goes
+// on, with NaN in place of what did not come.
 //
 // Store: the sum is the result.
 #pragma once
@@ -9,6 +9,8 @@
 
 template <class T, bool WHOLE>
 struct Store {
+    static constexpr bool WAITED_FOR = false;
+
     Tensor<T, WHOLE> out;
 
     template <class Partition>
