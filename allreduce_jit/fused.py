@@ -58,10 +58,11 @@ class Norms:
         current: Callable[[], int],
         max_ctas: int | None,
     ):
-        self._ladder, self._routes, self._current, self._max_ctas = ladder, routes, current, max_ctas
+        self._ladder, self._routes, self._current = ladder, routes, current
         self.device, self.index, self.rank = device, index, rank
         row = backends.of(ladder.verdict.path)
         self._fuses = row is not None and "all_reduce_norm" in row.operations
+        self._max_ctas = max_ctas if self._fuses else None
         self._calls: dict[OpSpec, Call] = {}
         self._failed: dict[OpSpec, str] = {}  # families that some rank could not build, and why
 
@@ -91,7 +92,7 @@ class Norms:
         """The families of which there are kernels, or should be."""
         built = [] if self._ladder.engine is None else self._ladder.engine.families
         families = [(family, None) for family in built if family.epilogue is not None]
-        return [_described(family, reason) for family, reason in (*families, *self._failed.items())]
+        return [self._described(family, reason) for family, reason in (*families, *self._failed.items())]
 
     def note_failed(self, families: Sequence[OpSpec]) -> None:
         """Say so of ``families`` that the ladder had to leave away."""
@@ -105,6 +106,14 @@ class Norms:
         self._ladder.stages = None
 
     # -- internals
+
+    def _described(self, family: OpSpec, reason: str | None) -> dict[str, object]:
+        norm = family.epilogue
+        assert norm is not None
+        about = {"operation": family.operation, "dtype": family.dtype, "hidden": family.hidden, "rounding": norm.rounding}
+        about |= {"quantization": norm.quant, "residual": norm.residual, "weight": norm.weight, "weight_bias": norm.weight_bias}
+        path = APART if reason else self._ladder.verdict.path.value
+        return about | {"norm": norm.quant == "none" or norm.keep_norm, "path": path, "reason": reason}
 
     def _may_fuse(self, spec: OpSpec) -> bool:
         """Whether there is, or can be, a kernel that runs calls of ``spec``; the same on all ranks."""
@@ -151,14 +160,6 @@ class Norms:
             through = torch.empty_like(x) if kept is None else tensors[names.index(kept)]
             self._routes.of(x).call(x, through)
         run_local(replace(spec, operation="norm"), (through, *tensors[1:]), self._max_ctas)
-
-
-def _described(family: OpSpec, reason: str | None) -> dict[str, object]:
-    norm = family.epilogue
-    assert norm is not None
-    about = {"operation": family.operation, "dtype": family.dtype, "hidden": family.hidden, "rounding": norm.rounding}
-    about |= {"quantization": norm.quant, "residual": norm.residual, "weight": norm.weight, "weight_bias": norm.weight_bias}
-    return about | {"norm": norm.quant == "none" or norm.keep_norm, "path": "apart" if reason else "v2", "reason": reason}
 
 
 class NormCalls:

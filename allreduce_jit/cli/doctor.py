@@ -139,8 +139,9 @@ class _Look:
         if problem:
             self.problems.append(f"kernel cache {settings.cache_dir or '(none)'}: {problem}")
         total = sum(size for _, size in entries)
+        norms = sum("norm_" in name for name, _ in entries)
         directory = settings.cache_dir and str(settings.cache_dir)
-        return {"directory": directory, "entries": len(entries), "bytes": total, "problem": problem}
+        return {"directory": directory, "entries": len(entries), "norms": norms, "bytes": total, "problem": problem}
 
 
 def render(document: dict[str, Any]) -> str:
@@ -151,7 +152,7 @@ def render(document: dict[str, Any]) -> str:
     lines += _host_lines(probes[0]) if probes else []
     for facts in probes:
         lines += _gpu_lines(facts)
-    state = f"{cache['entries']} kernels, {cache['bytes']} bytes"
+    state = f"{cache['entries']} kernels ({cache['norms']} with a norm), {cache['bytes']} bytes"
     lines.append(f"kernel cache {cache['directory'] or '(none)'}: {cache['problem'] or state}")
     lines += [f"environment  {name}={value}" for name, value in document["environment"].items()]
     ranks = document["simulated_ranks"]

@@ -16,6 +16,7 @@ from ..errors import AllReduceError, InputError, SettingsError
 from ..harness.report import parse_size, prepare_streams
 from ..policy import backends
 from ..policy.catalogue import WORLD_SIZES
+from ..policy.operation import DTYPES
 from ..settings import Settings
 
 COMPETITORS = ("nccl", "nccl_symm", "torch_one_shot", "torch_two_shot", "sglang", "flashinfer")
@@ -156,6 +157,14 @@ def _warmup_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--world-size", choices=worlds, default="all", help="number of ranks (default all)")
     parser.add_argument("--arch", type=_arch, metavar="sm_90", help="to compile for (default: this machine's GPUs)")
     parser.add_argument("--path", choices=[*backends.names(), "all"], default="all", help="whose kernels (default all)")
+    operations = parser.add_argument_group("operations")
+    operations.add_argument(
+        "--op", choices=["all-reduce", "add-rms-norm"], default="all-reduce", help="of which calls (default all-reduce)"
+    )
+    text = "of add-rms-norm: elements of a row (default 4096 8192)"
+    operations.add_argument("--hidden", type=_from(64, 16384), nargs="+", default=[4096, 8192], metavar="N", help=text)
+    text = "of add-rms-norm: float32, float16 or bfloat16 (default)"
+    operations.add_argument("--dtype", choices=list(DTYPES), default="bfloat16", metavar="DTYPE", help=text)
 
 
 def _rank_arguments(parser: argparse.ArgumentParser) -> None:

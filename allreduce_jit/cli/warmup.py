@@ -12,14 +12,14 @@ from typing import Any
 
 from ..errors import InputError
 from ..harness import report
-from ..policy import backends, measured_tables
+from ..policy import backends, local_norm, measured_tables
 from ..policy.catalogue import WORLD_SIZES
 from ..settings import Settings
 
 
 def run(
     args: argparse.Namespace,
-    modules: Callable[[str, int], Iterable[Any]] = backends.modules,
+    modules: Callable[..., Iterable[Any]] = backends.modules,
     build: Callable[..., tuple[Any, bool]] | None = None,
 ) -> int:
     """Compile, print, and return the exit code: 1 if a kernel did not compile."""
@@ -29,9 +29,13 @@ def run(
     archs = [args.arch] if args.arch else _archs()
     paths = backends.names() if args.path == "all" else (args.path,)
     sizes = WORLD_SIZES if args.world_size == "all" else (int(args.world_size),)
-    specs = {spec.name: spec for path in paths for n in sizes for spec in modules(path, n)}
+    if args.op == "all-reduce":
+        specs = {spec.name: spec for path in paths for n in sizes for spec in modules(path, n)}
+        jobs = [(spec, arch) for spec in specs.values() for arch in archs]
+    else:
+        jobs = _norm_jobs(args, archs, [(path, n) for path in paths for n in sizes], modules)
     start = time.perf_counter()
-    rows = _build_all([(spec, arch) for spec in specs.values() for arch in archs], build, cache)
+    rows = _build_all(jobs, build, cache)
     failed = [row for row in rows if row["error"]]
     document = {
         "ok": not failed,
@@ -45,6 +49,21 @@ def run(
     }
     print(json.dumps(document, indent=2) if args.json else _render(document))
     return 1 if failed else 0
+
+
+def _norm_jobs(
+    args: argparse.Namespace, archs: list[str], where: list[tuple[str, int]], modules: Callable[..., Iterable[Any]]
+) -> list[tuple[Any, str]]:
+    """Of calls with a residual and no quantization: their kernels, and the one behind an all-reduce where a path has none."""
+    from ..norms import norm_family
+
+    families = [norm_family(args.dtype, hidden) for hidden in args.hidden]
+    found: dict[tuple[str, str], tuple[Any, str]] = {}
+    for arch in archs:
+        specs = [spec for path, n in where for spec in modules(path, n, families, arch)]
+        for spec in (*specs, *map(local_norm.module, families)):
+            found[spec.name, arch] = spec, arch
+    return list(found.values())
 
 
 def _build_all(jobs: list[tuple[Any, str]], build: Callable[..., tuple[Any, bool]], cache: Any) -> list[dict[str, Any]]:

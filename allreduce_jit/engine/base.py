@@ -200,7 +200,7 @@ class KernelEngine:
         # V2's kernels leave to us what is still there to be read.
         if words[0] and not words[1]:
             words[1] = int.from_bytes(self.side.read(self.state.control, 4), "little")
-        if code & 0xFF == Kind.MISMATCH and culprit != rank:
+        if code & 0xFF == Kind.MISMATCH and culprit != rank and (culprit not in self.dead or not any(words[6:])):
             theirs = self.side.read(addresses[culprit] + SIGNATURES_AT, SIGNED)
             if not any(words[6:]):
                 words[6:] = [*(last_signed(theirs, rank) or (0, 0, 0))[1:], *(last_signed(header, culprit) or (0, 0, 0))[1:]]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.resources
-import inspect
 import logging
 import os
 import sys
@@ -16,7 +15,7 @@ from functools import cache as memoise
 from .. import abi
 from ..errors import CompileError
 from ..machine import toolchain
-from ..policy import local_norm, norm, p2p
+from ..policy import p2p
 from ..policy.catalogue import KernelSpec
 from ..version import __version__
 from . import source, triton_process
@@ -101,7 +100,8 @@ def _triton_source() -> str:
     kernels = sorted(entry.name for entry in folder.iterdir() if entry.name.endswith(".py"))
     # And all offsets and constants, which they take from the modules of which headers and plans are made.
     shared = [*abi.headers().values(), f"{p2p.BLOCK_BYTES} {p2p.NUM_WARPS}"]
-    shared += [*map(inspect.getsource, (local_norm, norm))]
+    policy = importlib.resources.files("allreduce_jit.policy")
+    shared += [policy.joinpath(name).read_text() for name in ("norm.py", "local_norm.py")]
     return "".join([*(folder.joinpath(name).read_text() for name in kernels), *shared])
 
 

@@ -676,7 +676,14 @@ class TestWarmup:
     def run(self, capsys, monkeypatch, *options):
         built = []
 
-        def catalogue(path, world_size):
+        def catalogue(path, world_size, families=None, arch=None):
+            if families is not None:  # kernels of one path, and of newer GPUs
+                names = [
+                    f"norm_{family.hidden}_{family.dtype}_ws{world_size}"
+                    for family in families
+                    if path == "v2" and arch != "sm_80"
+                ]
+                return [SimpleNamespace(name=name) for name in names]
             return [SimpleNamespace(name=f"{path}_ws{world_size}"), SimpleNamespace(name="shared")]
 
         def build(spec, arch, cache):
@@ -696,6 +703,27 @@ class TestWarmup:
         assert code == 0 and built == [("v2_ws2", "sm_90"), ("shared", "sm_90"), ("legacy_ws2", "sm_90")]
         document = json.loads(out)
         assert (document["compiled"], document["cached"], document["failed"]) == (2, 1, 0)
+
+    def test_calls_with_a_norm(self, capsys, monkeypatch):
+        options = (
+            "--arch",
+            "sm_90",
+            "--world-size",
+            "2",
+            "--op",
+            "add-rms-norm",
+            "--hidden",
+            "2880",
+            "4096",
+            "--dtype",
+            "float16",
+        )
+        code, built, _ = self.run(capsys, monkeypatch, *options)
+        fused = ["norm_2880_float16_ws2", "norm_4096_float16_ws2"]
+        assert code == 0 and [name for name, _ in built] == [*fused, "norm_r_none_fp16_4096"]  # both of one size in Triton
+        code, built, _ = self.run(capsys, monkeypatch, "--arch", "sm_80", *options[2:])
+        assert code == 0 and built == [("norm_r_none_fp16_4096", "sm_80")]
+        assert cli.main(["warmup", "--arch", "sm_90", "--op", "add-rms-norm", "--hidden", "100"]) == 2
 
     def test_a_kernel_that_does_not_compile_is_1_and_the_others_are_built(self, capsys, monkeypatch):
         code, built, out = self.run(capsys, monkeypatch, "--arch", "sm_100", "--path", "legacy")

@@ -19,11 +19,12 @@ from allreduce_jit.abi import MAX_SHAPES
 from allreduce_jit.engine import base as engines
 from allreduce_jit.engine import prepared, streams
 from allreduce_jit.engine.base import EngineConfig, KernelEngine
-from allreduce_jit.engine.failure import SIGNATURES_AT, SIGNED, Kind, abort_code, tag
+from allreduce_jit.engine.failure import SIGNATURES, SIGNATURES_AT, SIGNED, Kind, abort_code, tag
 from allreduce_jit.errors import AllReduceError, CallMismatch, InputError, PeerLost, PeerTimeout, Poisoned
 from allreduce_jit.jit import compiler
 from allreduce_jit.jit.cache import Artifact, KernelCache
 from allreduce_jit.policy.catalogue import P2P_ALGORITHMS, entry, nvlink_algorithms, nvlink_modules, p2p_modules
+from allreduce_jit.policy.norm import Norm, signed
 from allreduce_jit.policy.operation import ALL_REDUCE, DTYPES
 from allreduce_jit.policy.operation import all_reduce as all_reduce_spec
 from allreduce_jit.policy.plan import HEADER_BYTES, Layout, Plan
@@ -346,6 +347,20 @@ def test_the_next_call_raises_the_cause_if_nobody_has(one):
         all_reduce(one)
     with pytest.raises(Poisoned):
         all_reduce(one)
+
+
+def test_what_norms_differ_in_is_read_from_both_headers(one):
+    """Kernels report elements and tags; the rest is still there, of this very call."""
+    ours, theirs = (signed(Norm(eps=eps), 64) for eps in (1.0, 2.0))
+    call = [128, tag("one_shot_norm", "float32")]
+    for memory, source, word in ((one.side.peers, 1, ours), (one.side.signatures, 2, theirs)):
+        struct.pack_into("<4I", memory, SIGNATURES + (8 + source) * 16, word & 0xFFFFFFFF, 7, word >> 32, 7)
+    stopped(one, Kind.MISMATCH, 2)
+    one.state.words[1], one.state.words[6:10] = 7, call * 2
+    with pytest.raises(CallMismatch) as caught:
+        one.check()
+    words = "one_shot_norm of 2x64 float32 with eps 1.0 on rank 1, but one_shot_norm of 2x64 float32 with eps 2.0 on rank 2"
+    assert words in str(caught.value)
 
 
 def test_abort_reaches_everybody_oneself_first(one):

@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import json
 import struct
+from dataclasses import replace
 
 import pytest
 
 from allreduce_jit.engine.failure import (
     LEGACY_NUMBERS,
     SIGNATURES,
+    SIGNED,
     Kind,
     Signature,
     abort_code,
     explain,
     heard,
+    parameters,
     tag,
 )
 from allreduce_jit.errors import CallMismatch, CommunicatorFailed, ConcurrentUse, PeerLost, PeerTimeout, Poisoned
 from allreduce_jit.policy.catalogue import NVLINK_ALGORITHMS
+from allreduce_jit.policy.norm import Norm, signed
+from allreduce_jit.policy.norm_forms import NORM_ALGORITHMS
 from allreduce_jit.policy.operation import DTYPES
 
-ALGORITHMS = [*NVLINK_ALGORITHMS, *LEGACY_NUMBERS]
+ALGORITHMS = [*NVLINK_ALGORITHMS, *NORM_ALGORITHMS, *LEGACY_NUMBERS]
 IN_PLACE = 1 << 15
 
 
@@ -39,9 +44,18 @@ def words(code=0, sequence=7, call="two_shot", dtype="bfloat16", buffer=0, chann
     return [code, sequence, tag(call, dtype), buffer, channel, waited_ms, *mine, *theirs]
 
 
-def why(code, report=None, rank=1, signed=(None, None, None, None), dead=(), known=True):
+def why(code, report=None, rank=1, signed=(None, None, None, None), dead=(), known=True, told=(None, None)):
     alive = (lambda r: r not in dead) if known else (lambda r: None)
-    return explain(report or words(code), code, rank, signed, alive)
+    return explain(report or words(code), code, rank, signed, alive, told)
+
+
+def header_of_norm(source, sequence, numel, algorithm, word, second=None):
+    """A header with the signature of a call with a norm, and what it tells besides; ``second``: of another call."""
+    raw = bytearray(SIGNED)
+    raw[:SIGNATURES] = header((source, sequence, numel, tag(algorithm, "bfloat16")))
+    again = sequence if second is None else second
+    struct.pack_into("<4I", raw, SIGNATURES + ((sequence & 1) * 8 + source) * 16, word & 0xFFFFFFFF, again, word >> 32, again)
+    return bytes(raw)
 
 
 # -- signatures
@@ -157,6 +171,60 @@ def test_a_mismatch_of_others():
     assert "rank 0 and rank 2 came to one call with different signatures (rank 0 told rank 1)" in str(error)
 
 
+# -- calls with a norm
+
+NORM = Norm("R", "none", True, "bfloat16", 0, 2.0**-17)
+
+
+@pytest.mark.parametrize("algorithm", NORM_ALGORITHMS)
+def test_what_a_norm_signed_besides_comes_back(algorithm):
+    word = signed(NORM, 4096)
+    raw = header_of_norm(2, 9, 12 * 4096, algorithm, word)
+    assert parameters(raw, 2, 9) == word
+    assert parameters(raw, 2, 8) is parameters(raw, 2, 7) is parameters(raw, 1, 9) is parameters(raw[:SIGNATURES], 2, 9) is None
+    assert parameters(header_of_norm(2, 9, 12 * 4096, algorithm, word, second=7), 2, 9) is None  # of an earlier call
+    assert parameters(bytes(SIGNED), 0, 0) is None
+    sequence, found = heard(raw, 4)[2]
+    assert (sequence, str(found)) == (9, f"{algorithm} of 12x4096 bfloat16")
+    # Without it, elements are all that is known. An all-reduce has none, whatever an earlier call left there.
+    assert str(heard(raw[:SIGNATURES], 4)[2][1]) == f"{algorithm} of 49152 bfloat16"
+    left = header((2, 9, 100, tag("one_shot", "bfloat16"))) + raw[SIGNATURES:]
+    assert heard(left, 4)[2][1] == Signature(100, "bfloat16", "one_shot", False)
+
+
+@pytest.mark.parametrize(("change", "hidden", "mine", "theirs"), [
+    ({}, 2048, "hidden 4096", "hidden 2048"),
+    ({"eps": 2.0**-10}, 4096, f"eps {2.0**-17:.6g}", f"eps {2.0**-10:.6g}"),
+    ({"rounding": "H"}, 4096, "rounding R", "rounding H"),
+    ({"residual": False}, 4096, "residual True", "residual False"),
+    ({"weight": "float32"}, 4096, "fp32 weight False", "fp32 weight True"),
+    ({"weight_bias": 1}, 4096, "weight_bias 0", "weight_bias 1"),
+    ({"quant": "token", "keep_norm": True}, 4096, "quantization none, norm kept False", "quantization token, norm kept True"),
+])  # fmt: skip
+def test_norms_that_differ(change, hidden, mine, theirs):
+    """Their elements, dtype and algorithm may be the same: the message says in what they differ, and in nothing else."""
+    code, numel = abort_code(Kind.MISMATCH, 2, 1), 12 * 4096
+    both = (numel, tag("one_shot_norm", "bfloat16"))
+    told = signed(NORM, 4096), signed(replace(NORM, **change), hidden)
+    error = why(code, words(code, call="one_shot_norm", mine=both, theirs=both), told=told)
+    rows = numel // hidden
+    assert type(error) is CallMismatch and error.ranks == (2, 1)
+    assert (
+        f"call 7 is one_shot_norm of 12x4096 bfloat16 with {mine} on rank 1, "
+        f"but one_shot_norm of {rows}x{hidden} bfloat16 with {theirs} on rank 2." in str(error)
+    )
+    assert error.report["mine"]["norm"]["hidden"] == 4096 and error.report["theirs"]["norm"]["hidden"] == hidden
+    assert json.loads(json.dumps(error.report)) == error.report
+
+
+def test_a_norm_beside_an_all_reduce():
+    code = abort_code(Kind.MISMATCH, 2, 1)
+    mine, theirs = (8192, tag("one_shot_norm", "bfloat16")), (8192, tag("one_shot", "bfloat16"))
+    error = why(code, words(code, call="one_shot_norm", mine=mine, theirs=theirs), told=(signed(NORM, 4096), 5))
+    assert "is one_shot_norm of 2x4096 bfloat16 on rank 1, but one_shot of 8192 bfloat16 on rank 2" in str(error)
+    assert "norm" not in error.report["theirs"]
+
+
 @pytest.mark.parametrize("by", [1, 2])
 def test_concurrent_use(by):
     error = why(abort_code(Kind.CONCURRENT, by, by))
@@ -194,7 +262,8 @@ def test_the_last_calls_of_all_are_listed():
 def test_phases(algorithm):
     """Buffers are numbered as the kernels number them."""
     gathers = (1, 4) if "stream" in algorithm else (2, 3)  # 3: legacy's alone
-    count = NVLINK_ALGORITHMS[algorithm].buffers if algorithm in NVLINK_ALGORITHMS else 4
+    of_v2 = NVLINK_ALGORITHMS.get(algorithm.removesuffix("_norm"))
+    count = of_v2.buffers if of_v2 else 4
     for buffer in range(2 if "one_shot" in algorithm else count):
         code = abort_code(Kind.TIMEOUT, 2, 1)
         phase = why(code, words(code, call=algorithm, buffer=buffer)).report["phase"]

@@ -13,7 +13,7 @@ pytest.importorskip("cuda.bindings.driver")
 
 from helpers.fake_launch import FakeLaunch
 
-from allreduce_jit.engine import norm_reference, nvlink_norm, verify_norm
+from allreduce_jit.engine import norm_reference, nvlink_norm, reference, verify_norm
 from allreduce_jit.engine.base import EngineConfig
 from allreduce_jit.engine.nvlink import NvlinkEngine
 from allreduce_jit.errors import SetupError
@@ -173,14 +173,13 @@ class Summed(NvlinkEngine):
 
     def computed(self, spec, plan, tensors):
         self.ran[plan] = self.ran.get(plan, 0) + 1
-        total = verify_norm._sum(spec, self.config.world_size, self.turn(spec, tensors))
+        inputs = [verify_norm._input(spec, rank) for rank in range(self.config.world_size)]
+        orders = [verify_norm.turned(spec, [x, *tensors[1:]], turn)[0] for x in inputs for turn in range(verify_norm.ROWS)]
+        mine = [torch.equal(x.view(torch.int16), tensors[0].view(torch.int16)) for x in orders].index(True)
+        self.orders.append(mine % verify_norm.ROWS)
+        total = reference.ordered_sum(orders[mine % verify_norm.ROWS :: verify_norm.ROWS])
         norm_reference.run(replace(spec, operation="norm"), [total, *tensors[1:]])
         self.damage(plan, spec, tensors)
-
-    def turn(self, spec, tensors):
-        """Which pass it is: told by the input."""
-        mine = (verify_norm._input(spec, self.config.rank, turn) for turn in range(2))
-        return [torch.equal(x.view(torch.int16), tensors[0].view(torch.int16)) for x in mine].index(True)
 
     def check(self):
         pass
@@ -192,7 +191,7 @@ def summed(monkeypatch):
 
     def make(world_size=4, **more):
         one = Summed(EngineConfig(1, world_size, torch.device("cpu"), "sm_90", True, True, Settings(), **more))
-        one.ran = {}
+        one.ran, one.orders = {}, []
         return one
 
     return make
@@ -208,6 +207,8 @@ def test_every_form_is_verified(summed, world_size, quant):
     bands = one._norm_bands(family)
     assert forms == {band.form for band in bands} and len(forms) >= 2
     assert all(times >= 2 for times in one.ran.values())
+    kernels = [order for order, last in zip(one.orders, [None, *one.orders]) if order != last]
+    assert len(kernels) == 2 * len(forms) + 2  # no two runs in a row have the same data, but for the repeated call
     few = summed(world_size, max_ctas=3)
     verify_norm.verify_norms(few, family)
     assert few.ran and all((plan.rows + 1) * plan.form.cluster <= 3 for plan in few.ran)

@@ -92,8 +92,10 @@ class FakeEngine:
         return Plan(self.path, algorithm, 1, 32, spec.numel)
 
     def takes(self, spec):
+        if spec.family not in (self.families or ALL_REDUCE):
+            return False
         plan = self.plan(spec)
-        return spec.family in (self.families or ALL_REDUCE) and plan.path == self.path and plan.algorithm != APART
+        return plan.path == self.path and plan.algorithm != APART
 
     def prepared(self, spec):
         return self.all_reduce if spec.epilogue is None else partial(self.all_reduce_norm, spec)
