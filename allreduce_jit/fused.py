@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .errors import InputError, InputTypeError
-from .norms import operands, quant_of, run_local
+from .known_norms import KnownNorms
+from .norms import hows, operands, quant_of, run_local
 from .policy import backends
 from .policy.nvlink_norm import APART
 from .policy.operation import OpSpec
@@ -65,17 +66,37 @@ class Norms:
         self._max_ctas = max_ctas if self._fuses else None
         self._calls: dict[OpSpec, Call] = {}
         self._failed: dict[OpSpec, str] = {}  # families that some rank could not build, and why
+        self._known = KnownNorms()
 
-    def __call__(self, x: torch.Tensor, *others: Any, **how: Any) -> tuple[torch.Tensor, ...]:
-        """One call; arguments as of ``norms.operands``."""
-        call = operands(x, *others, **how, operation="all_reduce_norm", device=self.device, index=self.index, rank=self.rank)
+    def __call__(
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor | None,
+        weight: torch.Tensor,
+        eps: float,
+        how: tuple = (),
+        scale: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
+        residual_out: torch.Tensor | None = None,
+        **outs: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, ...]:
+        """One call; arguments as of ``norms.operands``, ``how`` as of ``hows``."""
+        here = self._current() == self.index
+        given = x, residual, weight, scale
+        may_be_known = here and not any(one is not None for one in outs.values()) and (out is None or how[0] == "none")
+        if may_be_known and (results := self._known.call(given, eps, how, out, residual_out)) is not None:
+            return results
+        options: dict[str, Any] = {**hows(how), **outs, "scale": scale, "out": out, "residual_out": residual_out}
+        options |= {"operation": "all_reduce_norm", "device": self.device, "index": self.index, "rank": self.rank}
+        call = operands(x, residual, weight, eps, **options)
         if call.spec.rows:
-            here = self._current() == self.index
             with contextlib.nullcontext() if here else torch.cuda.device(self.device):
                 run = self._calls.get(call.spec) or self._prepared(call.spec)
                 run(*call.tensors)
                 for destination, source in call.copies:
                     destination.copy_(source)
+            if out is None and residual_out is None and not any(one is not None for one in outs.values()):
+                self._known.remember(call, given, eps, how, run)
         return call.results
 
     def plan(self, spec: OpSpec) -> Plan:
@@ -103,6 +124,7 @@ class Norms:
     def clear(self) -> None:
         """Hold no engine and no group any more."""
         self._calls.clear()
+        self._known.clear()
         self._ladder.stages = None
 
     # -- internals
@@ -199,8 +221,9 @@ class NormCalls:
             ClosedError, InputError, InputTypeError, NotDeterministicError, CommunicatorFailed: as ``all_reduce``.
         """
         self._check_open()
-        options = {"weight_bias": weight_bias, "rounding": rounding, "out": out, "residual_out": residual_out}
-        norm, total = self._norms(x, residual, weight, eps, **options)
+        norm, total = self._norms(
+            x, residual, weight, eps, ("none", rounding, weight_bias, False, False), None, out, residual_out
+        )
         return norm, total
 
     def all_reduce_add_rms_norm_fp8(
@@ -233,11 +256,8 @@ class NormCalls:
             As ``all_reduce_add_rms_norm``.
         """
         self._check_open()
-        quant = quant_of(scales, "all_reduce_norm", self._norms.rank)
-        return self._norms(
-            x, residual, weight, eps, quant=quant, rounding=rounding, weight_bias=weight_bias, scale=scale, column_major=column_major,
-            keep_norm=with_norm, out=out, residual_out=residual_out, scale_out=scale_out, norm_out=norm_out,
-        )  # fmt: skip
+        how = quant_of(scales, "all_reduce_norm", self._norms.rank), rounding, weight_bias, column_major, with_norm
+        return self._norms(x, residual, weight, eps, how, scale, out, residual_out, scale_out=scale_out, norm_out=norm_out)
 
     def plan_norm(self, rows: int, family: OpSpec) -> Plan:
         """What a call with a norm of so many rows would run; ``family`` as of ``allreduce_jit.norm_family``."""

@@ -10,9 +10,11 @@ import torch
 
 from .engine import norm_reference
 from .errors import InputError
+from .known_norms import KnownNorms
 from .operands import Operands, operands, quant_of
 from .policy.norm import GROUP, HIDDEN, QUANTS, ROUNDINGS, Norm
 from .policy.operation import DTYPES, OpSpec
+from .torch_private import current_device
 
 __all__ = ["Operands", "add_rms_norm", "add_rms_norm_fp8", "norm_family", "operands", "quant_of", "run_local"]
 
@@ -93,7 +95,7 @@ def add_rms_norm(
     Raises:
         InputError: a tensor has another shape, dtype or device than expected, overlaps another, or requires grad.
     """
-    norm, total = _twin(x, residual, weight, eps, rounding=rounding, weight_bias=weight_bias, out=out, residual_out=residual_out)
+    norm, total = _twin(x, residual, weight, eps, ("none", rounding, weight_bias, False, False), None, out, residual_out)
     return norm, total
 
 
@@ -133,19 +135,46 @@ def add_rms_norm_fp8(
     Raises:
         InputError: as for ``add_rms_norm``; or a GPU without e4m3 (before sm_89).
     """
-    return _twin(
-        x, residual, weight, eps, quant=quant_of(scales, "norm", None), rounding=rounding, weight_bias=weight_bias, scale=scale,
-        column_major=column_major, keep_norm=with_norm, out=out, residual_out=residual_out, scale_out=scale_out, norm_out=norm_out,
-    )  # fmt: skip
+    how = quant_of(scales, "norm", None), rounding, weight_bias, column_major, with_norm
+    return _twin(x, residual, weight, eps, how, scale, out, residual_out, scale_out=scale_out, norm_out=norm_out)
 
 
-def _twin(x: torch.Tensor, *others: Any, **how: Any) -> tuple[torch.Tensor, ...]:
+def hows(how: tuple) -> dict[str, Any]:
+    """What a call says besides its tensors, by the names of ``operands``."""
+    return dict(zip(("quant", "rounding", "weight_bias", "column_major", "keep_norm"), how, strict=True))
+
+
+_known = KnownNorms()
+
+
+def _twin(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor,
+    eps: float,
+    how: tuple,
+    scale: torch.Tensor | None,
+    out: torch.Tensor | None,
+    residual_out: torch.Tensor | None,
+    **outs: torch.Tensor | None,
+) -> tuple[torch.Tensor, ...]:
     tensor = x if isinstance(x, torch.Tensor) else torch.empty(0)  # any: x will be refused
-    call = operands(x, *others, **how, operation="norm", device=tensor.device, index=tensor.get_device(), rank=None)
-    with torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext():
+    here = not tensor.is_cuda or current_device() == tensor.get_device()
+    given, fresh = (x, residual, weight, scale), not any(one is not None for one in outs.values())
+    if here and fresh and (out is None or how[0] == "none"):
+        results = _known.call(given, eps, how, out, residual_out)
+        if results is not None:
+            return results
+    options: dict[str, Any] = {**hows(how), **outs, "scale": scale, "out": out, "residual_out": residual_out}
+    call = operands(
+        x, residual, weight, eps, **options, operation="norm", device=tensor.device, index=tensor.get_device(), rank=None
+    )
+    with contextlib.nullcontext() if here else torch.cuda.device(tensor.device):
         run_local(call.spec, call.tensors)
         for destination, source in call.copies:
             destination.copy_(source)
+    if fresh and out is None and residual_out is None:
+        _known.remember(call, given, eps, how, lambda *tensors: run_local(call.spec, tensors))
     return call.results
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from .catalogue import KernelSpec, nvlink_modules
 from .norm import QUANTS, ROUNDINGS
-from .norm_forms import NORM_ALGORITHMS, Form, norm_bands
+from .norm_forms import NORM_ALGORITHMS, REGISTERS, Form, norm_bands
 from .operation import ALL_REDUCE, DTYPES, OpSpec
 
 CLUSTERS_FROM = 90  # sm_90
@@ -58,6 +58,5 @@ def norm_module(form: Form, family: OpSpec, world_size: int, virtual_ranks: bool
 
 
 def _min_blocks(form: Form, warps: int, world_size: int) -> int:
-    """Blocks that an SM must have registers for: 64 a thread where threads have a packet, of few peers; else 128, as far as that goes."""
-    threads = 1024 if form.packets == 1 and world_size <= 4 else 512
-    return min(max(1, threads // (32 * warps)), 16)
+    """Blocks that an SM must have registers for."""
+    return min(max(1, REGISTERS // form.registers(world_size) // (32 * warps)), 16)

@@ -10,12 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .operation import ITEMSIZE, OpSpec
-from .plan import MAX_BLOCK, PACKET, WARP, ceil_div
+from .plan import PACKET, WARP, ceil_div
 from .tables import NEVER, NVLINK_TABLES, two_shot_above
 
 GROUP_BYTES = WARP * PACKET
-MOST_WARPS = MAX_BLOCK // WARP  # of a block
-PACKETS = (1, 2, 4, 8)
+PACKETS, CLUSTERS = (1, 2, 4, 8), (1, 2, 4, 8)
+REGISTERS = 65536  # of a multiprocessor
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,22 @@ class Form:
 
     def warps(self, family: OpSpec, world_size: int) -> int:
         """Of a block."""
-        parts = world_size if NORM_ALGORITHMS[self.algorithm].parts else 1
+        parts = world_size if self.parts else 1
         return ceil_div(ceil_div(groups(family), parts), self.cluster * self.packets)
+
+    @property
+    def parts(self) -> bool:
+        return NORM_ALGORITHMS[self.algorithm].parts
+
+    def registers(self, world_size: int) -> int:
+        """Registers that a thread needs, so that nothing is spilled."""
+        if self.parts:  # a packet of each rank's part
+            return 128 if world_size <= 4 else 255
+        return 64 if self.packets == 1 and world_size <= 4 else 128
+
+    def fits(self, family: OpSpec, world_size: int) -> bool:
+        """Whether a multiprocessor has the registers for a block."""
+        return WARP * self.warps(family, world_size) <= min(1024, REGISTERS // self.registers(world_size))
 
     def slots(self, family: OpSpec, world_size: int) -> int:
         """Of a row, per (buffer, source)."""
@@ -79,8 +93,9 @@ class Rule:
     cluster: int
 
 
-# The first one that applies, per world size.
-_ALL = (Rule(4, 16, 1, 4), Rule(NEVER, 0, 1, 1))
+# Of one-shot: the first one that applies, per world size. Measured on 2 H200s (docs/performance.md): one multiprocessor that pushes a long
+# row takes longer than a cluster of them needs to meet, as long as there are few rows. In two-shot a block pushes a part of a row.
+_ALL = (Rule(32, 17, 1, 8), Rule(NEVER, 0, 1, 1))
 NORM_RULES = dict.fromkeys(range(2, 9), _ALL)
 
 
@@ -107,16 +122,22 @@ def norm_bands(family: OpSpec, world_size: int, one_shot_up_to: int | None = Non
     rules = [rule for rule in NORM_RULES[world_size] if groups(family) >= rule.groups and (clusters or rule.cluster == 1)]
     bands: list[NormBand] = []
     for up_to in sorted({*(rule.rows for rule in rules), last_of_one_shot, NEVER} - {0}):
-        rule = next(rule for rule in rules if up_to <= rule.rows)
-        form = _form("one_shot_norm" if up_to <= last_of_one_shot else "two_shot_norm", rule, family, world_size)
+        if up_to <= last_of_one_shot:
+            form = _form("one_shot_norm", next(rule for rule in rules if up_to <= rule.rows), family, world_size, clusters)
+        else:
+            form = _form("two_shot_norm", rules[-1], family, world_size, clusters)
         if bands and bands[-1].form == form:
             bands.pop()
         bands.append(NormBand(up_to, form))
     return tuple(bands)
 
 
-def _form(algorithm: str, rule: Rule, family: OpSpec, world_size: int) -> Form:
-    """The rule's, with as many packets a thread as let a block hold its share of a row."""
-    least = (count for count in PACKETS if count >= rule.packets)
-    forms = (Form(algorithm, count, rule.cluster) for count in least)
-    return next(form for form in forms if form.warps(family, world_size) <= MOST_WARPS)
+def _form(algorithm: str, rule: Rule, family: OpSpec, world_size: int, clusters: bool) -> Form:
+    """The rule's, with as many blocks a row, or packets a thread where there are no clusters, as it takes for a block to fit."""
+    found = [
+        Form(algorithm, packets, cluster)
+        for packets in PACKETS
+        for cluster in (CLUSTERS if clusters else (1,))
+        if packets >= rule.packets and cluster >= rule.cluster
+    ]
+    return next((form for form in found if form.fits(family, world_size)), found[-1])

@@ -54,8 +54,8 @@ struct Exchange {
     __device__ bool wait(u32 k, Peers &peers, Use use) const {
         const u64 slot = slots.mine + offset + k * WARP * 16;
         const auto slow = [&] {
-            const bool came = wait_slow<Config, Wire, Epilogue>(a, slot, slots.stride, buffer, share);
-            return came || !Epilogue::WAITED_FOR;
+            if constexpr (Epilogue::WAITED_FOR) return wait_slow<Config, Wire, Epilogue>(a, slot, slots.stride, buffer, share);
+            else return wait_slow<Config, Wire, Epilogue>(a, slot, slots.stride, buffer, share), true;
         };
         return receive<Config, Wire>(slot, slots.stride, peers, use, slow);
     }

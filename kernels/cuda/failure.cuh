@@ -55,14 +55,14 @@ __device__ __noinline__ void give_up(const Args &a, Share share, Wait wait) {
     stop<Config>(a, TIMEOUT, wait.culprit(a), wait.buffer, wait.waited_ns);
 }
 
-// The slow path of a thread whose packets are late: returns true when they are there, or gives up and ends the thread; where others
-// wait for it (Epilogue::WAITED_FOR), it returns false instead. A function of its own, so that the fast path is contiguous.
+// The slow path of a thread whose packets are late: returns when they are there, or gives up and ends the thread; where others wait
+// for it (Epilogue::WAITED_FOR), it returns whether they are there. A function of its own, so that the fast path is contiguous.
 template <class Config, class Wire, class Epilogue, class Share>
-__device__ __noinline__ bool wait_slow(const Args &a, u64 slot, u32 stride, u32 buffer, Share share) {
+__device__ __noinline__ auto wait_slow(const Args &a, u64 slot, u32 stride, u32 buffer, Share share) {
     Wait wait;
     wait.buffer = buffer;
-    if (wait.wait_all<Config, Wire>(a, slot, stride)) return true;
-    give_up<Config, Epilogue>(a, share, wait);
-    if (!Epilogue::WAITED_FOR) exit_thread();
-    return false;
+    const bool came = wait.wait_all<Config, Wire>(a, slot, stride);
+    if (!came) give_up<Config, Epilogue>(a, share, wait);
+    if constexpr (Epilogue::WAITED_FOR) return came;
+    else if (!came) exit_thread();
 }

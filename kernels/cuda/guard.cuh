@@ -3,8 +3,8 @@
 // guards.)
 //
 // - Signature: sequence number, number of elements, dtype and algorithm go to every peer and are compared with theirs (of calls with
-//   parameters, these as well); a difference stops the communicator on both. Each 8-byte half carries the sequence number, so it proves its own arrival (the
-//   LL protocol of NCCL). Two parities are enough: a rank sends signature e+2 when its call e+1 is complete, so it has the
+//   parameters, these as well); a difference stops the communicator on both. Each 8-byte half carries the sequence number, so it
+//   proves its own arrival (the LL protocol of NCCL). Two parities are enough: a rank sends signature e+2 when its call e+1 is complete, so it has the
 //   peer's e+1, which the peer sent when its call e was complete.
 // - Concurrent use: two calls in flight on one rank (two streams, two replayed graphs) share slots and epochs. Another call is
 //   in flight if more calls entered than were signed, or more were signed than completed, which the last channel of each call
@@ -16,6 +16,17 @@
 
 __device__ inline bool arrived(Packet signature, u32 sequence) {
     return (signature.w[1] == sequence) & (signature.w[3] == sequence);
+}
+
+__device__ inline bool differ(Packet signature, u64 call) {
+    return ((signature.w[0] | u64(signature.w[2]) << 32) ^ call) & ~(u64(IN_PLACE) << 32);
+}
+
+// With its parameters, which come right behind, from a call of the same kind.
+template <bool WITH_PARAMETERS>
+__device__ inline bool arrived(const Packet &signature, const Packet &parameters, u64 call, u32 sequence) {
+    if constexpr (!WITH_PARAMETERS) return arrived(signature, sequence);
+    else return arrived(signature, sequence) && (differ(signature, call) || arrived(parameters, sequence));
 }
 
 // Small, as every launch has to fetch it: a lane per peer. Calls count from 1 (the header holds zeros at first). Each knows its
@@ -46,38 +57,35 @@ __device__ inline void guard(const Args &a, u64 parameters = 0) {
     materialize(flag);
     materialize(call);
     griddepcontrol_wait();
-    if (!aborted) {
-        st_relaxed_sys_v2_u64(to, Packet{{u32(call), sequence, u32(call >> 32), sequence}});
-        if (WITH_PARAMETERS) st_relaxed_sys_v2_u64(to + BEHIND, Packet{{u32(parameters), sequence, u32(parameters >> 32), sequence}});
-    }
+    if (!aborted) st_relaxed_sys_v2_u64(to, Packet{{u32(call), sequence, u32(call >> 32), sequence}});
+    if (WITH_PARAMETERS && !aborted)
+        st_relaxed_sys_v2_u64(to + BEHIND, Packet{{u32(parameters), sequence, u32(parameters >> 32), sequence}});
     const u64 signed_completed = ld_relaxed_gpu_v2_u32(control + offsetof(Control, sequence));
     const u32 handshaken = ld_relaxed_gpu_u32(flag);
     const bool alone = u32(signed_completed) == sequence - 1 && int(u32(signed_completed >> 32) - (sequence - 1)) >= 0;
     const bool dead = aborted | !alone;
     Wait wait;
-    Packet theirs;
+    Packet theirs, more;
     u32 kind = TIMEOUT, culprit = peer, polls = dead ? POLLS : 0;
-    u64 other = 0;
-    bool differ = false;
-    const auto poll = [&] {
-        theirs = ld_relaxed_sys_v2_u64(from);
-        Packet more;
-        if (WITH_PARAMETERS) more = ld_relaxed_sys_v2_u64(from + BEHIND);
-        other = theirs.w[0] | u64(theirs.w[2]) << 32;
-        differ = ((other ^ call) & ~(u64(IN_PLACE) << 32)) != 0;
-        // Parameters come right behind, from a call of the same kind.
-        if (arrived(theirs, sequence) && (!WITH_PARAMETERS || differ || arrived(more, sequence))) kind = 0;
-        if (WITH_PARAMETERS) differ |= (more.w[0] | u64(more.w[2]) << 32) != parameters;
-    };
     // A single exit, as in receive().
 #pragma unroll 1
-    do poll();
-    while (kind && ++polls <= POLLS);
+    do {
+        theirs = ld_relaxed_sys_v2_u64(from);
+        if (WITH_PARAMETERS) more = ld_relaxed_sys_v2_u64(from + BEHIND);
+        if (arrived<WITH_PARAMETERS>(theirs, more, call, sequence)) kind = 0;
+    } while (kind && ++polls <= POLLS);
     if (!dead)
 #pragma unroll 1
-        while (kind && !wait.expired(a)) poll();
+        while (kind && !wait.expired(a)) {
+            theirs = ld_relaxed_sys_v2_u64(from);
+            if (WITH_PARAMETERS) more = ld_relaxed_sys_v2_u64(from + BEHIND);
+            if (arrived<WITH_PARAMETERS>(theirs, more, call, sequence)) kind = 0;
+        }
+    const u64 other = theirs.w[0] | u64(theirs.w[2]) << 32;
     if (!alone) kind = CONCURRENT, culprit = a.rank;
-    else if (!kind && differ) kind = MISMATCH;
+    else if (!kind && (other ^ call) & ~(u64(IN_PLACE) << 32)) kind = MISMATCH;
+    if constexpr (WITH_PARAMETERS)
+        if (!kind && (more.w[0] | u64(more.w[2]) << 32) != parameters) kind = MISMATCH;
     // Before the vote, which waits for the other lanes, whose peers may be late.
     if (kind) stop<Config>(a, kind, culprit, 0, wait.waited_ns, sequence, call, kind == MISMATCH ? other : 0);
     const bool all_signed = all_sync(LANES, kind == 0);  // after it every lane has read the counts

@@ -3,8 +3,8 @@
 // All threads of the row come to the barrier, also those whose packets did not come, which send NaN: nobody waits for ever. Blocks of a
 // cluster write into each other's memory: not before all have begun, and none ends before all have written.
 //
-// (Polling the words, as slots are polled, instead of a barrier would be 0.05 us faster, but a block of 16 warps that poll shared memory
-// can keep some of its warps from running at all, seen on sm_90 with two blocks on an SM.)
+// Not by polling the words, as slots are polled: a block of 16 warps that poll shared memory can keep some of its own warps from running,
+// for seconds (seen on sm_90 with two such blocks on a multiprocessor).
 #pragma once
 #include "slots.cuh"
 

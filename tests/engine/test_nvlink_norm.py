@@ -129,15 +129,15 @@ def test_only_families_that_are_built_are_taken(fired):
 
 def test_clusters_where_the_gpu_has_them():
     family = norm_family("bfloat16", 8192)
-    for arch, max_ctas, found in (("sm_90", None, {1, 4}), ("sm_80", None, {1}), ("sm_90", 16, {1})):
+    for arch, max_ctas, found in (("sm_90", None, {1, 8}), ("sm_80", None, {1}), ("sm_90", 16, {1})):
         assert {plan.form.cluster for plan in make(arch=arch, max_ctas=max_ctas).verification_plans(spec_of(3, family))} == found
 
 
 def test_calls_of_clusters_are_no_graphs(fired):
     """An updated graph's kernel keeps the clusters that it had at first."""
-    one, family = make(), norm_family("bfloat16", 4096)
+    one, family = make(), norm_family("bfloat16", 8192)
     ready(one, family)
-    for rows, clusters in ((1, True), (8, False)):
+    for rows, clusters in ((1, True), (40, False)):
         assert (one.plan(spec_of(rows, family)).form.cluster > 1) == clusters
         assert one.prepared(spec_of(rows, family)).as_graph is not clusters
 
@@ -201,7 +201,7 @@ def summed(monkeypatch):
 @pytest.mark.parametrize("world_size", [2, 4, 8])
 def test_every_form_is_verified(summed, world_size, quant):
     one = summed(world_size)
-    family = norm_family("bfloat16", 4096, "R", quant, with_norm=True)
+    family = norm_family("bfloat16", 8192, "R", quant, with_norm=True)
     verify_norm.verify_norms(one, family)
     forms = {plan.form for plan in one.ran}
     bands = one._norm_bands(family)
@@ -218,7 +218,7 @@ def test_every_form_is_verified(summed, world_size, quant):
 @pytest.mark.parametrize("form", [0, -1])
 def test_a_wrong_result_is_found(summed, which, form):
     one = summed()
-    family = norm_family("bfloat16", 4096, "U", "token", with_norm=True)
+    family = norm_family("bfloat16", 8192, "U", "token", with_norm=True)
     plans = one.verification_plans(spec_of(verify_norm.ROWS, family))
 
     def damage(plan, spec, tensors):
@@ -228,7 +228,7 @@ def test_a_wrong_result_is_found(summed, which, form):
             bits[..., 0] ^= 1
 
     one.damage = damage
-    with pytest.raises(SetupError, match=rf"rank 1: {plans[form].algorithm} in blocks .*3x4096 bfloat16: {which}: "):
+    with pytest.raises(SetupError, match=rf"rank 1: {plans[form].algorithm} in blocks .*3x8192 bfloat16: {which}: "):
         verify_norm.verify_norms(one, family)
 
 

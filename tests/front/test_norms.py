@@ -11,7 +11,7 @@ import torch
 from helpers.norms import Case, cases, difference, given, options, outs, taken
 
 import allreduce_jit
-from allreduce_jit import InputError, InputTypeError
+from allreduce_jit import InputError, InputTypeError, norms
 from allreduce_jit.engine import norm_reference
 from allreduce_jit.errors import CompileError
 from allreduce_jit.jit.cache import Artifact
@@ -414,3 +414,75 @@ def test_no_rows_launch_nothing(gpu):
     call = taken(Case("bfloat16", 256, 0))
     run_local(call.spec, call.tensors)
     assert not launched and not compiled
+
+
+# -- calls like an earlier one
+
+
+def known_call(**change):
+    """A call of a kind that was accepted before, and whether it went without the checks."""
+    operation = {"x": X.clone(), "residual": RESIDUAL.clone(), "weight": WEIGHT.clone()}
+    add_rms_norm(**operation)
+    operation |= {name: value(operation) if callable(value) else value for name, value in change.items()}
+    checked = []
+    whole, norms.operands = norms.operands, lambda *a, **k: checked.append(1) or whole(*a, **k)
+    try:
+        want = add_rms_norm(
+            **{name: v.clone() if isinstance(v, torch.Tensor) else v for name, v in operation.items() if "out" not in name}
+        )
+        del checked[:]
+        found = add_rms_norm(**operation)
+    finally:
+        norms.operands = whole
+    assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
+    return not checked
+
+
+@pytest.mark.parametrize(("change", "known"), [
+    ({}, True),
+    ({"out": lambda o: o["x"]}, True),
+    ({"residual_out": lambda o: o["residual"]}, True),
+    ({"out": lambda o: o["x"], "residual_out": lambda o: o["residual"]}, True),
+    ({"out": lambda o: torch.empty_like(o["x"]), "residual_out": lambda o: torch.empty_like(o["x"])}, True),
+    ({"weight": torch.nn.Parameter(WEIGHT.clone(), requires_grad=False)}, True),
+    ({"x": torch.zeros(4 * H + 8, dtype=torch.bfloat16)[1:-7].view(4, H)}, False),  # not at a multiple of 16 bytes
+    ({"residual": torch.zeros(4, 2 * H, dtype=torch.bfloat16)[:, :H]}, False),
+    ({"weight": torch.zeros(2 * H, dtype=torch.bfloat16)[::2]}, False),
+    ({"eps": 0.5}, True),  # the second time
+    ({"out": lambda o: torch.zeros(4, 2 * H, dtype=torch.bfloat16)[:, :H]}, False),
+], ids=lambda v: "known" if v is True else "checked" if v is False else " ".join(v) or "plain")  # fmt: skip
+def test_calls_of_a_known_kind_want_no_checks(change, known):
+    assert known_call(**change) == known
+
+
+def test_what_a_known_kind_must_not_overwrite_is_refused_all_the_same():
+    add_rms_norm(X, RESIDUAL, WEIGHT)
+    big = torch.zeros(6, H, dtype=torch.bfloat16)
+    for change in ({"out": RESIDUAL}, {"residual_out": X}, {"residual": X, "out": X}, {"x": big[:4], "out": big[1:5]},
+                   {"out": big[:4], "residual_out": big[2:6]}, {"weight": big[5], "out": big[2:6]},
+                   {"residual": big[:4], "residual_out": big[2:6]}):  # fmt: skip
+        with pytest.raises(InputError, match="overlaps"):
+            add_rms_norm(**{"x": X, "residual": RESIDUAL, "weight": WEIGHT} | change)
+
+
+def test_a_weight_that_requires_grad_is_refused_all_the_same():
+    add_rms_norm(X, RESIDUAL, WEIGHT)
+    weight = torch.nn.Parameter(WEIGHT.clone())
+    with pytest.raises(InputError, match="requires grad"):
+        add_rms_norm(X, RESIDUAL, weight)
+    with torch.no_grad():
+        assert torch.equal(add_rms_norm(X, RESIDUAL, weight)[0], add_rms_norm(X, RESIDUAL, WEIGHT)[0])
+
+
+def test_quantized_calls_of_a_known_kind():
+    for how in (
+        {"scales": "token"},
+        {"scales": "group", "column_major": True, "with_norm": True},
+        {"scale": torch.tensor([0.1])},
+    ):
+        first = norms.add_rms_norm_fp8(X, None, WEIGHT, **how)
+        again = norms.add_rms_norm_fp8(X, None, WEIGHT, **how)
+        assert [t.stride() for t in first] == [t.stride() for t in again]
+        assert all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(first, again, strict=True)
+                   if a.is_contiguous())  # fmt: skip
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True) if a.dtype is torch.float32)

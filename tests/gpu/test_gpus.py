@@ -56,6 +56,17 @@ def test_calls_that_come_again(n, monkeypatch):
 
 
 @pytest.mark.parametrize("n", WORLDS)
+def test_norms(n):
+    run(n, *(f"gpu_fused:{name}" for name in ("specials", "forms", "among_all_reduces", "few_blocks", "large", "ends")))
+
+
+@pytest.mark.parametrize("path", [Path.V2, Path.LEGACY, Path.TORCH], ids=lambda path: path.short)
+@pytest.mark.parametrize("n", WORLDS)
+def test_bits_of_norms(n, path):
+    run(n, ("gpu_fused:bits", (path,)))
+
+
+@pytest.mark.parametrize("n", WORLDS)
 def test_torch_by_the_switch(n, monkeypatch):
     monkeypatch.setenv("ALLREDUCE_JIT_PATH", "torch")
     run(n, ("sizes", (Path.TORCH, 1 << 24)), ("dropin", ("CustomAllreduce", True)))

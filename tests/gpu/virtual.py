@@ -4,16 +4,20 @@ import ctypes
 
 import torch
 
-from allreduce_jit.abi import Args, Control, Header
+from allreduce_jit.abi import Args, Control, Header, NormArgs
 from allreduce_jit.engine.driver import KernelLaunch, load_module
 from allreduce_jit.engine.failure import Kind, abort_code, tag
 from allreduce_jit.engine.memory import LocalState
 from allreduce_jit.engine.nvlink import NvlinkEngine
 from allreduce_jit.jit.cache import KernelCache
 from allreduce_jit.jit.compiler import build
+from allreduce_jit.policy import nvlink_norm
 from allreduce_jit.policy.catalogue import cuda_module, entry, nvlink_algorithms
+from allreduce_jit.policy.norm import signed
+from allreduce_jit.policy.norm_catalogue import norm_module
+from allreduce_jit.policy.norm_forms import Form
 from allreduce_jit.policy.nvlink import launches, make_layout
-from allreduce_jit.policy.operation import all_reduce
+from allreduce_jit.policy.operation import OpSpec, all_reduce
 from allreduce_jit.policy.plan import HEADER_BYTES, PACKET
 from allreduce_jit.policy.tables import Band
 from allreduce_jit.settings import Settings
@@ -36,9 +40,10 @@ class VirtualWorld:
         self.layout = make_layout(world_size, staging_mb << 20, bands)
         major, minor = torch.cuda.get_device_capability()
         self.kernels = {}
+        self.cache = cache or KernelCache(Settings.from_env().cache_dir)
         for algorithm in names:
             spec = cuda_module(algorithm, world_size, virtual_ranks=True)
-            module = load_module(build(spec, f"sm_{major}{minor}", cache or KernelCache(Settings.from_env().cache_dir))[0].cubin)
+            module = load_module(build(spec, f"sm_{major}{minor}", self.cache)[0].cubin)
             self.kernels |= {name: module.kernel(name) for name in spec.entries}
         words = self.layout.nbytes // 4
         self.staging = [torch.full((words,), -1, dtype=torch.int32, device="cuda") for _ in range(world_size)]
@@ -90,6 +95,34 @@ class VirtualWorld:
                 table += bytes(args)
             arguments = torch.frombuffer(bytearray(table), dtype=torch.uint8).cuda()
             launch = KernelLaunch(kernel, [ctypes.c_uint64(arguments.data_ptr())], piece.grid, plan.block, ranks=self.world_size)
+            launch(torch.cuda.current_stream().cuda_stream)
+            torch.cuda.synchronize()
+
+    def norm(self, form: Form, spec: OpSpec, tensors: list[list[torch.Tensor]]) -> None:
+        """One call of ``all_reduce_norm`` on every rank; ``tensors``: of each rank, one per pointer of ``spec``."""
+        plan = nvlink_norm.plan_of(form, spec, self.world_size, self.layout)
+        module = norm_module(form, spec.family, self.world_size, virtual_ranks=True)
+        if module.name not in self.kernels:
+            major, minor = torch.cuda.get_device_capability()
+            self.kernels[module.name] = load_module(build(module, f"sm_{major}{minor}", self.cache)[0].cubin).kernel(module.name)
+        algorithm = form.algorithm.removesuffix("_norm")  # whose region it is
+        for piece in nvlink_norm.launches(plan, spec):
+            table = b""
+            for rank in range(self.world_size):
+                args = NormArgs(call=self._args(rank, algorithm, spec.dtype), eps=spec.epilogue.eps)
+                args.parameters = signed(spec.epilogue, spec.hidden)
+                args.scale_row, args.scale_group = spec.epilogue.scale_strides if spec.epilogue.quant == "group" else (1, 0)
+                args.call.numel, args.call.total, args.call.tag = piece.numel, spec.numel, tag(form.algorithm, spec.dtype)
+                for name, value in piece.arguments:
+                    setattr(args.call, name, value)
+                for pointer, tensor in zip(spec.pointers, tensors[rank], strict=True):
+                    where = args.call if pointer.name in ("input", "output") else args
+                    setattr(where, pointer.name, tensor.data_ptr() + pointer.offset(piece.start))
+                table += bytes(args)
+            arguments = torch.frombuffer(bytearray(table), dtype=torch.uint8).cuda()
+            launch = KernelLaunch(
+                self.kernels[module.name], [ctypes.c_uint64(arguments.data_ptr())], piece.grid, plan.block, ranks=self.world_size
+            )
             launch(torch.cuda.current_stream().cuda_stream)
             torch.cuda.synchronize()
 

@@ -12,6 +12,7 @@ import hashlib
 import json
 import mmap
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -25,15 +26,16 @@ from unittest import mock
 
 import torch
 
-from allreduce_jit.abi import MAX_SHAPES, Args, Control, Header
+from allreduce_jit.abi import MAX_SHAPES, Args, Control, Header, NormArgs
 from allreduce_jit.engine import nvlink as engine_module
+from allreduce_jit.engine import nvlink_norm as norm_engine_module
 from allreduce_jit.engine import reference
 from allreduce_jit.engine.memory import REPORT_BYTES, LocalState
 from allreduce_jit.engine.prepared import PreparedCall
 from allreduce_jit.jit import source
 from allreduce_jit.policy import nvlink
-from allreduce_jit.policy.catalogue import NVLINK_ALGORITHMS, cuda_module, nvlink_algorithms
-from allreduce_jit.policy.operation import ITEMSIZE, all_reduce
+from allreduce_jit.policy.catalogue import NVLINK_ALGORITHMS, KernelSpec, cuda_module, nvlink_algorithms
+from allreduce_jit.policy.operation import ITEMSIZE, OpSpec, all_reduce
 from allreduce_jit.policy.plan import HEADER_BYTES, MAX_BLOCK, PACKET, WARP, Layout, Plan
 from allreduce_jit.policy.tables import NEVER, Band
 
@@ -46,6 +48,8 @@ GAP = 8  # channels between those of two regions, likewise
 PAGE = 4096
 
 Edit = tuple[str, str, str]  # file, old text, new text
+ARGS_BYTES = ctypes.sizeof(NormArgs)  # of a launch, whatever its kernel takes
+TOGETHER = 4  # modules of a source that are compiled as one file
 
 
 class StaleEdit(Exception):
@@ -82,28 +86,26 @@ def sources(edits: Sequence[Edit] = ()) -> dict[str, str]:
     return texts
 
 
-def build(directory: Path, world_size: int, tsan: bool = False, edits: Sequence[Edit] = ()) -> Path:
-    """The executable for one world size; objects that did not change are taken from ``directory``."""
-    texts, args_bytes = sources(edits), ctypes.sizeof(Args)
+def build(directory: Path, world_size: int, tsan: bool = False, edits: Sequence[Edit] = (),
+          modules: Sequence[KernelSpec] | None = None) -> Path:  # fmt: skip
+    """The executable for one world size; objects that did not change are taken from ``directory``.
+
+    ``modules``: what is in it; None: ``bare(world_size)``."""
+    texts, modules = sources(edits), bare(world_size) if modules is None else modules
     headers = {name: text for name, text in texts.items() if name.endswith(("uh", "hpp"))}
     sanitize = ["-fsanitize=thread", "-g1"] if tsan else []
-    specs = [cuda_module(name, world_size) for name in algorithms(world_size)]
-    entries = [entry for spec in specs for entry in spec.entries]
+    entries = entries_of(modules)
     declarations = "".join(f'extern "C" void {entry}_call(const void *);\n' for entry in entries)
     table = (
         f"{declarations}typedef void (*Entry)(const void *);\n"
         f"extern const Entry entries[] = {{{', '.join(f'{entry}_call' for entry in entries)}}};\n"
-        f"extern const unsigned args_bytes = {args_bytes};\n"
+        f"extern const unsigned args_bytes = {ARGS_BYTES};\n"
     )
     jobs = [("driver.cpp", texts["driver.cpp"], ["-DTWIN_TSAN"] if tsan else []), ("table.cpp", table, [])]
-    for spec in specs:
-        calls = "".join(
-            f'extern "C" void {entry}_call(const void *a) {{ unit::{entry}(*static_cast<const unit::Args *>(a)); }}\n'
-            for entry in spec.entries
-        ).replace("unit::", f"of_{spec.name}::")
-        kernels = source.unit(spec, f'#include "{spec.source}"\n')
-        unit = f'#include "ptx.cuh"\nnamespace of_{spec.name} {{\n{kernels}}}\n{calls}'
-        jobs.append((f"{spec.name}.cpp", unit, [*sanitize, f"-DSOURCE_{digest(texts[spec.source])}"]))
+    for name in dict.fromkeys(spec.source for spec in modules):
+        specs = [spec for spec in modules if spec.source == name]
+        for part in (specs[i : i + TOGETHER] for i in range(0, len(specs), TOGETHER)):
+            jobs.append((f"{part[0].name}.cpp", _unit(part), [*sanitize, f"-DSOURCE_{digest(texts[name])}"]))
     with ThreadPoolExecutor(2) as pool:
         objects = list(pool.map(lambda job: _compile(directory, texts, headers, *job), jobs))
     executable = directory / f"twin-{digest(*map(str, objects))}{'-tsan' if tsan else ''}"
@@ -112,6 +114,29 @@ def build(directory: Path, world_size: int, tsan: bool = False, edits: Sequence[
             _call([COMPILER, *sanitize, *map(str, objects), "-o", str(Path(folder, "twin"))])
             os.replace(Path(folder, "twin"), executable)
     return executable
+
+
+def _unit(specs: Sequence[KernelSpec]) -> str:
+    """A file of modules of one source."""
+    kernels, calls = "", ""
+    for spec in specs:
+        kernels += f"namespace of_{spec.name} {{\n{source.unit(spec, '')}}}\n"
+        for entry in spec.entries:
+            args = "unit::NormArgs" if spec.macro[0] == "NORM_ENTRY" else "unit::Args"
+            call = f"unit::of_{spec.name}::{entry}(*static_cast<const {args} *>(a));"
+            calls += f'extern "C" void {entry}_call(const void *a) {{ {call} }}\n'
+    unit = f"unit_{specs[0].name}"  # two units must not share a template's name
+    text = f'#include "ptx.cuh"\nnamespace unit {{\n#include "{specs[0].source}"\n{kernels}}}\n{calls}'
+    return re.sub(r"\bunit\b", unit, text)
+
+
+def bare(world_size: int) -> list[KernelSpec]:
+    """The modules of all-reduces."""
+    return [cuda_module(name, world_size) for name in algorithms(world_size)]
+
+
+def entries_of(modules: Sequence[KernelSpec]) -> list[str]:
+    return [entry for spec in modules for entry in spec.entries]
 
 
 def algorithms(world_size: int) -> list[str]:
@@ -174,6 +199,19 @@ class Call:
     chained: bool = False
     block: int = 32
 
+    @property
+    def spec(self) -> OpSpec:
+        return all_reduce(self.dtype, self.numel)
+
+    def plan(self, world: World) -> Plan:
+        """The named algorithm or the engine's choice; one-shot where there are too few elements to stream."""
+        try:
+            if self.algorithm in world.layout.regions:
+                return nvlink.plan_of(self.algorithm, self.block, self.spec, world.world_size, world.layout)
+            return world.engines[0].plan(self.spec)
+        except ValueError:
+            return nvlink.plan_of("one_shot", self.block, self.spec, world.world_size, world.layout)
+
 
 @dataclass(frozen=True)
 class Buffer:
@@ -215,10 +253,12 @@ class Program:
                 out.of(arena).copy_(want)
 
     def _new(self, call: Call) -> Buffer:
-        dtype = getattr(torch, call.dtype)
-        start = -(-(self.end + GUARD) // 16) * 16 + call.offset * dtype.itemsize
-        self.buffers.append(Buffer(dtype, start, call.numel))
-        self.end = start + call.numel * dtype.itemsize + GUARD
+        return self._buffer(getattr(torch, call.dtype), call.numel, call.offset)
+
+    def _buffer(self, dtype: torch.dtype, numel: int, offset: int = 0) -> Buffer:
+        start = -(-(self.end + GUARD) // 16) * 16 + offset * dtype.itemsize
+        self.buffers.append(Buffer(dtype, start, numel))
+        self.end = start + numel * dtype.itemsize + GUARD
         assert self.end <= ARENA
         return self.buffers[-1]
 
@@ -241,9 +281,9 @@ class Program:
         for buffer in self.buffers:
             between[buffer.start : buffer.start + buffer.numel * buffer.dtype.itemsize] = False
             got, want = buffer.of(arena), buffer.of(self.after[rank])
-            difference = reference.compare(got, torch.where(got.isnan(), got, want) if or_nan else want)
+            difference = reference.compare(got, torch.where(got.float().isnan(), got, want) if or_nan else want)
             if difference.wrong:
-                users = [call for call, x, out in self.steps if buffer in (x, out)]
+                users = [call for call, *buffers in self.steps if buffer in buffers]
                 raise Failed("bits", f"rank {rank}: {difference} in {users}")
         if not torch.equal(arena[between], self.after[rank][between]):
             raise Failed("guard", f"rank {rank} wrote beside its tensors")
@@ -264,10 +304,11 @@ class World:
         epoch: what all epoch words hold at first; the sequence number of calls is a few behind.
         max_ctas: as in ``allreduce_jit.init``; then only the algorithms of such communicators have slots.
         relayout: a change of the package's layout (for planted bugs).
+        modules: what the executable was built of; None: ``bare(world_size)``.
     """
 
     def __init__(self, executable: Path, world_size: int, *, pdl: bool = True, epoch: int = 0, max_ctas: int | None = None,
-                 relayout=lambda layout, world_size: layout):  # fmt: skip
+                 relayout=lambda layout, world_size: layout, modules: Sequence[KernelSpec] | None = None):  # fmt: skip
         self.world_size = world_size
         names = algorithms(world_size)
         # Small messages already take different algorithms, and every algorithm has a region.
@@ -322,14 +363,16 @@ class World:
         self._base = int(self._process.stdout.readline() or self._crash())
         self._queue: list[bytes] = []
         self._calls: list[dict[tuple, PreparedCall]] = [{} for _ in range(world_size)]
-        entries = [entry for name in names for entry in cuda_module(name, world_size).entries]
+        modules = bare(world_size) if modules is None else modules
+        entries = entries_of(modules)
+        clusters = {entry: spec.macro[1] if spec.macro[0] == "NORM_ENTRY" else 1 for spec in modules for entry in spec.entries}
         for rank, engine in enumerate(self.engines):
             address = {name: self._base + offset for name, offset in self._offsets[rank].items()}
             engine.layout = self.layout
             engine.memory = SimpleNamespace(addresses=[self._base + offsets["staging"] for offsets in self._offsets])
             channels = address["local"] + ctypes.sizeof(Control)
             engine.state = SimpleNamespace(channels=channels, control=address["local"], report=address["report"])
-            engine._kernels = {entry: (self._queue, rank, number) for number, entry in enumerate(entries)}
+            engine._kernels = {entry: (self._queue, rank, number, clusters[entry]) for number, entry in enumerate(entries)}
         self.collectives = self.pushes = self.switches = 0
 
     def run(self, program: Program, seed: int, *, skip: Sequence[int] = (), complete: bool = True,
@@ -352,8 +395,8 @@ class World:
         for rank, before in enumerate(program.before):
             self._parts[rank]["arena"][: program.end].copy_(before)
             if rank not in skip:
-                for call, x, out in program.steps:
-                    self._enqueue(rank, (instead or {}).get(rank, call), x, out)
+                for call, *buffers in program.steps:
+                    self._enqueue(rank, (instead or {}).get(rank, call), buffers)
         self._run(seed, **options)
         self.collectives += len(program.steps)
         if complete:
@@ -362,26 +405,20 @@ class World:
                 program.check(rank, self.arena(rank)[: program.end])
             self.check_slots()
 
-    def _enqueue(self, rank: int, call: Call, x: Buffer, out: Buffer) -> None:
-        if not call.numel:  # as Communicator does
+    def _enqueue(self, rank: int, call: Call, buffers: Sequence[Buffer]) -> None:
+        if not call.spec.numel:  # as Communicator does
             return
-        plan = self.plan(call)
-        calls, spec = self._calls[rank], all_reduce(call.dtype, call.numel)
+        plan, calls, spec = self.plan(call), self._calls[rank], call.spec
         if (spec, plan) not in calls:
-            with mock.patch.object(engine_module, "KernelLaunch", Recorder):
+            with mock.patch.object(engine_module, "KernelLaunch", Recorder), mock.patch.object(
+                norm_engine_module, "KernelLaunch", Recorder
+            ):
                 calls[spec, plan] = self.engines[rank].prepare(spec, plan, shape_id=len(calls) % MAX_SHAPES)
         arena = self._base + self._offsets[rank]["arena"]
-        calls[spec, plan].bind((arena + x.start, arena + out.start), 0)
+        calls[spec, plan].bind([arena + buffer.start for buffer in buffers], 0)
 
     def plan(self, call: Call) -> Plan:
-        """The named algorithm or the engine's choice; one-shot where there are too few elements to stream."""
-        spec = all_reduce(call.dtype, call.numel)
-        try:
-            if call.algorithm in self.layout.regions:
-                return nvlink.plan_of(call.algorithm, call.block, spec, self.world_size, self.layout)
-            return self.engines[0].plan(spec)
-        except ValueError:
-            return nvlink.plan_of("one_shot", call.block, spec, self.world_size, self.layout)
+        return call.plan(self)
 
     def _run(self, seed: int, *, room: int = 0, jitter: float = 0.05, sleep: float = 0.001, patience: int = 400_000,
              pokes: Sequence[tuple[int, int, int]] = ()) -> None:  # fmt: skip
@@ -469,8 +506,8 @@ class World:
         self.close()
 
 
-def cramped(layout: Layout, world_size: int, under: str = "two_shot_wide") -> Layout:
-    """Room for two warps per launch, so that a few KB take many launches, and no byte between two algorithms.
+def cramped(layout: Layout, world_size: int, under: str = "two_shot_wide", warps: int = 2) -> Layout:
+    """Room for two ``warps`` per launch, so that a few KB take many launches, and no byte between two algorithms.
 
     Of a stream's buffers, those that may alias other slots alias the last ones of the algorithm ``under``.
     """
@@ -478,13 +515,13 @@ def cramped(layout: Layout, world_size: int, under: str = "two_shot_wide") -> La
     owners = [name for name in layout.regions if NVLINK_ALGORITHMS[name].shares_buffers_with not in layout.regions]
     for owner in sorted(owners, key=lambda name: (NVLINK_ALGORITHMS[name].stream, name == under)):
         algorithm = NVLINK_ALGORITHMS[owner]
-        capacity = 2 * WARP * algorithm.packets
+        capacity = warps * WARP * algorithm.packets
         buffer = (world_size - 1) * PACKET * capacity
         offset -= algorithm.aliased_buffers * buffer
         for name, region in layout.regions.items():
             if owner in (name, NVLINK_ALGORITHMS[name].shares_buffers_with):
                 others = algorithm.buffers - NVLINK_ALGORITHMS[name].buffers
-                regions[name] = replace(region, offset=offset + others * buffer, capacity=capacity, channels=2)
+                regions[name] = replace(region, offset=offset + others * buffer, capacity=capacity, channels=warps)
         offset += algorithm.buffers * buffer
     return replace(layout, regions={name: regions[name] for name in layout.regions})
 
@@ -504,9 +541,9 @@ class Recorder:
     """In the place of ``driver.KernelLaunch``: puts a launch in the queue of the twin."""
 
     def __init__(self, kernel, arguments, grid: int, block: int, pdl: bool = False):
-        self._queue, rank, number = kernel
+        self._queue, rank, number, cluster = kernel
         (self._args,) = arguments
-        self._shape = struct.pack("IIIIII", rank, number, grid, block, pdl, 0)
+        self._shape = struct.pack("IIIIII", rank, number, grid, block, pdl, cluster)
 
     def __call__(self, stream: int) -> None:
-        self._queue.append(self._shape + bytes(self._args))
+        self._queue.append(self._shape + bytes(self._args).ljust(ARGS_BYTES, b"\0"))

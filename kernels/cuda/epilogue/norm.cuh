@@ -151,8 +151,9 @@ struct Norm {
         } else {
             w = Values<T>::of(packets[0]);
         }
+        // A bias of 0 as well: it makes 0 of -0.
 #pragma unroll
-        for (u32 e = 0; Config::WEIGHT_BIAS && e < E; e++) w.f[e] = __fadd_rn(w.f[e], float(Config::WEIGHT_BIAS));
+        for (u32 e = 0; e < E; e++) w.f[e] = __fadd_rn(w.f[e], float(Config::WEIGHT_BIAS));
         return w;
     }
 

@@ -58,6 +58,8 @@ namespace {
 constexpr u32 WARP = 32, EMPTY = 0xFFFFFFFFu, BUFFERED = 24, LOOKBACK = 64;
 constexpr u32 REPORTED = 3;  // words of a Report: code, sequence and tag, zero until they are written
 constexpr size_t STACK = 64 << 10;
+constexpr u32 SHARED_AT = 1024, UNWRITTEN = 0x7FCDEAD1u;  // where a block's shared memory begins; what nobody wrote there, a NaN
+constexpr size_t SHARED = 64 << 20;                       // bytes of it that a run has in all: none is used again
 
 struct Fiber;
 
@@ -65,8 +67,9 @@ struct Fiber;
 // not yet order who is late in leaving this one.
 struct Barrier {
     u32 live = 0, turn = 0;
+    const char *what = nullptr;                  // in which operation threads meet
     bool all = true, outcome[2] = {true, true};  // votes
-    u32 word[2];                                 // of lane 0
+    u32 word[2][WARP], told[2] = {0, 0};         // of each lane that has told one
     std::vector<Fiber *> arrived;
     char order[2] = {0, 0};
 };
@@ -79,18 +82,29 @@ struct Store {
 };
 
 struct Kernel;
+struct Block;
+
+// Blocks that are resident together, and the barrier of their threads.
+struct Cluster {
+    std::vector<Block *> blocks;  // null once they have ended
+    u32 threads, arrived = 0, turn = 0;
+    std::vector<Fiber *> waiting;
+    char order[2] = {0, 0};
+};
 
 struct Block {
     Kernel *kernel;
     u32 index, live;
     bool triggered = false, dirty = false;
+    u32 *shared = nullptr, words = 0;  // once some thread has begun
+    std::shared_ptr<Cluster> cluster;
     Barrier all;
     std::vector<Barrier> warps;
     std::vector<Store> stores;
 };
 
 struct Kernel {
-    u32 rank, grid, block;
+    u32 rank, grid, block, cluster;
     bool dependent;  // programmatic dependent launch
     Entry entry;
     std::vector<char> args;
@@ -115,7 +129,8 @@ struct Fiber {
     void *context = nullptr;
     u32 position = 0;                // among the runnable of its rank
     u64 polled = 0, ticket = 0;      // the packet that it waits for; counts the times that it fell asleep
-    bool fenced = false;
+    bool fenced = false, arrived = false;  // at the cluster's barrier
+    u32 turn = 0;
     u64 since_fence[LOOKBACK];
     u32 loads = 0;
     ucontext_t start;
@@ -146,7 +161,7 @@ struct Request {
 };
 
 struct LaunchRequest {
-    u32 rank, kernel, grid, block, dependent, reserved;
+    u32 rank, kernel, grid, block, dependent, cluster;
 };
 
 Request request;
@@ -166,6 +181,8 @@ u64 state, now, progress, mood_until, store_number, pushes, switches;
 u32 favoured;
 size_t unfinished, fibers;
 char launch_order;
+u32 *shared_words;
+size_t shared_used;
 
 u64 draw() {  // xorshift64*
     state ^= state >> 12;
@@ -374,14 +391,17 @@ void open(Barrier &barrier) {
     barrier.outcome[barrier.turn] = barrier.all;
     barrier.all = true;
     barrier.turn ^= 1;
+    barrier.told[barrier.turn] = 0;
     for (Fiber *fiber : barrier.arrived)
         if (fiber != current) make_runnable(fiber);
     barrier.arrived.clear();
     progress = now;
 }
 
-bool meet(Barrier &barrier, bool vote = true) {
+bool meet(Barrier &barrier, const char *what, bool vote = true) {
     current->fenced = false;
+    if (barrier.arrived.empty()) barrier.what = what;
+    else if (barrier.what != what) fail("apart", std::string("some threads are at ") + what + ", others at " + barrier.what);
     const u32 turn = barrier.turn;
     release(current->context, &barrier.order[turn]);
     barrier.all &= vote;
@@ -417,11 +437,12 @@ void run_lane() {
     release(current->context, &kernel.order);
     progress = now;
     leave(block->warps[current->lane.thread.x / WARP]);
-    leave(block->all);
+    current->arrived = false;
     park();
     idle.push_back(current);
     if (--block->live == 0) {
         ranks[kernel.rank].resident -= kernel.block;
+        if (block->cluster) block->cluster->blocks[block->index % kernel.cluster] = nullptr;
         trigger(*block);
         if (block->dirty) advance(ranks[kernel.rank]);
         else drained(block);
@@ -450,9 +471,13 @@ Fiber *new_fiber() {
     return fiber;
 }
 
-void start_block(Rank &rank, Kernel &kernel) {
+// Of a cluster, some blocks are late.
+void start_block(Rank &rank, Kernel &kernel, const std::shared_ptr<Cluster> &cluster) {
     Block *block = new Block;
     block->kernel = &kernel;
+    block->cluster = cluster;
+    if (cluster) cluster->blocks.push_back(block);
+    const u64 late = cluster && below(2) ? 1ull << below(14) : 0;
     block->index = kernel.started++;
     block->live = block->all.live = kernel.block;
     block->warps.resize((kernel.block + WARP - 1) / WARP);
@@ -465,9 +490,19 @@ void start_block(Rank &rank, Kernel &kernel) {
         block->warps[t / WARP].live++;
         fiber->block = block;
         fiber->lane = {{t, 0, 0}, {block->index, 0, 0}, {kernel.block, 1, 1}, {kernel.grid, 1, 1}};
-        make_runnable(fiber);
+        if (late) sleepers.push({now + late, fiber->ticket, fiber});
+        else make_runnable(fiber);
     }
     progress = now;
+}
+
+void start_cluster(Rank &rank, Kernel &kernel) {
+    std::shared_ptr<Cluster> cluster;
+    if (kernel.cluster > 1) {
+        cluster = std::make_shared<Cluster>();
+        cluster->threads = kernel.cluster * kernel.block;
+    }
+    for (u32 i = 0; i < kernel.cluster; i++) start_block(rank, kernel, cluster);
 }
 
 // Start what may start and has room.
@@ -480,8 +515,8 @@ void advance(Rank &rank) {
         }
         if (kernel.started == 0) release(rank.context, &kernel.start);
         while (kernel.started < kernel.grid) {
-            if (rank.resident + kernel.block > request.room) return;
-            start_block(rank, kernel);
+            if (rank.resident + kernel.block * kernel.cluster > request.room) return;
+            start_cluster(rank, kernel);
         }
         rank.started++;
     }
@@ -495,7 +530,7 @@ void read_into(T *to, size_t count) {
 void run() {
     read_into(&request, 1);
     state = request.seed * 0x9E3779B97F4A7C15ull | 1;
-    now = progress = mood_until = store_number = pushes = switches = 0;
+    now = progress = mood_until = store_number = pushes = switches = shared_used = 0;
     ranks.assign(request.ranks, Rank());
     u32 largest = 0;
     for (u32 i = 0; i < request.launches; i++) {
@@ -506,11 +541,12 @@ void run() {
         kernel.rank = launch.rank;
         kernel.grid = launch.grid;
         kernel.block = launch.block;
+        kernel.cluster = launch.cluster;
         kernel.dependent = launch.dependent;
         kernel.entry = entries[launch.kernel];
         kernel.args.resize(args_bytes);
         read_into(kernel.args.data(), args_bytes);
-        largest = std::max(largest, launch.block);
+        largest = std::max(largest, launch.block * launch.cluster);
     }
     slots.resize(request.slots);
     read_into(slots.data(), slots.size());
@@ -575,29 +611,95 @@ u64 clock() { return now + (1ull << 50); }  // a GPU's clock did not begin with 
 void syncwarp() {
     pause();
     Driver driver;
-    meet(current->block->warps[current->lane.thread.x / WARP]);
+    meet(current->block->warps[current->lane.thread.x / WARP], "__syncwarp");
 }
 
 void syncthreads() {
     pause();
     Driver driver;
-    meet(current->block->all);
+    meet(current->block->all, "__syncthreads");
 }
 
 bool all(bool vote) {
     pause();
     Driver driver;
-    return meet(current->block->warps[current->lane.thread.x / WARP], vote);
+    return meet(current->block->warps[current->lane.thread.x / WARP], "all_sync", vote);
 }
 
-u32 broadcast(u32 v) {
+static u32 exchange(u32 v, u32 from, const char *what) {
     pause();
     Driver driver;
+    const u32 lane = current->lane.thread.x % WARP;
     Barrier &warp = current->block->warps[current->lane.thread.x / WARP];
-    u32 &word = warp.word[warp.turn];
-    if (current->lane.thread.x % WARP == 0) word = v;
-    meet(warp);
-    return word;
+    const u32 turn = warp.turn;
+    warp.word[turn][lane] = v;
+    warp.told[turn] |= 1u << lane;
+    meet(warp, what);
+    if (!(warp.told[turn] >> from & 1)) fail("apart", std::string("a lane wants the word of one that has ended: ") + what);
+    return warp.word[turn][from];
+}
+
+u32 broadcast(u32 v) { return exchange(v, 0, "broadcast"); }
+u32 shuffle(u32 v, u32 from) { return exchange(v, from, "a shuffle"); }
+
+u32 shared(u32 words) {
+    pause();
+    Driver driver;
+    Block &block = *current->block;
+    if (!block.shared) {
+        block.shared = shared_words + shared_used;
+        block.words = words;
+        shared_used += words;
+        if (4 * shared_used > SHARED) fail("setup", "no shared memory left");
+        std::fill_n(block.shared, words, UNWRITTEN);
+    }
+    if (block.words != words) fail("shared memory", "two sizes of it in a kernel");
+    return SHARED_AT;
+}
+
+u32 *shared_at(u32 address, u32 words) {
+    Driver driver;
+    const u32 of = address >> 24, at = (address & 0xFFFFFF) - SHARED_AT;
+    const Block *block = current->block;
+    if (of) {
+        if (!block->cluster || of > block->cluster->blocks.size()) fail("shared memory", "of a block that the cluster does not have");
+        block = block->cluster->blocks[of - 1];
+        if (!block) fail("shared memory", "of a block that has ended");
+        if (!block->shared) fail("shared memory", "of a block that has not begun");
+    }
+    if (at % 4 || at / 4 + words > block->words) fail("shared memory", "beside what there is: byte " + std::to_string(at));
+    return block->shared + at / 4;
+}
+
+void cluster_arrive() {
+    pause();
+    Driver driver;
+    Cluster &cluster = *current->block->cluster;
+    if (current->arrived) fail("apart", "a thread arrives twice at the barrier of a cluster");
+    current->fenced = false;
+    current->arrived = true;
+    current->turn = cluster.turn;
+    release(current->context, &cluster.order[cluster.turn]);
+    if (++cluster.arrived < cluster.threads) return;
+    cluster.arrived = 0;
+    cluster.turn ^= 1;
+    for (Fiber *fiber : cluster.waiting) make_runnable(fiber);
+    cluster.waiting.clear();
+    progress = now;
+}
+
+void cluster_wait() {
+    pause();
+    Driver driver;
+    Cluster &cluster = *current->block->cluster;
+    if (!current->arrived) fail("apart", "a thread waits at the barrier of a cluster where it has not arrived");
+    if (cluster.turn == current->turn) {
+        park();
+        cluster.waiting.push_back(current);
+        yield();
+    }
+    current->arrived = false;
+    acquire(current->context, &cluster.order[current->turn]);
 }
 
 void trigger() {
@@ -683,6 +785,8 @@ int main(int, char **argv) {
     const off_t size = lseek(file, 0, SEEK_END);
     void *base = mmap(nullptr, size_t(size), PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
     if (file < 0 || base == MAP_FAILED) return 1;
+    shared_words = static_cast<u32 *>(mmap(nullptr, SHARED, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+    if (shared_words == MAP_FAILED) return 1;
     host.context = __tsan_get_current_fiber();
     std::printf("%llu\n", u64(base));
     std::fflush(stdout);

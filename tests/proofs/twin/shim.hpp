@@ -12,9 +12,16 @@
 //   but strong accesses came between the fence and it; a fence acquires the words that the thread loaded since the last
 //   one. This never hides a race of the C++ model; it could invent one (fence, weak access, store).
 //
-// Weak accesses, the user's tensors, are plain ones: what ThreadSanitizer watches. They are ordered by program order,
-// __syncwarp, __syncthreads and griddepcontrol_wait, each of which is a release and an acquire of its own object.
+// Weak accesses, the user's tensors and shared memory, are plain ones: what ThreadSanitizer watches. They are ordered by program
+// order, __syncwarp, shuffles, __syncthreads, barriers of a cluster and griddepcontrol_wait, each a release and an acquire of its own
+// object.
+//
+// Stricter than the hardware: barriers of a block or a cluster wait for threads that have ended, too (there they are let off, and what
+// they had to say is missing), lanes that meet must do so in the same operation, and a cluster's memory may be written only while the
+// block whose it is has begun and not ended.
 #pragma once
+
+#define __CUDA_ARCH__ 900
 
 typedef unsigned int u32;
 typedef unsigned long long u64;
@@ -23,6 +30,7 @@ typedef unsigned long long u64;
 #define __global__
 #define __noinline__ __attribute__((noinline))
 #define __launch_bounds__(...)
+#define __cluster_dims__(...)
 #define __grid_constant__
 
 struct alignas(16) Packet {
@@ -52,6 +60,11 @@ void syncwarp();
 void syncthreads();
 bool all(bool vote);    // of a warp
 u32 broadcast(u32 v);   // what the warp's lane 0 has
+u32 shuffle(u32 v, u32 from);  // what that lane has
+u32 shared(u32 words);  // address of the block's shared memory
+u32 *shared_at(u32 address, u32 words);  // of the block, or another one of its cluster
+void cluster_arrive();
+void cluster_wait();
 void trigger();      // griddepcontrol.launch_dependents
 void wait();         // griddepcontrol.wait
 void weak();         // a weak access follows
@@ -119,6 +132,45 @@ inline void st_global_v4(u64 address, Packet p) {
     twin::weak();
     *reinterpret_cast<Packet *>(address) = p;
 }
+
+inline float ld_global_f32(u64 address) {
+    twin::pause();
+    return *reinterpret_cast<const float *>(address);
+}
+
+inline void st_global_u32(u64 address, u32 v) {
+    twin::pause();
+    twin::weak();
+    *reinterpret_cast<u32 *>(address) = v;
+}
+
+inline void st_global_v2(u64 address, u32 low, u32 high) {
+    twin::pause();
+    twin::weak();
+    reinterpret_cast<u32 *>(address)[0] = low;
+    reinterpret_cast<u32 *>(address)[1] = high;
+}
+
+// Addresses as on sm_90: the upper byte says which block of the cluster, 0: one's own.
+template <u32 WORDS>
+inline u32 shared_memory() { return twin::shared(WORDS); }
+
+inline void st_shared_u32(u32 address, u32 v) {
+    twin::pause();
+    twin::weak();
+    *twin::shared_at(address, 1) = v;
+}
+
+inline Packet ld_shared_v4(u32 address) {
+    twin::pause();
+    const u32 *w = twin::shared_at(address, 4);
+    return Packet{{w[0], w[1], w[2], w[3]}};
+}
+
+inline u32 mapa(u32 address, u32 block) { return (block + 1) << 24 | address; }
+inline void st_shared_cluster_u32(u32 address, u32 v) { st_shared_u32(address, v); }
+inline void barrier_cluster_arrive() { twin::cluster_arrive(); }
+inline void barrier_cluster_wait() { twin::cluster_wait(); }
 
 inline Packet ld_relaxed_sys_v4(u64 address) {
     Packet p;
@@ -189,12 +241,15 @@ inline void griddepcontrol_wait() { twin::wait(); }
 inline u32 zero() { return 0; }
 inline void materialize(u64 &) {}
 inline void materialize(u32 &) {}
+inline void materialize(float &) {}
 inline void opaque(u32 &) {}
 inline void opaque(Packet &) {}
 [[noreturn]] inline void exit_thread() { throw twin::Exit(); }
 // Of the lanes that have not returned.
 inline bool all_sync(u32, bool p) { return twin::all(p); }
 inline u32 broadcast(u32, u32 v) { return twin::broadcast(v); }
+inline u32 shfl_xor(u32 v, u32 lanes) { return twin::shuffle(v, threadIdx.x % 32 ^ lanes); }
+inline float shfl_xor(float v, u32 lanes) { return twin::value(shfl_xor(twin::bits(v), lanes)); }
 inline void __syncwarp() { twin::syncwarp(); }
 inline void __syncthreads() { twin::syncthreads(); }
 inline u32 __float_as_uint(float f) { return twin::bits(f); }
@@ -205,6 +260,13 @@ inline u32 max_u32(u32 a, u32 b) { return a < b ? b : a; }
 inline void add_if(bool yes, float &sum, float x) {
     if (yes) sum += x;
 }
+
+// Rounded to nearest each, as g++ is told to contract nothing. For __frsqrt_rn see norm_reference.rsqrt.
+inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fdiv_rn(float a, float b) { return a / b; }
+inline float __frcp_rn(float x) { return 1.0f / x; }
+inline float __frsqrt_rn(float x) { return float(1.0 / __builtin_sqrt(double(x))); }
 
 inline float cvt_f32_f16(u32 low16) {
     const u32 sign = low16 << 16 & 0x80000000u, exponent = low16 >> 10 & 31, mantissa = low16 & 1023;
@@ -231,7 +293,19 @@ inline u32 brain(float f) {
     return (w & 0x7FFFFFFFu) > 0x7F800000u ? 0x7FFFu : (w + 0x7FFFu + (w >> 16 & 1)) >> 16;
 }
 
+// e4m3: four bits of exponent with bias 7, three of mantissa, no infinity. Saturating; every NaN becomes 0x7F.
+inline u32 e4m3(float f) {
+    const u32 sign = bits(f) >> 24 & 0x80u;
+    u32 a = bits(f) & 0x7FFFFFFFu;
+    if (a > 0x7F800000u) return 0x7Fu;
+    if (a >= bits(448.0f)) return sign | 0x7Eu;
+    if (a < bits(0x1p-6f)) return sign | (bits(value(a) + 0x1p14f) - bits(0x1p14f));  // the addition rounds to 2^-9
+    a += 0x7FFFFu + (a >> 20 & 1);  // half a unit less one, one more if odd
+    return sign | ((a >> 20) - (120 << 3));
+}
+
 }  // namespace twin
 
+inline u32 cvt_rn_satfinite_e4m3x2_f32(float high, float low) { return twin::e4m3(high) << 8 | twin::e4m3(low); }
 inline u32 cvt_rn_f16x2_f32(float high, float low) { return twin::half(high) << 16 | twin::half(low); }
 inline u32 cvt_rn_bf16x2_f32(float high, float low) { return twin::brain(high) << 16 | twin::brain(low); }
