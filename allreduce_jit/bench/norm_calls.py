@@ -11,6 +11,7 @@ import torch
 
 from .. import norms
 from ..engine import norm_reference, reference
+from ..operands import OLDEST_WITH_E4M3
 from ..policy.norm import GROUP, Norm
 from ..policy.operation import DTYPES, OpSpec
 
@@ -138,6 +139,11 @@ class NormKind:
         if self.quant in ("token", "group") and made.scale is not None:
             found["scale_out"] = made.scale
         return found | ({"norm_out": made.norm} if self.with_norm else {})
+
+
+def has_e4m3(device: torch.device) -> bool:
+    """Whether calls on ``device`` can quantize."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= OLDEST_WITH_E4M3
 
 
 def poison(tensors: Mapping[str, torch.Tensor]) -> None:
