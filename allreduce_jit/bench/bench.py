@@ -5,9 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import partial
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -18,15 +17,14 @@ from ..engine import reference
 from ..errors import InputError
 from ..harness import ranks, report
 from ..harness.place import Place
-from . import html, speed_of_light, timing
-from .competitors import Competitor, agreed, open_competitors, require_right_sums
-from .table import render
+from . import fused, fused_table, html, speed_of_light, table, timing
+from .competitors import Competitor, open_competitors, require_right_sums
+from .stopwatch import Prepared, Stopwatch
 
 DTYPES = {"float": torch.float32, "half": torch.float16, "bfloat16": torch.bfloat16}
 _EVER_NEW = "ever_new", "ever_new_with_out"  # fields of a row
 EVER_NEW_UP_TO = 1 << 20  # bytes: beyond, the GPU is waited for
 ALIGNED = 256  # elements
-_TURNS = 3  # of us and each competitor: what drifts during a row drifts for all
 
 
 @dataclass(frozen=True)
@@ -61,8 +59,16 @@ def run(args: argparse.Namespace, init: Callable[..., Any] | None = None) -> int
     """Measure (or read), print, and return the exit code: 1 if any element was wrong."""
     if args.source is not None:
         documents = _read(args.source)
+        if args.html is not None and any("op" in document for document in documents):
+            raise InputError(f"--html plots all-reduces alone, and {args.source} has others")
         written = _publish(args, documents)
         return 0 if written and all(document["ok"] for document in documents) else 1
+    outcome = (fused.measured if args.op == fused.OPERATION else _measured)(args, init)
+    written = outcome.rank != 0 or _publish(args, [outcome.value])
+    return 0 if written and outcome.value["ok"] else 1
+
+
+def _measured(args: argparse.Namespace, init: Callable[..., Any] | None) -> ranks.Outcome:
     if args.max_bytes is not None and args.max_bytes < args.min_bytes:
         raise InputError("the last size (-e, --max-bytes) is smaller than the first (-b, --min-bytes)")
     options = Options(
@@ -78,9 +84,7 @@ def run(args: argparse.Namespace, init: Callable[..., Any] | None = None) -> int
         seed=args.seed,
         max_ctas=args.max_ctas,
     )
-    outcome = ranks.run(work, options, init, gpus=args.gpus, cpu=args.cpu, deadline=args.deadline)
-    written = outcome.rank != 0 or _publish(args, [outcome.value])
-    return 0 if written and outcome.value["ok"] else 1
+    return ranks.run(work, options, init, gpus=args.gpus, cpu=args.cpu, deadline=args.deadline)
 
 
 def _publish(args: argparse.Namespace, documents: list[dict[str, Any]]) -> bool:
@@ -95,7 +99,7 @@ def _publish(args: argparse.Namespace, documents: list[dict[str, Any]]) -> bool:
     if args.json:
         print(json.dumps(documents[0] if len(documents) == 1 else documents, indent=2))
     elif args.source is None or args.html is None:
-        print("\n\n".join(map(render, documents)))
+        print("\n\n".join((fused_table if "op" in document else table).render(document) for document in documents))
     return written
 
 
@@ -142,20 +146,12 @@ def work(place: Place, options: Options, init: Callable[..., Any] | None) -> dic
         }
 
 
-class _Bench:
+class _Bench(Stopwatch):
     def __init__(self, place: Place, communicator: Any, options: Options, light: speed_of_light.Floor | None):
-        self.place, self.communicator, self.options, self.floor = place, communicator, options, light
-        self.dtype = DTYPES[options.dtype]
-        self.progress = report.Progress(place.rank == 0)
+        super().__init__(place, communicator, options)
+        self.floor, self.dtype = light, DTYPES[options.dtype]
         self.sizes = options.sizes(place.device)
-        self.barrier = timing.device_barrier(place, communicator)
         self.competitors, self.missing = open_competitors(place, list(options.peers), timing.ROTATE, self.sizes[-1])
-
-    def modes(self) -> list[str]:
-        """What was asked for, but eager alone where nothing can be captured."""
-        if not timing.capturable(self.place, self.communicator):
-            return ["eager"]
-        return ["graph", "eager"] if self.options.mode == "both" else [self.options.mode]
 
     def row(self, mode: str, nbytes: int) -> dict[str, Any]:
         numel, n = nbytes // self.dtype.itemsize, self.place.world_size
@@ -199,24 +195,9 @@ class _Bench:
             ours["with_out"] = timing.Workload(lambda x: all_reduce(x, out=out), inputs, sources)
             if inputs[0].nbytes <= EVER_NEW_UP_TO:
                 ours |= self._ever_new(inputs)
-        graphs = [timing.record(load, self.communicator.capture) if mode == "graph" else None for load in ours.values()]
-        theirs, reasons = {}, {}
-        for competitor in self.competitors:
-            theirs[competitor.name], reasons[competitor.name] = self._prepared(competitor, mode, numel, sources)
-        our_samples: list[list[float]] = [[] for _ in ours]
-        samples: dict[str, list[float]] = {name: [] for name in theirs}
-        for counts in self._turns():
-            for mine, load, graph in zip(our_samples, ours.values(), graphs):
-                mine += self._samples(mode, load, graph, counts)
-            for name, (load, graph) in theirs.items():
-                if reasons[name] is None:
-                    more, reasons[name] = agreed(self.place, partial(self._samples, mode, load, graph, counts))
-                    samples[name] += more or []
-        summary = {name: timing.slowest(self.place, mine) for name, mine in zip(ours, our_samples)}
-        cells = {
-            name: {"reason": reasons[name]} if reasons[name] else asdict(timing.slowest(self.place, times))
-            for name, times in samples.items()
-        }
+        recorded = self.recorded(mode, ours)
+        theirs = {competitor.name: self._prepared(competitor, mode, numel, sources) for competitor in self.competitors}
+        summary, cells = self.timed(mode, recorded, theirs)
         besides = {name: asdict(summary[name]) if name in summary else None for name in ("with_out", *_EVER_NEW)}
         return summary["new"], {"calls": ours["new"].calls, **besides}, cells
 
@@ -232,17 +213,6 @@ class _Bench:
         loads = timing.Workload(all_reduce, many, []), timing.Workload(lambda x: all_reduce(x, out=next(turn)), many, [])
         return dict(zip(_EVER_NEW, loads))
 
-    def _turns(self) -> Iterator[tuple[int, int]]:
-        """(timed bursts, bursts of warm-up) of every turn."""
-        iters, turns = self.options.iters, min(_TURNS, self.options.iters)
-        for turn in range(turns):
-            yield iters * (turn + 1) // turns - iters * turn // turns, -(-self.options.warmup // turns)
-
-    def _samples(self, mode: str, load: timing.Workload, graph: Any, counts: tuple[int, int]) -> list[float]:
-        if mode == "eager":
-            return timing.eager(self.place, load, *counts, self.barrier)
-        return timing.replays(self.place, load, graph, *counts, self.barrier)
-
     def _wrong(self, numel: int, path: str) -> int:
         """Wrong elements on all ranks together, in a call of its own."""
         place, seed = self.place, self.options.seed
@@ -251,10 +221,7 @@ class _Bench:
         want = reference.expected(seed, place.world_size, numel, self.dtype, place.device, kind=kind)
         return sum(place.gather(reference.compare(self.communicator.all_reduce(mine), want).wrong))
 
-    def _prepared(
-        self, competitor: Competitor, mode: str, numel: int, sources: list[torch.Tensor]
-    ) -> tuple[tuple[timing.Workload, Any], str | None]:
-        """What to time (a workload and its graph), and why this size is not done, if so; in steps that all ranks take alike."""
+    def _prepared(self, competitor: Competitor, mode: str, numel: int, sources: list[torch.Tensor]) -> Prepared:
         load = timing.Workload(competitor.call, competitor.tensors(numel, self.dtype), sources)
         want = self.communicator.all_reduce(sources[0]) if self.options.check else None
 
@@ -265,12 +232,4 @@ class _Bench:
             if want is not None:
                 require_right_sums(result, want, self.place.world_size)
 
-        graph = None
-        _, trouble = agreed(self.place, trial)
-        if trouble is None and mode == "graph":
-            graph, trouble = agreed(self.place, lambda: timing.record(load, competitor.capture))
-        return (load, graph), trouble
-
-    def close(self) -> None:
-        for competitor in self.competitors:
-            agreed(self.place, competitor.close)
+        return self.prepared(mode, competitor, load, trial)

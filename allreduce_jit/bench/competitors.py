@@ -6,7 +6,7 @@ import importlib
 import importlib.util
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, TypeVar
@@ -247,15 +247,18 @@ def agreed(place: Place, step: Callable[[], _T]) -> tuple[_T | None, str | None]
     return value, None
 
 
-def open_competitors(place: Place, names: list[str], count: int, nbytes: int) -> tuple[list[Competitor], dict[str, str]]:
-    """Those of ``names`` that every rank has and that sum right, and why the others are missing."""
+def open_competitors(
+    place: Place, names: list[str], count: int, nbytes: int, kinds: Mapping[str, type[Competitor]] | None = None
+) -> tuple[list[Competitor], dict[str, str]]:
+    """Those of ``names`` that every rank has and that sum right, and why the others are missing; ``kinds``: what the names mean."""
+    known = COMPETITORS if kinds is None else kinds
     ready: list[Competitor] = []
     missing: dict[str, str] = {}
     for name in names:
         competitor = None
-        _, trouble = agreed(place, partial(_require, COMPETITORS[name]))
+        _, trouble = agreed(place, partial(_require, known[name]))
         if trouble is None:
-            competitor, trouble = agreed(place, partial(COMPETITORS[name], place, count, max(nbytes, _TRIAL_NUMEL * 4)))
+            competitor, trouble = agreed(place, partial(known[name], place, count, max(nbytes, _TRIAL_NUMEL * 4)))
         if competitor is not None:
             _, trouble = agreed(place, partial(_trial, competitor))
         if trouble is not None:

@@ -10,16 +10,8 @@ from ..harness import report
 
 def render(document: dict[str, Any]) -> str:
     """The tables as text."""
-    facts = document["communicator"]
-    lines = [
-        f"# {report.headline(document['machine'])}",
-        f"# {facts['world_size']} ranks, path {facts['path']}; {'; '.join(report.reasons(facts['reasons']))}",
-        f"# {document['unit']}; NVLink multicast {document['multicast']}",
-        f"# {_speed_of_light(document)}",
-    ]
-    competitors = document["peers"].items()
-    lines += [f"# competitor {name}: {'ok' if why is None else 'unavailable: ' + why}" for name, why in competitors]
-    names = [name for name, why in competitors if why is None]
+    lines = heading(document)
+    names = [name for name, why in document["peers"].items() if why is None]
     for mode in dict.fromkeys(row["mode"] for row in document["rows"]):
         rows = [row for row in document["rows"] if row["mode"] == mode]
         columns = _columns(rows, names)
@@ -28,11 +20,24 @@ def render(document: dict[str, Any]) -> str:
         lines += ["", f"# {mode}", report.table(headers, cells)]
         if any(row.get("ever_new") for row in rows):
             lines.append("# *: no two calls of a burst with the same addresses; otherwise the same few in turn")
-        lines += _refusals(rows)
+        lines += refusals(rows)
     verdict = "OK" if document["ok"] else "FAILED"
     average = document["average_busbw_gbs"]
     lines += ["", f"# Out of bounds values : {document['wrong']} {verdict}"]
     return "\n".join([*lines, f"# Avg bus bandwidth    : {average:.4g} GB/s"])
+
+
+def heading(document: dict[str, Any]) -> list[str]:
+    """What was measured where."""
+    facts = document["communicator"]
+    lines = [
+        f"# {report.headline(document['machine'])}",
+        f"# {facts['world_size']} ranks, path {facts['path']}; {'; '.join(report.reasons(facts['reasons']))}",
+        f"# {document['unit']}; NVLink multicast {document['multicast']}",
+        f"# {_speed_of_light(document)}",
+    ]
+    found = document["peers"].items()
+    return lines + [f"# competitor {name}: {'ok' if why is None else 'unavailable: ' + why}" for name, why in found]
 
 
 def _speed_of_light(document: dict[str, Any]) -> str:
@@ -72,6 +77,7 @@ def _columns(rows: list[dict[str, Any]], names: list[str]) -> dict[str, Callable
     return columns
 
 
-def _refusals(rows: list[dict[str, Any]]) -> list[str]:
+def refusals(rows: list[dict[str, Any]]) -> list[str]:
+    """Why competitors left rows out."""
     texts = {f"# - {name}: {r['reason']}": None for row in rows for name, r in row["peers"].items() if "reason" in r}
     return list(texts)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -38,15 +38,17 @@ class Workload:
     """A call and what it is given.
 
     Attributes:
-        call: takes one tensor; may work in place.
+        call: takes one tensor, or what is ``given`` in its place; may work in place.
         inputs: the tensors taken in turn.
         sources: what each input holds at the start of every burst. Without this, in-place sums grow to
             infinity within a few bursts, and constant data is not representative.
+        given: of each input what the call is given, if it is not the input itself.
     """
 
-    call: Callable[[torch.Tensor], Any]
+    call: Callable[[Any], Any]
     inputs: list[torch.Tensor]
     sources: list[torch.Tensor]
+    given: Sequence[Any] = ()
 
     @property
     def calls(self) -> int:
@@ -59,8 +61,9 @@ class Workload:
             tensor.copy_(source)
 
     def burst(self) -> None:
+        given = self.given or self.inputs
         for i in range(self.calls):
-            self.call(self.inputs[i % len(self.inputs)])
+            self.call(given[i % len(given)])
 
 
 def capturable(place: Place, communicator: Any) -> bool:

@@ -1,7 +1,8 @@
 """Bursts of all-reduces with their data: every element of every call is compared, on the device.
 
 A burst is a list of calls on slices of flat buffers, one buffer a dtype: one pass fills all inputs, the calls follow
-each other without a pause, one pass compares all results. So a verified call costs hardly more than the call.
+each other without a pause, one pass compares all results. So a verified call costs hardly more than the call. Calls with
+a norm have buffers of their own (``norm_bursts``).
 
 Rank r's contribution to element i of call number c is 17·h(r, i) + (c mod 17), with small random h. All sums are
 integers up to 256, which every dtype holds exactly in every order of adding. What is left over of an earlier
@@ -12,7 +13,7 @@ to 16 ranks, as long as all of the stale ones are equally old.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -35,6 +36,22 @@ class Call:
     dtype: torch.dtype
     in_place: bool
     offset: int
+
+    @property
+    def kind(self) -> torch.dtype:
+        """What calls have in common that share buffers."""
+        return self.dtype
+
+    @property
+    def title(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+    def buffers(self, place: Place, calls: Sequence[Any], seed: int) -> FlatBuffers:
+        """Those of all ``calls`` of this kind."""
+        return FlatBuffers(place, calls, self.dtype, seed)
+
+    def algorithm(self, communicator: Any) -> str:
+        return communicator.plan(self.numel, self.dtype).algorithm
 
 
 def draw(dice: random.Random, most_calls: int, most_bytes: int, largest: int) -> list[Call]:
@@ -60,8 +77,8 @@ def draw(dice: random.Random, most_calls: int, most_bytes: int, largest: int) ->
 class FlatBuffers:
     """The buffers of all calls of one dtype in a burst, and the two passes over them."""
 
-    def __init__(self, place: Place, calls: list[Call], dtype: torch.dtype, seed: int):
-        mine = [(index, call) for index, call in enumerate(calls) if call.dtype is dtype]
+    def __init__(self, place: Place, calls: Sequence[Any], dtype: torch.dtype, seed: int):
+        mine = [(index, call) for index, call in enumerate(calls) if call.kind is dtype]
         size = max((call.offset + call.numel for _, call in mine), default=0)
         n, device = place.world_size, place.device
 
@@ -77,11 +94,16 @@ class FlatBuffers:
             self.in_place[part] = call.in_place
         self.live = self.call >= 0
         self.age = self.call.clamp(min=0).remainder(MODULUS).to(torch.int16)
-        contributions = [_multiples(seed, rank, size, dtype, device, n) for rank in range(n)]
+        contributions = [multiples(seed, rank, size, dtype, device, n) for rank in range(n)]
         self.mine, self.sum = contributions[place.rank], sum(contributions[1:], contributions[0])
         self.x, self.y, self.want = (full(0, dtype) for _ in range(3))
         self.phase, self.nan = torch.empty_like(self.age), torch.full((), torch.nan, dtype=dtype, device=device)
         self.wrong, self.bad = full(False, torch.bool), full(False, torch.bool)
+
+    def bound(self, communicator: Any, call: Call) -> Callable[[], Any]:
+        """The call, to be made in every turn."""
+        part = slice(call.offset, call.offset + call.numel)
+        return partial(communicator.all_reduce, (self.y if call.in_place else self.x)[part], out=self.y[part])
 
     def fill(self, phase: torch.Tensor) -> None:
         """Inputs of a turn in ``x``, or in ``y`` where the call is in place; elsewhere ``y`` holds NaN."""
@@ -99,8 +121,12 @@ class FlatBuffers:
         self.wrong.logical_and_(clean)
         self.bad.logical_or_(self.wrong)
 
+    def found(self) -> Iterator[tuple[int, int]]:
+        """(index of a call, wrong elements) of the first turn that had any."""
+        yield from zip(*(t.tolist() for t in self.call[self.bad].unique(return_counts=True)))
 
-def _multiples(seed: int, rank: int, numel: int, dtype: torch.dtype, device: Any, world_size: int) -> torch.Tensor:
+
+def multiples(seed: int, rank: int, numel: int, dtype: torch.dtype, device: Any, world_size: int) -> torch.Tensor:
     """17·h: multiples of the modulus so small that all sums stay exact."""
     span = max(1, LARGEST_SUM // world_size // MODULUS * 2)
     small = reference.values(seed, rank, numel, dtype, device, kind=reference.INTEGERS, world_size=world_size)
@@ -113,9 +139,12 @@ class Burst:
     Errors are counted on the device; ``verdict`` reads them.
     """
 
-    def __init__(self, place: Place, communicator: Any, calls: list[Call], seed: int):
-        self.communicator, self.calls = communicator, calls
-        self.flats = {dtype: FlatBuffers(place, calls, dtype, seed) for dtype in {call.dtype for call in calls}}
+    def __init__(self, place: Place, communicator: Any, calls: Sequence[Any], seed: int):
+        self.calls = calls
+        self.flats: dict[Any, Any] = {}
+        for call in calls:
+            if call.kind not in self.flats:
+                self.flats[call.kind] = call.buffers(place, calls, seed)
         self.elements = sum(call.numel for call in calls)
 
         def scalar(kind: torch.dtype) -> torch.Tensor:
@@ -125,11 +154,7 @@ class Burst:
             scalar(kind) for kind in (torch.int16, torch.int64, torch.int64, torch.int64)
         )
         self.number = 0
-        self._slices = [self._tensors(call) for call in calls]
-
-    def _tensors(self, call: Call) -> tuple[torch.Tensor, torch.Tensor]:
-        flat, part = self.flats[call.dtype], slice(call.offset, call.offset + call.numel)
-        return (flat.y if call.in_place else flat.x)[part], flat.y[part]
+        self._bound = [self.flats[call.kind].bound(communicator, call) for call in calls]
 
     def start(self, number: int) -> None:
         """The next turn's first call is the run's call ``number``; forget what was counted."""
@@ -145,8 +170,8 @@ class Burst:
         """Fill, call, compare. ``around(call)`` makes each call."""
         for flat in self.flats.values():
             flat.fill(self.phase)
-        for x, out in self._slices:
-            around(partial(self.communicator.all_reduce, x, out=out))
+        for call in self._bound:
+            around(call)
         clean = self.first < 0
         for flat in self.flats.values():
             flat.compare(self.errors, clean)
@@ -154,13 +179,13 @@ class Burst:
         self.turns.add_(1)
         self.phase.add_(len(self.calls)).remainder_(MODULUS)
 
-    def verdict(self) -> tuple[int, list[tuple[int, Call, int]]]:
+    def verdict(self) -> tuple[int, list[tuple[int, Any, int]]]:
         """Wrong elements since ``start``; and of the first turn that had any: (call number, call, wrong elements)."""
         wrong = int(self.errors)
         if not wrong:
             return 0, []
         first, found = int(self.first), []
         for flat in self.flats.values():
-            for index, count in zip(*(t.tolist() for t in flat.call[flat.bad].unique(return_counts=True))):
+            for index, count in flat.found():
                 found.append((self.number + first * len(self.calls) + index, self.calls[index], count))
         return wrong, sorted(found, key=lambda one: one[0])

@@ -25,7 +25,7 @@ class Counts:
 
     Attributes:
         calls: verified calls, by ``eager`` and ``graph``.
-        kinds: calls by algorithm and dtype.
+        kinds: calls by algorithm and dtype, or kind of norm.
         elements: compared elements.
         wrong: wrong ones among them.
         failures: calls with wrong elements, the first few.
@@ -45,17 +45,13 @@ class Counts:
         """So many turns of a burst that have completed; ``algorithms`` ran its calls."""
         self.calls[kind] += turns * len(burst.calls)
         for call, algorithm in zip(burst.calls, algorithms):
-            self.kinds[f"{algorithm} {_name(call.dtype)}"] += turns
+            self.kinds[f"{algorithm} {call.title}"] += turns
         self.elements += turns * burst.elements
         wrong, found = burst.verdict()
         self.wrong += wrong
         for number, call, count in found[: max(0, _SHOWN - len(self.failures))]:
-            where = {"call": number, "numel": call.numel, "dtype": _name(call.dtype)}
+            where = {"call": number, "numel": call.numel, "dtype": call.title}
             self.failures.append({"rank": rank, **where, "kind": kind, "in_place": call.in_place, "wrong": count})
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def resources(place: Place) -> dict[str, int]:

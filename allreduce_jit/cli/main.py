@@ -4,31 +4,22 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
-import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ..errors import AllReduceError, InputError, SettingsError
-from ..harness.report import parse_size, prepare_streams
+from ..harness.report import prepare_streams
 from ..policy import backends
 from ..policy.catalogue import WORLD_SIZES
+from ..policy.norm import QUANTS, ROUNDINGS
 from ..policy.operation import DTYPES
 from ..settings import Settings
+from .arguments import COMPETITORS, arch, competitors, dtype, new_file, seconds, several, size_from, whole
 
-COMPETITORS = ("nccl", "nccl_symm", "torch_one_shot", "torch_two_shot", "sglang", "flashinfer")
 _MAX_CPU_RANKS = 16  # soak's sums are exact up to there
-_MAX_SECONDS = 1_000_000  # poll and the timeouts of torch count milliseconds in 31 bits
-_DTYPES = {name: name for name in ("float", "half", "bfloat16")} | {
-    "float32": "float",
-    "fp32": "float",
-    "float16": "half",
-    "fp16": "half",
-    "bf16": "bfloat16",
-}
 _Init = Callable[..., Any]
 _Command = Callable[[argparse.Namespace, _Init | None], int]
 
@@ -107,16 +98,18 @@ def _parser() -> argparse.ArgumentParser:
 
 def _selftest_arguments(parser: argparse.ArgumentParser) -> None:
     _rank_arguments(parser)
-    parser.add_argument("--max-bytes", type=_size(4), metavar="SIZE", help="largest tensor (default 64M, on the CPU 1M)")
+    parser.add_argument("--max-bytes", type=size_from(4), metavar="SIZE", help="largest tensor (default 64M, on the CPU 1M)")
     parser.add_argument("--seed", type=int, default=0, help="of the inputs (default 0)")
 
 
 def _soak_arguments(parser: argparse.ArgumentParser) -> None:
     _rank_arguments(parser)
     add = parser.add_argument
-    add("--calls", type=_from(1), metavar="N", help="calls to make at least (default 100000, without --seconds)")
-    add("--seconds", type=_seconds, metavar="S", help="how long to go on at most")
-    add("--max-bytes", type=_size(4), metavar="SIZE", help="largest tensor (default 1M, on the CPU 16K)")
+    add("--calls", type=whole(1), metavar="N", help="calls to make at least (default 100000, without --seconds)")
+    add("--seconds", type=seconds, metavar="S", help="how long to go on at most")
+    add("--max-bytes", type=size_from(4), metavar="SIZE", help="largest tensor (default 1M, on the CPU 16K)")
+    text = "which calls: all-reduce (default), add-rms-norm, or both in one mix"
+    add("--op", choices=["all-reduce", "add-rms-norm", "both"], default="all-reduce", help=text)
     add("--seed", type=int, default=0, help="of sizes and inputs (default 0)")
     add("--gemm", action="store_true", help="matrix products on another stream keep all SMs busy")
     add("--nccl", action="store_true", help="NCCL all-reduces on another stream and group alongside")
@@ -126,19 +119,19 @@ def _soak_arguments(parser: argparse.ArgumentParser) -> None:
 def _bench_arguments(parser: argparse.ArgumentParser) -> None:
     _rank_arguments(parser)
     add = parser.add_argument
-    add("-b", "--min-bytes", type=_size(1), default=1 << 10, metavar="SIZE", help="first size (default 1K)")
-    add("-e", "--max-bytes", type=_size(1), metavar="SIZE", help="last size (default 64M, on the CPU 1M)")
-    add("-f", "--factor", type=_from(2), default=2, metavar="N", help="from one size to the next (default 2)")
-    add("-n", "--iters", type=_from(1), default=20, metavar="N", help="timed bursts of 8 to 200 calls (default 20)")
-    add("-w", "--warmup", type=_from(0), default=5, metavar="N", help="bursts before them (default 5)")
-    add("-d", "--dtype", type=_dtype, default="bfloat16", help="float, half or bfloat16 (default)")
-    add("-o", "--op", choices=["sum"], default="sum", help="the reduction")
+    add("-b", "--min-bytes", type=size_from(1), default=1 << 10, metavar="SIZE", help="first size (default 1K)")
+    add("-e", "--max-bytes", type=size_from(1), metavar="SIZE", help="last size (default 64M, on the CPU 1M)")
+    add("-f", "--factor", type=whole(2), default=2, metavar="N", help="from one size to the next (default 2)")
+    add("-n", "--iters", type=whole(1), default=20, metavar="N", help="timed bursts of 8 to 200 calls (default 20)")
+    add("-w", "--warmup", type=whole(0), default=5, metavar="N", help="bursts before them (default 5)")
+    add("-d", "--dtype", type=dtype, default="bfloat16", help="float, half or bfloat16 (default)")
+    add("-o", "--op", choices=["sum", "add-rms-norm"], default="sum", help="sum (default), or with residual and norm behind it")
     add("-c", "--check", type=int, choices=[0, 1], default=1, help="compare every bit with the exact sum (default 1)")
     add("--seed", type=int, default=0, help="of the inputs (default 0)")
-    add("--max-ctas", type=_from(2), metavar="N", help="a communicator that occupies at most so many thread blocks")
+    add("--max-ctas", type=whole(2), metavar="N", help="a communicator that occupies at most so many thread blocks")
     add(
         "--peers",
-        type=_competitors,
+        type=competitors,
         default=COMPETITORS,
         metavar="A,B,…",
         help=f"of {', '.join(COMPETITORS)} (default all), or none",
@@ -147,7 +140,14 @@ def _bench_arguments(parser: argparse.ArgumentParser) -> None:
     for mode, text in (("graph", "replayed CUDA graphs"), ("eager", "calls from the host"), ("both", "both (default)")):
         modes.add_argument(f"--{mode}", dest="mode", action="store_const", const=mode, help=f"time {text}")
     parser.set_defaults(mode="both")
-    add("--html", type=_new_file, metavar="FILE", help="also write a page with plots, complete in itself")
+    norm = parser.add_argument_group("add-rms-norm", "rows times elements of a row in place of sizes")
+    text = "(default 1,8,32,128,512,2048, on the CPU 1,8,32)"
+    norm.add_argument("--rows", type=several(whole(1)), metavar="N,N,…", help=f"how many {text}")
+    hidden = several(whole(64, 16384))
+    norm.add_argument("--hidden", type=hidden, metavar="N,N,…", help="elements of a row (default 4096,8192, on the CPU 1024)")
+    norm.add_argument("--rounding", choices=ROUNDINGS, default="R", help="where it rounds (default R)")
+    norm.add_argument("--quant", choices=QUANTS, default="none", help="to e4m3, with such scales (default none)")
+    add("--html", type=new_file, metavar="FILE", help="also write a page with plots, complete in itself")
     text = "measure nothing, take what --json printed earlier (its table, or its --html)"
     add("--from", dest="source", type=Path, metavar="FILE", help=text)
 
@@ -155,14 +155,14 @@ def _bench_arguments(parser: argparse.ArgumentParser) -> None:
 def _warmup_arguments(parser: argparse.ArgumentParser) -> None:
     worlds = ["all", *map(str, WORLD_SIZES)]
     parser.add_argument("--world-size", choices=worlds, default="all", help="number of ranks (default all)")
-    parser.add_argument("--arch", type=_arch, metavar="sm_90", help="to compile for (default: this machine's GPUs)")
+    parser.add_argument("--arch", type=arch, metavar="sm_90", help="to compile for (default: this machine's GPUs)")
     parser.add_argument("--path", choices=[*backends.names(), "all"], default="all", help="whose kernels (default all)")
     operations = parser.add_argument_group("operations")
     operations.add_argument(
         "--op", choices=["all-reduce", "add-rms-norm"], default="all-reduce", help="of which calls (default all-reduce)"
     )
     text = "of add-rms-norm: elements of a row (default 4096 8192)"
-    operations.add_argument("--hidden", type=_from(64, 16384), nargs="+", default=[4096, 8192], metavar="N", help=text)
+    operations.add_argument("--hidden", type=whole(64, 16384), nargs="+", default=[4096, 8192], metavar="N", help=text)
     text = "of add-rms-norm: float32, float16 or bfloat16 (default)"
     operations.add_argument("--dtype", choices=list(DTYPES), default="bfloat16", metavar="DTYPE", help=text)
 
@@ -171,13 +171,13 @@ def _rank_arguments(parser: argparse.ArgumentParser) -> None:
     where = parser.add_mutually_exclusive_group()
     text = "ranks to start, one per GPU (default: every GPU if there are two or more, 8 at most; else 4 CPU ranks)"
     _gpu_arguments(parser, where, text)
-    where.add_argument("--cpu", type=_from(1, _MAX_CPU_RANKS), metavar="N", help="ranks to start on the CPU instead")
+    where.add_argument("--cpu", type=whole(1, _MAX_CPU_RANKS), metavar="N", help="ranks to start on the CPU instead")
 
 
 def _gpu_arguments(parser: argparse.ArgumentParser, where: Any, text: str) -> None:
-    where.add_argument("--gpus", type=_from(1), metavar="N", help=text)
+    where.add_argument("--gpus", type=whole(1), metavar="N", help=text)
     parser.add_argument(
-        "--deadline", type=_seconds, default=600.0, metavar="S", help="seconds until everything is killed (default 600)"
+        "--deadline", type=seconds, default=600.0, metavar="S", help="seconds until everything is killed (default 600)"
     )
 
 
@@ -221,63 +221,3 @@ def _cache(args: argparse.Namespace, init: _Init | None) -> int:
     from . import warmup
 
     return warmup.run_cache(args)
-
-
-def _size(least: int) -> Callable[[str], int]:
-    def size(text: str) -> int:
-        try:
-            found = parse_size(text)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
-        if found < least:
-            raise argparse.ArgumentTypeError(f"{text!r}: expected {least} bytes or more")
-        return found
-
-    return size
-
-
-def _from(least: int, most: int = 10**9) -> Callable[[str], int]:
-    def number(text: str) -> int:
-        if not text.isdecimal() or len(text) > 20 or not least <= int(text) <= most:
-            raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number from {least} to {most}")
-        return int(text)
-
-    return number
-
-
-def _seconds(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value <= _MAX_SECONDS:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected seconds, more than 0 and at most {_MAX_SECONDS}")
-    return value
-
-
-def _dtype(text: str) -> str:
-    if text not in _DTYPES:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected one of {', '.join(_DTYPES)}")
-    return _DTYPES[text]
-
-
-def _new_file(text: str) -> Path:
-    """Refused now what could not be written once everything is measured."""
-    folder = os.path.dirname(text) or "."
-    if os.path.isdir(text) or not os.path.isdir(folder) or not os.access(text if os.path.exists(text) else folder, os.W_OK):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a file that can be written, in a folder that exists")
-    return Path(text)
-
-
-def _arch(text: str) -> str:
-    if not re.fullmatch(r"sm_\d{2,3}", text):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected an architecture such as sm_90")
-    return text
-
-
-def _competitors(text: str) -> tuple[str, ...]:
-    names = tuple(name for name in text.split(",") if name and name != "none")
-    unknown = [name for name in names if name not in COMPETITORS]
-    if unknown:
-        raise argparse.ArgumentTypeError(f"{unknown[0]!r}: expected some of {', '.join(COMPETITORS)}, or none")
-    return names

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -14,10 +14,12 @@ from typing import Any
 import torch
 
 from ..bench import timing
+from ..bench.norm_calls import NormKind
 from ..errors import AllReduceError, InputError
 from ..harness import report
 from ..harness.place import Place
 from ..torch_private import keep_gpu_busy
+from . import norm_bursts
 from .bursts import MODULUS, Burst, draw
 from .ledger import Counts, document, render, resources
 from .load import MatrixProducts, NcclTraffic, Stalls
@@ -29,7 +31,8 @@ _SLEEP_CYCLES = 30_000_000  # for the host to enqueue all timed calls meanwhile;
 
 @dataclass(frozen=True)
 class Options:
-    """``calls`` and ``seconds``: the first of them to be reached ends the run; None = no limit by it."""
+    """``calls`` and ``seconds``: the first of them to be reached ends the run; None = no limit by it. ``op``: ``all-reduce``,
+    ``add-rms-norm`` or ``both``."""
 
     calls: int | None
     seconds: float | None
@@ -38,6 +41,7 @@ class Options:
     gemm: bool
     nccl: bool
     stalls: bool
+    op: str = "all-reduce"
 
 
 def run(args: argparse.Namespace, init: Callable[..., Any] | None = None) -> int:
@@ -49,7 +53,7 @@ def run(args: argparse.Namespace, init: Callable[..., Any] | None = None) -> int
         raise InputError(f"--seconds {args.seconds:g} would be ended by --deadline {args.deadline:g}: raise --deadline")
     if (args.gemm or args.nccl) and not ranks.on_gpus(args.gpus, args.cpu):
         raise InputError("--gemm and --nccl need GPUs, and these ranks would be on the CPU")
-    options = Options(calls, args.seconds, args.max_bytes, args.seed, args.gemm, args.nccl, args.stalls)
+    options = Options(calls, args.seconds, args.max_bytes, args.seed, args.gemm, args.nccl, args.stalls, args.op)
     outcome = ranks.run(work, options, init, gpus=args.gpus, cpu=args.cpu, deadline=args.deadline)
     return outcome.conclude(args.json, render)
 
@@ -60,16 +64,18 @@ def work(place: Place, options: Options, init: Callable[..., Any] | None) -> dic
         from .. import init
     if place.world_size >= MODULUS:
         raise InputError(f"{place.world_size} ranks: soak tells stale sums from right ones for up to {MODULUS - 1}")
-    with init(device=place.device) as communicator:
+    kinds = () if options.op == "all-reduce" else norm_bursts.kinds(place)
+    asked: dict[str, Any] = {"operations": [kind.family for kind in kinds]} if kinds else {}
+    with init(device=place.device, **asked) as communicator:
         communicator.warmup()
-        return _Soak(place, communicator, options).run()
+        return _Soak(place, communicator, options, kinds).run()
 
 
 class _Soak:
     """This rank's part of a run; all ranks draw the same bursts."""
 
-    def __init__(self, place: Place, communicator: Any, options: Options):
-        self.place, self.communicator, self.options = place, communicator, options
+    def __init__(self, place: Place, communicator: Any, options: Options, kinds: Sequence[NormKind] = ()):
+        self.place, self.communicator, self.options, self.kinds = place, communicator, options, kinds
         self.on_gpu = place.device.type == "cuda"
         self.graphs = timing.capturable(place, communicator)
         self.largest = options.max_bytes or (1 << 20 if self.on_gpu else 16 << 10)
@@ -113,6 +119,10 @@ class _Soak:
     def round(self, number: int) -> None:
         """Fresh calls: a few eagerly, again and again, the last turns timed; then many, captured and replayed."""
         dice = random.Random(f"{self.options.seed}/{number}")
+        if number == 0 and self.kinds:  # what a first call builds cannot be captured
+            every = Burst(self.place, self.communicator, norm_bursts.one_of_each(self.kinds), self.options.seed)
+            with self.series(every, "eager", 1):
+                every.turn(self.plain)
         few = self.burst(dice, FEW, 2 * number)
         marks: list[tuple[Any, Any]] = []
         with self.series(few, "eager", self.untimed + self.timed):
@@ -140,7 +150,14 @@ class _Soak:
             graph.reset()
 
     def burst(self, dice: random.Random, most_calls: int, number: int) -> Burst:
-        calls = draw(dice, most_calls, self.most_bytes, self.largest)
+        calls: list[Any] = []
+        shares = 2 if self.options.op == "both" else 1
+        limits = most_calls // shares, self.most_bytes // shares, self.largest
+        if self.options.op != "add-rms-norm":
+            calls += draw(dice, *limits)
+        if self.kinds:
+            calls += norm_bursts.draw(dice, *limits, self.kinds)
+            dice.shuffle(calls)
         return Burst(self.place, self.communicator, calls, self.options.seed + number)
 
     @contextmanager
@@ -158,7 +175,7 @@ class _Soak:
                 time.sleep(2e-4)
             end.synchronize()
         self.communicator.check()
-        algorithms = [self.communicator.plan(call.numel, call.dtype).algorithm for call in burst.calls]
+        algorithms = [call.algorithm(self.communicator) for call in burst.calls]
         self.counts.add(self.place.rank, burst, kind, turns, algorithms)
 
     def plain(self, call: Callable[[], Any]) -> None:

@@ -11,11 +11,15 @@ import pytest
 import torch
 from helpers.fake_communicator import Fake
 
-from allreduce_jit.cli import bursts, soak
+from allreduce_jit import norms
+from allreduce_jit.cli import bursts, norm_bursts, soak
 from allreduce_jit.cli import main as cli
 from allreduce_jit.cli.ledger import resources
 from allreduce_jit.engine.graph_cache import SHORTS
 from allreduce_jit.errors import InputError, PeerTimeout
+
+CPU = SimpleNamespace(device=torch.device("cpu"), rank=0, world_size=1, gather=lambda value: [value])
+FLOATS = ("float32", "float16", "bfloat16")
 
 
 class Flawed(Fake):
@@ -60,6 +64,40 @@ def lost(group=None, device=None):
     return one
 
 
+class FlawedNorms(Fake):
+    """The same of calls with a norm. The first 8 are one of each kind."""
+
+    at = (20, 21, 60)
+    count = 0
+    before = None
+
+    def _normed(self, norm, x, residual, weight, eps, **how):
+        number, self.count = self.count, self.count + 1
+        wrong = self.rank == 1 and number in self.at
+        if wrong and self.bug == "row of zeros":
+            weight = torch.zeros_like(weight)
+        results = super()._normed(norm, x, residual, weight, eps, **how)
+        total = results[1 if norm is norms.add_rms_norm else 2]
+        if wrong and self.bug == "wrong element":
+            total[-1, -1] += 64
+        elif wrong and self.bug == "stale":
+            total.copy_(self.before.to(total.dtype).expand_as(total))
+        self.before = total[:1, :1].clone()
+        return results
+
+
+def wrong_norm_element(group=None, device=None, operations=()):
+    return FlawedNorms(device, "torch.distributed", "wrong element")
+
+
+def row_of_zeros(group=None, device=None, operations=()):
+    return FlawedNorms(device, "torch.distributed", "row of zeros")
+
+
+def stale_norm(group=None, device=None, operations=()):
+    return FlawedNorms(device, "torch.distributed", "stale")
+
+
 def soaked(capsys, *options, init=None):
     code = cli.main(["soak", "--json", "--cpu", "2", "--deadline", "200", *options], init=init)
     return code, json.loads(capsys.readouterr().out)
@@ -76,6 +114,34 @@ def test_a_clean_run(capsys):
     assert ledger["latency_us"]["samples"] == (total // 40 - 1) * 39
     for found in ledger["resources"]:
         assert found[-1]["descriptors"] <= found[0]["descriptors"] + 2
+
+
+@pytest.mark.parametrize("op", ["add-rms-norm", "both"])
+def test_a_clean_run_with_norms(capsys, op):
+    code, ledger = soaked(capsys, "--calls", "300", "--op", op)
+    assert code == 0 and ledger["ok"] and ledger["wrong"] == 0 and not ledger["failures"]
+    kinds = [str(kind) for kind in norm_bursts.kinds(CPU)]
+    others = {f"gloo {name}" for name in FLOATS} if op == "both" else set()
+    assert set(ledger["kinds"]) == {f"apart {kind}" for kind in kinds} | others
+    assert sum(ledger["kinds"].values()) == ledger["calls"]["total"] >= 300 and ledger["elements"] > 300 * 64
+
+
+@pytest.mark.parametrize("init", [wrong_norm_element, row_of_zeros, stale_norm])
+def test_planted_bugs_of_norms_are_located(capsys, init):
+    code, ledger = soaked(capsys, "--calls", "100000", "--op", "add-rms-norm", init=init)
+    assert code == 1 and not ledger["ok"] and ledger["hangs"] == 0
+    assert {failure["call"] for failure in ledger["failures"]} == {20, 21}  # the first round ends it
+    kinds = norm_bursts.kinds(CPU)
+    dice = random.Random("0/0")
+    calls = [*norm_bursts.one_of_each(kinds), *norm_bursts.draw(dice, soak.FEW, 1 << 20, 16 << 10, kinds)]
+    shuffled = calls[8:]
+    dice.shuffle(shuffled)
+    for failure in ledger["failures"]:
+        call = [*calls[:8], *shuffled][failure["call"]]
+        where = {"rank": 1, "numel": call.numel, "dtype": str(call.kind), "in_place": call.in_place, "kind": "eager"}
+        assert where.items() <= failure.items()
+        assert failure["wrong"] == 1 if init is wrong_norm_element else failure["wrong"] > 0.5 * call.numel
+    assert ledger["wrong"] == sum(failure["wrong"] for failure in ledger["failures"])
 
 
 def test_seconds_end_a_run(capsys):
@@ -189,3 +255,51 @@ def test_sizes():
         for call in bursts.draw(random.Random(turn), 200, 1 << 22, 1 << 16):
             assert call.offset >= ends[call.dtype]
             ends[call.dtype] = call.offset + call.numel
+
+
+@pytest.mark.parametrize("kind", norm_bursts.kinds(CPU), ids=str)
+def test_calls_with_a_norm_are_told_apart(kind):
+    """Right results pass, in place or not; what is left of one to 16 calls ago, or any element that nobody wrote, does not."""
+    calls = [norm_bursts.NormCall(kind, 2, i % 3 == 0, 2 * i) for i in range(40)]
+    flat = calls[0].buffers(CPU, calls, 3)
+    phase, errors, clean = torch.zeros((), dtype=torch.int16), torch.zeros((), dtype=torch.int64), torch.tensor(True)
+    alone = SimpleNamespace(all_reduce_add_rms_norm=norms.add_rms_norm, all_reduce_add_rms_norm_fp8=norms.add_rms_norm_fp8)
+
+    def turn(*skipped):
+        errors.zero_()
+        flat.bad.zero_()
+        flat.fill(phase)
+        for call in calls:
+            if call not in skipped:
+                flat.bound(alone, call)()
+        flat.compare(errors, clean)
+        return int(errors), dict(flat.found())
+
+    assert turn() == (0, {})
+    phase.add_(5)
+    assert turn() == (0, {})
+    written = sum(out.numel() for out in flat.outs.values()) // 40
+    for call in calls[:2]:
+        wrong, found = turn(call)
+        assert found == {calls.index(call): wrong} and 0.9 * written < wrong <= written
+    turn()
+    kept = flat.outs["residual_out"].clone()
+    for age in range(1, 17):
+        flat.outs["residual_out"][2 * age :] = kept[: -2 * age]
+        flat.bad.zero_()
+        flat.compare(errors, clean)
+        assert dict(flat.found()).keys() == set(range(age, 40))
+        flat.outs["residual_out"].copy_(kept)
+
+
+def test_numbers_of_rows():
+    kinds = norm_bursts.kinds(CPU)
+    calls = [call for turn in range(30) for call in norm_bursts.draw(random.Random(turn), 200, 1 << 22, 1 << 16, kinds)]
+    assert {call.kind for call in calls} == set(kinds) and {call.in_place for call in calls} == {True, False}
+    assert min(call.rows for call in calls) == 1
+    assert 60_000 < max(call.numel * call.kind.torch_dtype.itemsize for call in calls) <= 1 << 16
+    for turn in range(30):
+        ends = dict.fromkeys(kinds, 0)
+        for call in norm_bursts.draw(random.Random(turn), 200, 1 << 22, 1 << 16, kinds):
+            assert call.first == ends[call.kind]
+            ends[call.kind] += call.rows

@@ -9,6 +9,8 @@ from types import SimpleNamespace
 import torch
 import torch.distributed as dist
 
+from allreduce_jit import norms
+
 
 @dataclass
 class Fake:
@@ -46,6 +48,29 @@ class Fake:
         if self.bug == "reverse order":
             everyone.reverse()
         return sum((t.float() for t in everyone[1:]), everyone[0].float()).to(x.dtype)
+
+    def all_reduce_add_rms_norm(self, x, residual, weight, eps, **how):
+        return self._normed(norms.add_rms_norm, x, residual, weight, eps, **how)
+
+    def all_reduce_add_rms_norm_fp8(self, x, residual, weight, eps, **how):
+        return self._normed(norms.add_rms_norm_fp8, x, residual, weight, eps, **how)
+
+    def _normed(self, norm, x, residual, weight, eps, **how):
+        kept = None if residual is None else residual.clone()
+        total = x if self.bug == "sum of this rank alone" else self.all_reduce(x)
+        if self.bug == "weight of another row" and self.rank == 1:
+            weight = weight.roll(1)
+        results = norm(total, residual, weight, eps, **how)
+        if self.bug == "residual left out" and kept is not None and x.shape[0] == 3:
+            results[-1 if norm is norms.add_rms_norm else 2].sub_(kept)
+        if self.bug == "scale of another row" and how.get("scales") == "token" and self.rank == 1:
+            results[1].copy_(results[1].roll(1, 0))
+        if self.bug == "norm's input spoilt" and x.numel():
+            x[0, 0] = 77
+        return results
+
+    def plan_norm(self, rows, family):
+        return self.plan(rows * family.hidden, family.dtype)
 
     @contextmanager
     def capture(self):
