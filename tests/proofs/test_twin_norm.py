@@ -3,7 +3,6 @@
 import os
 import random
 import subprocess
-from dataclasses import replace
 
 import pytest
 import torch
@@ -22,7 +21,7 @@ pytestmark = pytest.mark.skipif(twin.missing() is not None, reason=str(twin.miss
 
 LONG = bool(os.environ.get("LONG"))
 WORLDS = range(2, 9)
-COLLECTIVES = int(os.environ.get("TWIN_COLLECTIVES", "2000")) // 10  # ThreadSanitizer's share
+COLLECTIVES = int(os.environ.get("TWIN_COLLECTIVES", "2000")) // 20  # ThreadSanitizer's share
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +81,7 @@ def test_bits(objects, world_size):
             for jitter in (0.01, 0.2) if LONG else (0.05,):
                 world.run(program, seed, room=dice.choice([64, 1500]), jitter=jitter, sleep=dice.choice([0, 0.001]))
             calls += program.calls
-    assert {call.chained for call in calls} == {call.in_place for call in calls} == {False, True}
+    assert {call.in_place for call in calls} == {False, True} and (world_size > 4 or any(call.chained for call in calls))
     assert {call.kernel for call in calls if isinstance(call, NormCall)} == set(chosen)
 
 
@@ -92,7 +91,9 @@ def test_every_option_is_tried():
     for name, values in (("rounding", "RUH"), ("quant", ("none", "static", "token", "group")), ("residual", (True, False)),
                          ("weight_bias", (0, 1)), ("keep_norm", (False, True))):  # fmt: skip
         for algorithm in NORM_ALGORITHMS:
-            assert {getattr(each.family.epilogue, name) for each in tried if each.form.algorithm == algorithm} == set(values), name
+            assert {getattr(each.family.epilogue, name) for each in tried if each.form.algorithm == algorithm} == set(values), (
+                name
+            )
     assert {each.family.hidden for each in tried} == {options[0] for options in OPTIONS}
     assert {(each.form.packets > 1, each.form.cluster > 1) for each in tried} == {(a, b) for a in (0, 1) for b in (0, 1)}
 
@@ -104,7 +105,9 @@ def test_what_plans_choose(objects, world_size):
     families = [kernel("one_shot", hidden, dtype).family for hidden, dtype in ((4096, "bfloat16"), (256, "float32"))]
     one_shot_up_to = 2048  # of the twin's communicators
     forms = {
-        twin_norm.Kernel(family, band.form): None for family in families for band in norm_bands(family, world_size, one_shot_up_to)
+        twin_norm.Kernel(family, band.form): None
+        for family in families
+        for band in norm_bands(family, world_size, one_shot_up_to)
     }
     with twin_norm.world(objects, world_size, list(forms), warps=64) as world:
         for family in families:
@@ -255,7 +258,7 @@ def test_calls_that_differ_are_an_error(objects, seed):
 @pytest.mark.long
 @pytest.mark.parametrize("world_size", WORLDS if LONG else (2, 3))
 def test_no_data_race(objects, record_property, world_size):
-    """A tenth of ``TWIN_COLLECTIVES`` over all world sizes, without a report."""
+    """A twentieth of ``TWIN_COLLECTIVES`` over all world sizes, without a report."""
     dice, total = random.Random(world_size), COLLECTIVES * {2: 80, 3: 14}.get(world_size, 2) // 100
     # Few threads, which are what takes time.
     chosen = [
@@ -272,7 +275,9 @@ def test_no_data_race(objects, record_property, world_size):
             program = NormProgram(world_size, mixed(dice, chosen, 20, bare(world_size), most=2), seed)
             world.run(program, seed, room=64 if world_size > 2 else 128, jitter=dice.choice([0.01, 0.05, 0.2]))
             seed += 1
-        record_property("shown", f"ThreadSanitizer, {world_size} ranks: {world.collectives} collectives, most with a norm, no report")
+        record_property(
+            "shown", f"ThreadSanitizer, {world_size} ranks: {world.collectives} collectives, most with a norm, no report"
+        )
 
 
 # -- planted bugs: each is a small change of the sources, caught by a check that the sources pass
@@ -373,7 +378,7 @@ BUGS = {
 @pytest.mark.long
 @pytest.mark.parametrize("check", CHECKS)
 def test_the_sources_pass_every_check(objects, check):
-    for seed in range(SEEDS if LONG else 2):
+    for seed in range(SEEDS if LONG else 1):
         CHECKS[check](objects, (), seed)
 
 
@@ -387,7 +392,7 @@ def first_failure(check, objects, edits) -> Failed | None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("bug", BUGS if LONG else list(BUGS)[::4])  # each is compiled anew
+@pytest.mark.parametrize("bug", BUGS if LONG else list(BUGS)[::5])  # each is compiled anew
 def test_planted_bug_is_caught(objects, bug, record_property):
     check, kinds, edits = BUGS[bug]
     failure = first_failure(CHECKS[check], objects, edits)

@@ -26,7 +26,7 @@ from unittest import mock
 
 import torch
 
-from allreduce_jit.abi import MAX_SHAPES, Args, Control, Header, NormArgs
+from allreduce_jit.abi import MAX_SHAPES, Control, Header, NormArgs
 from allreduce_jit.engine import nvlink as engine_module
 from allreduce_jit.engine import nvlink_norm as norm_engine_module
 from allreduce_jit.engine import reference
@@ -410,8 +410,9 @@ class World:
             return
         plan, calls, spec = self.plan(call), self._calls[rank], call.spec
         if (spec, plan) not in calls:
-            with mock.patch.object(engine_module, "KernelLaunch", Recorder), mock.patch.object(
-                norm_engine_module, "KernelLaunch", Recorder
+            with (
+                mock.patch.object(engine_module, "KernelLaunch", Recorder),
+                mock.patch.object(norm_engine_module, "KernelLaunch", Recorder),
             ):
                 calls[spec, plan] = self.engines[rank].prepare(spec, plan, shape_id=len(calls) % MAX_SHAPES)
         arena = self._base + self._offsets[rank]["arena"]

@@ -84,7 +84,9 @@ class NormProgram(Program):
         filled: list[tuple[Buffer, NormCall | Call, str]] = []
         for call in self.calls:
             named = self._named(call)
-            filled += [(buffer, call, name) for name, buffer in named.items() if buffer in self.buffers and name not in self._held]
+            filled += [
+                (buffer, call, name) for name, buffer in named.items() if buffer in self.buffers and name not in self._held
+            ]
             self.steps.append((call, *(named[pointer.name] for pointer in call.spec.pointers)))
         self.before = [torch.full((self.end,), 0x5A, dtype=torch.uint8) for _ in range(world_size)]
         for rank, arena in enumerate(self.before):
@@ -134,7 +136,10 @@ class NormProgram(Program):
             for name in {"output", "norm"} & set(named):
                 nans = named[name].of(arena).float().isnan().view(spec.rows, -1)
                 if not torch.equal(nans.all(-1), missing) or not torch.equal(nans.any(-1), missing):
-                    raise Failed("bits", f"{name}: rows NaN {nans.all(-1).tolist()}, in part {nans.any(-1).tolist()}; of the sum {missing.tolist()}")
+                    raise Failed(
+                        "bits",
+                        f"{name}: rows NaN {nans.all(-1).tolist()}, in part {nans.any(-1).tolist()}; of the sum {missing.tolist()}",
+                    )
             lost += int(missing.sum())
         return lost
 
@@ -176,14 +181,18 @@ def world(objects: Path, world_size: int, kernels: Sequence[Kernel], *, bare: Se
 def mixed(dice: random.Random, kernels: Sequence[Kernel], count: int, bare: Sequence[str] = (), most: int = 5, plain: bool = False,
           chains: bool = True) -> list[NormCall | Call]:  # fmt: skip
     """Everything changes from call to call; all-reduces ``bare`` take turns with the others."""
-    calls: list[NormCall | Call] = [NormCall(each, dice.randint(1, most), plain=plain) for each in kernels]
+    calls: list[NormCall | Call] = [
+        NormCall(each, dice.randint(1, most), in_place=dice.random() < 0.4, plain=plain) for each in kernels
+    ]
     while len(calls) < count:
         options = {"in_place": dice.random() < 0.4, "chained": False}
         before = calls[-1] if calls else None
         alike = [k for k in kernels if before and chains and _follows(before, k)]
         if bare and dice.random() < 0.3:
             if before and chains and _has_norm(before) and dice.random() < 0.6:
-                calls.append(Call(dice.choice(bare), before.spec.dtype, before.spec.numel, chained=True, in_place=options["in_place"]))
+                calls.append(
+                    Call(dice.choice(bare), before.spec.dtype, before.spec.numel, chained=True, in_place=options["in_place"])
+                )
             else:
                 calls.append(Call(dice.choice(bare), dice.choice(["float32", "bfloat16"]), dice.randint(1, 600)))
             continue
