@@ -1,4 +1,4 @@
-"""The V2 protocols, all interleavings of them: ``spin/allreduce.pml`` checked by Spin. LONG=1 adds larger ones."""
+"""The V2 protocols, all interleavings of them: ``spin/allreduce.pml`` and ``spin/norm.pml`` checked by Spin. LONG=1 adds larger ones."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 MODEL = Path(__file__).parent / "spin/allreduce.pml"
+ROWS = Path(__file__).parent / "spin/norm.pml"
 
 pytestmark = [
     pytest.mark.skipif(not shutil.which("spin"), reason="needs spin (Debian's package of that name)"),
@@ -21,13 +22,13 @@ pytestmark = [
 needs_long = pytest.mark.skipif(not os.environ.get("LONG"), reason="needs LONG=1")
 
 
-def check(folder: Path, quickly: bool = False, **options) -> tuple[str, int]:
+def check(folder: Path, quickly: bool = False, model: Path = MODEL, **options) -> tuple[str, int]:
     """Search the whole state space. Returns the first error found, or "", and the number of states.
 
     ``quickly``: for an error that is found soon, compile without optimization."""
     flags = [f"-D{name}={value}" for name, value in options.items()]
     run = {"cwd": folder, "capture_output": True, "text": True}
-    generated = subprocess.run(["spin", "-a", *flags, MODEL], **run)
+    generated = subprocess.run(["spin", "-a", *flags, model], **run)
     assert (folder / "pan.c").exists(), generated.stdout
     subprocess.run(["gcc", "-O0" if quickly else "-O1", "-w", "-DSAFETY", "-DCOLLAPSE", "-o", "pan", "pan.c"], check=True, **run)
     text = subprocess.run(["./pan", "-m100000", "-w22"], **run).stdout
@@ -132,8 +133,51 @@ def test_first_last_and_final_lie_nowhere_else(tmp_path, buffer, over):
     assert re.match(OVERWRITTEN, error)
 
 
-def test_every_mutant_of_the_model_is_tried():
-    names = re.search(r"Planted mistakes.*?\*/\n(.*?)#ifndef MUTANT", MODEL.read_text(), re.S)[1]
+# -- rows: warps that wait for each other
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("least", "options"),
+    [
+        (9_000, {"FAILURES": 0}),
+        (130_000, {"FAILURES": 0, "N": 3, "CALLS": 2}),
+        (1_700_000, {"CALLS": 2}),
+        pytest.param(5_000_000, {}, marks=needs_long),
+    ],
+    ids=str,
+)
+def test_rows_end_and_are_right_or_nan(tmp_path, least, options):
+    error, states = check(tmp_path, model=ROWS, **options)
+    assert error == ""
+    assert states >= least
+
+
+@pytest.mark.parametrize(
+    ("found", "mutant", "options"),
+    [
+        (HANGS, "LEAVES", {}),
+        (HANGS, "LEAVES_AT_ONCE", {}),
+        (r"assertion violated \(?met", "NO_BARRIER", {"FAILURES": 0}),
+        (r"assertion violated .*nan", "FORGETS", {}),
+        (HANGS, "NO_DEADLINE", {}),
+        (OVERWRITTEN, "ONE_PARITY", {"FAILURES": 0}),
+        (OVERWRITTEN, "NO_POISON", {"FAILURES": 0}),
+        (OVERWRITTEN, "PUSHES_ON", {}),
+        (HANGS, "STALE_PARITY", {"FAILURES": 0}),
+    ],
+)
+def test_a_planted_mistake_of_rows_is_found(tmp_path, found, mutant, options):
+    error, _ = check(tmp_path, quickly=True, model=ROWS, MUTANT=mutant, **options)
+    assert re.match(found, error)
+
+
+@pytest.mark.parametrize(
+    ("model", "test", "at"), [(MODEL, test_a_planted_mistake_is_found, 1), (ROWS, test_a_planted_mistake_of_rows_is_found, None)]
+)
+def test_every_mutant_of_the_model_is_tried(model, test, at):
+    names = re.search(r"Planted mistakes.*?\*/\n(.*?)#ifndef MUTANT", model.read_text(), re.S)[1]
     mutants = set(re.findall(r"#define (\w+)", names)) - {"NONE"}
-    parameters = next(mark for mark in test_a_planted_mistake_is_found.pytestmark if mark.name == "parametrize").args[1]
-    assert mutants == {options["MUTANT"] for _, options in parameters if "MUTANT" in options}
+    parameters = next(mark for mark in test.pytestmark if mark.name == "parametrize").args[1]
+    tried = {each[1] if at is None else each[at].get("MUTANT") for each in parameters}
+    assert mutants == tried - {None}

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(twin.missing() is not None, reason=str(twin.miss
 # make test and make proofs have minutes for these; LONG=2, by hand, has an hour.
 LONG, PROOFS = os.environ.get("LONG") == "2", bool(os.environ.get("LONG"))
 WORLDS = range(2, 9)
-COLLECTIVES = int(os.environ.get("TWIN_COLLECTIVES", "2000")) // 10  # ThreadSanitizer's share
+COLLECTIVES = int(os.environ.get("TWIN_COLLECTIVES", "2000")) // 20  # ThreadSanitizer's share
 
 
 @pytest.fixture(scope="module")
@@ -257,7 +257,7 @@ def test_calls_that_differ_are_an_error(objects, seed):
 
 @pytest.mark.parametrize("world_size", WORLDS if LONG else (2, 3))
 def test_no_data_race(objects, record_property, world_size):
-    """A tenth of ``TWIN_COLLECTIVES`` over all world sizes, without a report."""
+    """A twentieth of ``TWIN_COLLECTIVES`` over all world sizes, without a report."""
     dice, total = random.Random(world_size), COLLECTIVES * {2: 80, 3: 14}.get(world_size, 2) // 100
     # Few threads, which are what takes time.
     chosen = [

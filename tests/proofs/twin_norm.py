@@ -181,7 +181,9 @@ def world(objects: Path, world_size: int, kernels: Sequence[Kernel], *, bare: Se
 def mixed(dice: random.Random, kernels: Sequence[Kernel], count: int, bare: Sequence[str] = (), most: int = 5, plain: bool = False,
           chains: bool = True) -> list[NormCall | Call]:  # fmt: skip
     """Everything changes from call to call; all-reduces ``bare`` take turns with the others."""
-    calls: list[NormCall | Call] = [NormCall(each, dice.randint(1, most), plain=plain) for each in kernels]
+    calls: list[NormCall | Call] = [
+        NormCall(each, dice.randint(1, most), in_place=dice.random() < 0.4, plain=plain) for each in kernels
+    ]
     while len(calls) < count:
         options = {"in_place": dice.random() < 0.4, "chained": False}
         before = calls[-1] if calls else None
