@@ -22,7 +22,7 @@ def ptx_functions(text: str) -> dict[str, str]:
     """Functions of ptx.cuh that touch memory or order accesses to it, and the mnemonic of each."""
     found = {}
     for function in text.split("__device__ inline ")[1:]:
-        asm = re.search(r'asm volatile\(\s*(?:"{[^"]*@yes "\s*)?"\s*([a-z][\w.]+)', function)
+        asm = re.search(r'asm volatile\(\s*(?:"{[^"]*@yes "\s*)?"\s*([a-z][\w.:]+)', function)
         if not asm:
             continue  # plain arithmetic
         name, mnemonic = re.match(r"[\w ]+?(\w+)\(", function)[1], asm[1]
@@ -231,6 +231,23 @@ OURS = [
          {"g0:k0": "st_global_v4 [x], 1", "g0:k1:b1": "griddepcontrol_wait; ld_global_v4 d, [x]"}),
     Case("tensors: read before the wait", "allowed", "d0 == 0",
          {"g0:k0": "griddepcontrol_launch_dependents; st_global_v4 [x], 1", "g0:k1:b1": "ld_global_v4 d, [x]"}),
+    # kernels/cuda/epilogue/norm.cuh, row_exchange.cuh: t0 and t1 are two warps of a block, b0 and b1 blocks of a cluster
+    Case("row: the sum of another warp's group", "forbidden", "s0 == 0",
+         {"g0:b0:t0": "st_shared_u32 [row.0], 5; bar.sync",
+          "g0:b0:t1": "st_shared_u32 [row.1], 6; bar.sync; ld_shared_v4 s, [row]"}),
+    Case("row: the sum of another warp's group, without the barrier", "allowed", "s0 == 0",
+         {"g0:b0:t0": "st_shared_u32 [row.0], 5", "g0:b0:t1": "st_shared_u32 [row.1], 6; ld_shared_v4 s, [row]"}),
+    Case("row: the sum of a group of another block", "forbidden", "s0 == 0",
+         {"g0:b0": "st_shared_cluster_u32 [row.0], 5; barrier_cluster_arrive",
+          "g0:b1": "barrier_cluster_wait; ld_shared_v4 s, [row]"}),
+    Case("row: the sum of a group of another block, sent after it has arrived", "allowed", "s0 == 0",
+         {"g0:b0": "barrier_cluster_arrive; st_shared_cluster_u32 [row.0], 5",
+          "g0:b1": "barrier_cluster_wait; ld_shared_v4 s, [row]"}),
+    Case("row: what an earlier kernel quantized, and its scale", "forbidden", "q1 == 0 or s == 0",
+         {"g0:k0": "st_global_v2 [q], 5 6; st_global_u32 [scale], 7",
+          "g0:k1:b1": "griddepcontrol_wait; ld.global.v2.u32 q, [q]; ld_global_f32 s, [scale]"}),
+    Case("row: a scale read before the wait", "allowed", "s == 0",
+         {"g0:k0": "griddepcontrol_launch_dependents; st_global_u32 [scale], 7", "g0:k1:b1": "ld_global_f32 s, [scale]"}),
     # kernels/cuda/exchange.cuh, wait.cuh, failure.cuh
     Case("packet: one word does not prove another", "allowed", "p0 == 1 and p1 == E",
          {"g1": "st_relaxed_sys_v4 [slot], 1 2", "g0": "ld_relaxed_sys_v4 p, [slot]"}, EMPTY_SLOT),

@@ -12,8 +12,9 @@ of the GPU's one stream, block B (default 0); a thread of the host is a GPU of i
 
     ld.relaxed.sys r, [x]      st.release.gpu [x], 1      atom.exch.relaxed.gpu r, [x], 1      fence.acq_rel.sys
     bar.sync                   bar.warp.sync              griddepcontrol.wait                  assume r != 0
+    barrier.cluster.arrive.release                        barrier.cluster.wait.acquire
 
-State spaces and types in a mnemonic may be left out. A vector access is one access per element, in no order, and
+The blocks of a kernel are those of one cluster. State spaces and types in a mnemonic may be left out. A vector access is one access per element, in no order, and
 a scalar of 8 or 16 bytes is one access of several words. Register ``r`` of several words is ``r0``, ``r1``, ...;
 memory ``x`` is ``x.0``, ``x.1``, ...
 ``assume`` is the end of a poll loop: only executions in which it holds count.
@@ -35,7 +36,7 @@ class Event:
 
     thread: str
     step: int  # position of its instruction in the thread
-    kind: str  # ld, st, atom, fence, bar, wait, trigger, assume
+    kind: str  # ld, st, atom, fence, bar, arrive and awaited (of a cluster), wait, trigger, assume
     order: str = "weak"  # weak, relaxed, acquire, release, acq_rel, sc
     scope: str = ""
     words: tuple[str, ...] = ()  # the 4-byte words accessed
@@ -53,8 +54,9 @@ class Event:
 ORDERS = ("relaxed", "acquire", "release", "acq_rel", "sc")
 SCOPES = ("cta", "gpu", "sys")
 KINDS = ("ld", "st", "atom", "red", "fence")
-TYPES = {"u32", "b32", "u64", "b64", "b128", "v2", "v4"}
-KNOWN = {*KINDS, *ORDERS, *SCOPES, *TYPES, "global", "weak", "volatile", "exch", "cas", "add"}
+TYPES = {"u32", "b32", "f32", "u64", "b64", "b128", "v2", "v4"}
+SPACES = {"global", "shared", "shared::cluster"}
+KNOWN = {*KINDS, *ORDERS, *SCOPES, *TYPES, *SPACES, "weak", "volatile", "exch", "cas", "add"}
 
 
 def parse_instruction(thread: str, step: int, text: str, vector: int = 4) -> list[Event]:
@@ -67,6 +69,9 @@ def parse_instruction(thread: str, step: int, text: str, vector: int = 4) -> lis
     if mnemonic.startswith("griddepcontrol."):
         return [Event(thread, step, {"wait": "wait", "launch_dependents": "trigger"}[mnemonic.split(".")[1]])]
     parts = mnemonic.split(".")
+    if parts[:2] == ["barrier", "cluster"]:
+        order = next(p for p in parts if p in ORDERS)
+        return [Event(thread, step, {"arrive": "arrive", "wait": "awaited"}[parts[2]], order)]
     kind = parts[0]
     if kind not in KINDS:
         raise ValueError(f"not in the model: {text}")
@@ -156,6 +161,10 @@ class Program:
         if x.kind == y.kind == "bar" and x.thread != y.thread:
             n, n2 = (sum(e.kind == "bar" and e.thread == z.thread and e.step < z.step for e in self.events) for z in (x, y))
             return (gpu, kernel, block) == (gpu2, kernel2, block2) and n == n2
+        if x.kind == "arrive" and y.kind == "awaited":
+            n = sum(e.kind == "arrive" and e.thread == x.thread and e.step < x.step for e in self.events)
+            n2 = sum(e.kind == "awaited" and e.thread == y.thread and e.step < y.step for e in self.events)
+            return (gpu, kernel) == (gpu2, kernel2) and n == n2 and (x.order, y.order) == ("release", "acquire")
         if gpu != gpu2:
             return False
         # Every earlier kernel of the stream has completed, and its memory operations are performed and visible.

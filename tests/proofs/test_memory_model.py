@@ -103,8 +103,10 @@ def uncovered(source: str) -> set[str]:
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_functions_are_named_after_their_instruction(name):
-    """The state space, always global, is left out of strong ones; the type of vectors and atomics as well."""
-    parts = [part for part in FUNCTIONS[name].split(".") if part not in ("global", "u32", "b32", "u64")]
+    """The state space, always global, is left out of strong ones; the type of vectors and atomics as well. Of barriers what all have."""
+    parts = [part for part in re.split("::|[.]", FUNCTIONS[name]) if part not in ("global", "u32", "b32", "u64", "aligned")]
+    if parts[0] == "barrier":
+        parts.remove({"arrive": "release", "wait": "acquire"}[parts[2]])
     words = [word for word in name.split("_") if word not in ("global", "u32", "u64")]
     assert "_".join(words) == "_".join(parts)
 
@@ -123,6 +125,8 @@ def weaker_forms(mnemonic: str):
         yield weak if mnemonic[:2] in ("ld", "st") else narrow
     if mnemonic.startswith(("ld.relaxed.sys", "st.relaxed.sys", "fence.acq_rel.sys")):
         yield mnemonic.replace("sys", "gpu")
+    if mnemonic.startswith("barrier.cluster.arrive"):
+        yield mnemonic.replace("release", "relaxed")
     if mnemonic.startswith("griddepcontrol"):
         yield "griddepcontrol.launch_dependents" if mnemonic.endswith("wait") else "griddepcontrol.wait"
     if mnemonic.startswith("ld.global"):

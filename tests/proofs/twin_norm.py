@@ -22,7 +22,7 @@ from allreduce_jit.policy.norm_forms import Form
 from allreduce_jit.policy.operation import OpSpec
 from allreduce_jit.policy.plan import Plan
 
-WARPS = 12  # channels of a region: what the largest row here takes
+WARPS = 24  # channels of a region: what the largest row here takes
 
 
 @dataclass(frozen=True)
@@ -181,8 +181,8 @@ def world(objects: Path, world_size: int, kernels: Sequence[Kernel], *, bare: Se
 def mixed(dice: random.Random, kernels: Sequence[Kernel], count: int, bare: Sequence[str] = (), most: int = 5, plain: bool = False,
           chains: bool = True) -> list[NormCall | Call]:  # fmt: skip
     """Everything changes from call to call; all-reduces ``bare`` take turns with the others."""
-    calls: list[NormCall | Call] = []
-    for _ in range(count):
+    calls: list[NormCall | Call] = [NormCall(each, dice.randint(1, most), plain=plain) for each in kernels]
+    while len(calls) < count:
         options = {"in_place": dice.random() < 0.4, "chained": False}
         before = calls[-1] if calls else None
         alike = [k for k in kernels if before and chains and _follows(before, k)]

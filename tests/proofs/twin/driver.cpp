@@ -477,7 +477,7 @@ void start_block(Rank &rank, Kernel &kernel, const std::shared_ptr<Cluster> &clu
     block->kernel = &kernel;
     block->cluster = cluster;
     if (cluster) cluster->blocks.push_back(block);
-    const u64 late = cluster && below(2) ? 1ull << below(14) : 0;
+    const u64 late = cluster && below(2) ? 64ull << below(9) : 0;
     block->index = kernel.started++;
     block->live = block->all.live = kernel.block;
     block->warps.resize((kernel.block + WARP - 1) / WARP);
