@@ -89,6 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     command("doctor", _doctor, "say what this machine is, which path would run and why")
     _bench_arguments(command("bench", _bench, "time all-reduces of growing size, other libraries' beside them"))
     tune = command("tune", _tune, "measure which algorithm is fastest where on this machine, and keep the table")
+    tune.epilog = "Times all-reduces alone; calls with a norm take of the table from which size on they are two-shot."
     _gpu_arguments(tune, tune, "ranks, one per GPU (default: one run for every number from 2 to that of the GPUs)")
     _warmup_arguments(command("warmup", _warmup, "compile the kernels into the cache ahead of time"))
     cache = command("cache", _cache, "show or empty the cache of compiled kernels and measured tables")

@@ -1,4 +1,4 @@
-"""``allreduce-jit selftest``: every bit of every size, dtype and way of calling against the exact sum."""
+"""``allreduce-jit selftest``: every bit of every size, dtype and way of calling against the exact sum, or its exact norm."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from ..bench import timing
 from ..engine import reference
 from ..harness import ranks, report
 from ..harness.place import Place
+from . import norm_checks
+from .norm_checks import NormChecker
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _COUNTS = (0, 1, 2, 3, 7, 17, 1021, 65537, 1_000_003)
@@ -60,20 +62,21 @@ def work(place: Place, options: Options, init: Callable[..., Any] | None) -> dic
     with init(device=place.device) as communicator:
         communicator.warmup()
         checker = _Checker(place, communicator, options)
-        rows = checker.all_rows()
+        rows, norms = checker.all_rows(), checker.norm_rows()
         communicator.check()
-        everyone = place.gather((rows, checker.failures))
-        failures = [failure for _, found in everyone for failure in found]
-        merged = [_merge(column, failures) for column in zip(*(found for found, _ in everyone))]
+        everyone = place.gather((rows, norms, checker.failures))
+        failures = [failure for *_, found in everyone for failure in found]
+        merged, merged_norms = ([_merge(column, failures) for column in zip(*(one[i] for one in everyone))] for i in range(2))
+        counted = {key: sum(row[key] for row in (*merged, *merged_norms)) for key in ("checked", "wrong")}
         return {
-            "ok": not failures and not any(row["wrong"] for row in merged),
+            "ok": not failures and not counted["wrong"],
             "machine": report.machine(),
             "communicator": communicator.describe(),
             "options": asdict(options),
-            "checked": sum(row["checked"] for row in merged),
-            "wrong": sum(row["wrong"] for row in merged),
+            **counted,
             "failures": failures,
             "rows": merged,
+            "norms": merged_norms,
             "seconds": round(time.perf_counter() - start, 3),
         }
 
@@ -93,8 +96,8 @@ class _Checker:
     def __init__(self, place: Place, communicator: Any, options: Options):
         self.place, self.communicator, self.seed = place, communicator, options.seed
         on_gpu = place.device.type == "cuda"
-        largest = options.max_bytes if options.max_bytes is not None else (64 if on_gpu else 1) << 20
-        self.sizes = sizes(largest, communicator.describe()["bands"])
+        self.largest = options.max_bytes if options.max_bytes is not None else (64 if on_gpu else 1) << 20
+        self.sizes = sizes(self.largest, communicator.describe()["bands"])
         self.graphs = timing.capturable(place, communicator)
         self.bursts = (5, 1) if on_gpu else (1, 0)
         self.failures: list[str] = []
@@ -106,6 +109,13 @@ class _Checker:
                 wrong = sum(row["wrong"] for row in rows)
                 progress(f"selftest: {i + 1}/{len(self.sizes)}  {size} {name}  wrong so far: {wrong}")
                 rows.append(self.row(size, name, dtype))
+        progress.done()
+        return rows
+
+    def norm_rows(self) -> list[dict[str, Any]]:
+        progress = report.Progress(self.place.rank == 0)
+        checker = NormChecker(self.place, self.communicator, self.seed, self.largest, self.graphs, self._note)
+        rows = checker.all_rows(progress)
         progress.done()
         return rows
 
@@ -220,7 +230,7 @@ def render(document: dict[str, Any]) -> str:
     lines = [report.headline(document["machine"]), f"{facts['world_size']} ranks, path {facts['path']}"]
     lines += [f"  {reason}" for reason in report.reasons(facts["reasons"])]
     groups = [[row for row in rows if row["size"] == size] for size in dict.fromkeys(row["size"] for row in rows)]
-    lines += ["", report.table(_HEADERS, map(_cells, groups)), ""]
+    lines += ["", report.table(_HEADERS, map(_cells, groups)), "", norm_checks.table(document["norms"]), ""]
     lines.append("times: slowest dtype and rank; checked elements: all ranks and ways of calling together")
     if any(row["data"] == reference.INTEGERS for row in rows):
         lines.append("torch.distributed rounds its own way: its rows used integers, whose sums are exact in any order")

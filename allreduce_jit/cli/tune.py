@@ -1,4 +1,8 @@
-"""``allreduce-jit tune``: time every V2 algorithm and block size on this machine, keep which is the fastest where."""
+"""``allreduce-jit tune``: time every V2 algorithm and block size on this machine, keep which is the fastest where.
+
+All-reduces alone. Forms of calls with a norm are those of policy/norm_forms, which takes from the table up to which size calls are
+one-shot.
+"""
 
 from __future__ import annotations
 
@@ -220,4 +224,5 @@ def render(document: dict[str, Any]) -> str:
     lines = [f"{head}, {facts['gpu']}, driver {facts['driver']}, {document['seconds']:.1f} s"]
     lines.append(report.table(("dtype", "from byte", "to byte", "algorithm", "block"), rows))
     lines.append(document["problem"] or f"kept in {document['path']}; communicators built from now on use it")
+    lines.append("calls with a norm are not timed: of this table, they take from which size on they are two-shot")
     return "\n".join(lines)

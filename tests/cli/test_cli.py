@@ -15,10 +15,12 @@ from helpers import ROOT
 from helpers.fake_communicator import Fake
 
 from allreduce_jit.bench import bench, competitors, table, timing
-from allreduce_jit.cli import doctor, selftest, warmup
+from allreduce_jit.cli import doctor, norm_checks, selftest, warmup
 from allreduce_jit.cli import main as cli
 from allreduce_jit.errors import CompileError
 from allreduce_jit.harness import ranks, report
+from allreduce_jit.policy.norm import QUANTS, ROUNDINGS
+from allreduce_jit.policy.operation import DTYPES
 from allreduce_jit.settings import V2_SWITCH
 
 
@@ -48,6 +50,22 @@ def input_spoilt(group=None, device=None):
 
 def plans_differ(group=None, device=None):
     return Fake(device, "torch.distributed", "plans differ")
+
+
+def norm_of_own_sum(group=None, device=None):
+    return Fake(device, "torch.distributed", "sum of this rank alone")
+
+
+def residual_left_out(group=None, device=None):
+    return Fake(device, "v2", "residual left out")
+
+
+def wrong_weight(group=None, device=None):
+    return Fake(device, "v2", "weight of another row")
+
+
+def norm_input_spoilt(group=None, device=None):
+    return Fake(device, "v2", "norm's input spoilt")
 
 
 class Good(competitors.Competitor):
@@ -108,7 +126,8 @@ def few_blocks(device, max_ctas):
 FAULTS = (wrong_element, reverse_order, write_past_the_end, input_spoilt, plans_differ)
 NAMES = ("good", "half", "liar", "breaking", "absent")
 BENCH = bench.Options(1024, 4096, 2, 2, 1, "bfloat16", True, "both", NAMES, 0)
-FAKES = {fake.__name__: fake for fake in (gloo, kernels, *FAULTS)}
+NORM_FAULTS = (norm_of_own_sum, residual_left_out, wrong_weight, norm_input_spoilt)
+FAKES = {fake.__name__: fake for fake in (gloo, kernels, *FAULTS, *NORM_FAULTS)}
 
 
 def everything(place):
@@ -139,7 +158,9 @@ class TestSelftest:
         for name in ("gloo", "kernels"):
             document = documents[name]
             assert (document["ok"], document["wrong"], document["failures"]) == (True, 0, []), name
-            assert document["checked"] == sum(row["checked"] for row in document["rows"]) > 100_000
+            assert document["checked"] == sum(row["checked"] for row in document["rows"] + document["norms"])
+            assert sum(row["checked"] for row in document["rows"]) > 100_000
+            assert sum(row["checked"] for row in document["norms"]) > 1_000_000
 
     def test_rows_cover_sizes_and_dtypes(self, documents):
         rows = documents["kernels"]["rows"]
@@ -183,6 +204,29 @@ class TestSelftest:
         assert document["wrong"] == 0 and not document["ok"]
         assert any("rank 2: 17 el fp32: planned" in failure for failure in document["failures"])
 
+    def test_norms_cover_dtypes_roundings_and_quantizations(self, documents):
+        rows = documents["kernels"]["norms"]
+        kinds = [kind for kind in norm_checks.KINDS if str(kind) in {row["dtype"] for row in rows}]
+        assert kinds == list(norm_checks.KINDS)
+        assert {kind.dtype for kind in kinds} == set(DTYPES) and {kind.rounding for kind in kinds} == set(ROUNDINGS)
+        assert {kind.quant for kind in kinds} == set(QUANTS)
+        assert {row["rows"] for row in rows} == {0, 1, 3}  # what 4 KB hold
+        assert all(row["checked"] > 0 for row in rows if row["rows"])
+
+    @pytest.mark.parametrize("fault", NORM_FAULTS, ids=lambda fault: fault.__name__)
+    def test_wrong_norms_fail_the_run(self, documents, fault):
+        document = documents[fault.__name__]
+        assert not document["ok"] and not sum(row["wrong"] for row in document["rows"])
+        wrong = {(row["rows"], row["dtype"]) for row in document["norms"] if row["wrong"]}
+        if fault is residual_left_out:
+            assert wrong == {(3, "bf16 64 R")}
+        else:
+            assert {kind for _, kind in wrong} == set(map(str, norm_checks.KINDS)) and 0 not in {rows for rows, _ in wrong}
+        told = {"norm_input_spoilt": "inputs kept: x: 1 wrong", "residual_left_out": "residual_out: "}
+        assert any(told.get(fault.__name__, "new tensors: out: ") in failure for failure in document["failures"])
+        if fault is wrong_weight:
+            assert all(failure.startswith("rank 1: ") for failure in document["failures"])
+
     def test_document_names_machine_and_reasons(self, documents):
         machine = documents["gloo"]["machine"]
         assert {"gpus", "gpu_count", "driver", "versions"} <= machine.keys()
@@ -197,6 +241,8 @@ class TestSelftest:
         row = next(line for line in lines if line[:2] == ["17", "el"])
         assert row[2:7] == ["fp32", "fp16", "bf16", "v2", "fake"] and row[8] == "0"
         assert "cpu: rank 0 has its tensors on the CPU\n" in text
+        norm = next(line for line in lines if line[:3] == ["bf16", "64", "R"])
+        assert norm[3:] == ["0", "1", "3", "v2", "fake", norm[-2], "0"]
         assert lines[-1][0] == "PASSED:"
         assert "FAILED: " in selftest.render(documents["wrong_element"])
 
@@ -369,6 +415,10 @@ class TestExitCodes:
             ["bench", "-o", "max"],
             ["bench", "--peers", "nccl,mpi"],
             ["bench", "--max-ctas", "1"],
+            ["bench", "--op", "add-rms-norm", "--rows", "0"],
+            ["bench", "--op", "add-rms-norm", "--hidden", "4096,17000"],
+            ["bench", "--op", "add-rms-norm", "--quant", "fp4"],
+            ["soak", "--op", "norm"],
             ["bench", "--graph", "--eager"],
             ["warmup", "--world-size", "9"],
             ["warmup", "--arch", "hopper"],

@@ -349,6 +349,7 @@ def test_a_disk_that_is_full_is_a_problem_not_a_crash(tmp_path, monkeypatch):
     document = tune.work(alone(2), Clock)
     assert not document["ok"] and "could not be kept" in document["problem"] and document["tables"]
     assert document["problem"] in tune.render(document)
+    assert "calls with a norm are not timed" in tune.render(document)
 
 
 # -- engines

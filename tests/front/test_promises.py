@@ -18,7 +18,10 @@ def functions(name: str) -> set[str]:
 def test_what_the_table_names_exists_and_is_run():
     tests, source = functions("test_gpus.py"), (TESTS / "gpu/test_gpus.py").read_text()
     bodies = set().union(
-        *(functions(name) for name in ("gpu_work.py", "gpu_life.py", "gpu_streams.py", "gpu_users.py", "gpu_fused.py"))
+        *(
+            functions(name)
+            for name in ("gpu_work.py", "gpu_life.py", "gpu_streams.py", "gpu_users.py", "gpu_fused.py", "gpu_tools.py")
+        )
     )
     named = re.findall(r"`(test_\w+)`(?: \(([\w, ]+)\))?", TABLE)
     assert len(named) > 25

@@ -11,8 +11,8 @@ README = (ROOT / "README.md").read_text()
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.S)
 
 
-def test_there_are_three():
-    assert len(EXAMPLES) == 3
+def test_there_are_five():
+    assert len(EXAMPLES) == 5
 
 
 @pytest.mark.programs
@@ -33,3 +33,14 @@ def test_sglang(tmp_path):
     out = torchrun(EXAMPLES[2], tmp_path)
     assert out.count("CustomAll") == 2
     assert ("enabled:" in out) == (torch.cuda.device_count() >= 2)
+
+
+@pytest.mark.programs
+def test_norm(tmp_path):
+    assert torchrun(EXAMPLES[3], tmp_path).splitlines() == ["True True"] * 4
+
+
+@pytest.mark.programs
+def test_fp8(tmp_path):
+    lines = torchrun(EXAMPLES[4], tmp_path).splitlines()
+    assert lines == ["torch.float8_e4m3fn True (8, 1) (8, 32) (1, 8)", "True"] * 2

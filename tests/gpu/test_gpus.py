@@ -83,6 +83,11 @@ def test_bench_and_soak(n):
 
 
 @pytest.mark.parametrize("n", WORLDS)
+def test_tools_of_norms(n):
+    run(n, *(f"gpu_tools:{name}" for name in ("bench", "soaked", "selftested", "decoded")))
+
+
+@pytest.mark.parametrize("n", WORLDS)
 def test_plans_are_the_fastest(n, monkeypatch):
     monkeypatch.setenv("ALLREDUCE_JIT_TUNING", "off")  # the package's table, whatever was measured here before
     run(n, "plan_is_fastest")
