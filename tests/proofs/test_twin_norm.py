@@ -76,7 +76,7 @@ def test_bits(objects, world_size):
     dice, chosen = random.Random(world_size), kernels(world_size, 1 if LONG else 3)
     calls: list[NormCall | Call] = []
     with twin_norm.world(objects, world_size, chosen, bare=bare(world_size), pdl=world_size != 4) as world:
-        for seed in range(8 if LONG else 2):
+        for seed in range(3 if LONG else 2):
             program = NormProgram(world_size, mixed(dice, chosen, 40 if LONG else 80 // world_size, bare(world_size)), seed)
             for jitter in (0.01, 0.2) if LONG else (0.05,):
                 world.run(program, seed, room=dice.choice([64, 1500]), jitter=jitter, sleep=dice.choice([0, 0.001]))
