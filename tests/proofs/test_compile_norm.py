@@ -78,11 +78,13 @@ def test_other_forms(tmp_path):
 
 
 def stack(form, family, world_size):
-    """Bytes that a thread may keep in local memory. None, where one-shot has a packet a thread and the block leaves it registers; two-shot
-    has a packet of every rank, for which 64 (to 4 ranks) or 128 registers are too few, as is a half of that for several packets."""
-    if form.algorithm == "one_shot_norm" and form.packets == 1:
-        return 0 if form.warps(family, world_size) <= 16 and world_size != 4 else 16
-    return 64 * world_size * form.packets
+    """Bytes that a thread may keep in local memory: none with a packet a thread (of each part), but for a few where one-shot has 64 registers
+    for four ranks, or a block of more than 16 warps; some with several."""
+    if form.packets > 1:
+        return 64 * world_size * form.packets
+    if form.algorithm == "one_shot_norm" and (form.warps(family, world_size) > 16 or world_size == 4):
+        return 16
+    return 0
 
 
 def check_module(tmp_path, spec, artifact, form, family, world_size):

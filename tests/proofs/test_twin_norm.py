@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(twin.missing() is not None, reason=str(twin.miss
 
 # make test and make proofs have minutes for these; LONG=2, by hand, has an hour.
 LONG, PROOFS = os.environ.get("LONG") == "2", bool(os.environ.get("LONG"))
-WORLDS = range(2, 9)
+WORLDS = range(2, 9) if LONG else (2, 3, 4, 8)
 COLLECTIVES = int(os.environ.get("TWIN_COLLECTIVES", "2000")) // 20  # ThreadSanitizer's share
 
 
@@ -76,7 +76,7 @@ def test_bits(objects, world_size):
     dice, chosen = random.Random(world_size), kernels(world_size, 1 if LONG else 3)
     calls: list[NormCall | Call] = []
     with twin_norm.world(objects, world_size, chosen, bare=bare(world_size), pdl=world_size != 4) as world:
-        for seed in range(8 if LONG else 1):
+        for seed in range(3 if LONG else 1):
             program = NormProgram(world_size, mixed(dice, chosen, 40 if LONG else 80 // world_size, bare(world_size)), seed)
             for jitter in (0.01, 0.2) if LONG else (0.05,):
                 world.run(program, seed, room=dice.choice([64, 1500]), jitter=jitter, sleep=dice.choice([0, 0.001]))
@@ -255,7 +255,8 @@ def test_calls_that_differ_are_an_error(objects, seed):
 # -- ThreadSanitizer
 
 
-@pytest.mark.parametrize("world_size", WORLDS if LONG else (2, 3))
+@pytest.mark.long
+@pytest.mark.parametrize("world_size", WORLDS if LONG else (2, 3) if PROOFS else (3,))
 def test_no_data_race(objects, record_property, world_size):
     """A twentieth of ``TWIN_COLLECTIVES`` over all world sizes, without a report."""
     dice, total = random.Random(world_size), COLLECTIVES * {2: 80, 3: 14}.get(world_size, 2) // 100
@@ -390,7 +391,7 @@ def first_failure(check, objects, edits) -> Failed | None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("bug", BUGS if LONG else list(BUGS)[:: 2 if PROOFS else 5])  # each is compiled anew
+@pytest.mark.parametrize("bug", BUGS if LONG else list(BUGS)[:: 3 if PROOFS else 8])  # each is compiled anew
 def test_planted_bug_is_caught(objects, bug, record_property):
     check, kinds, edits = BUGS[bug]
     failure = first_failure(CHECKS[check], objects, edits)
