@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from .errors import InputError, InputTypeError
 from .known_norms import KnownNorms
-from .norms import hows, operands, quant_of, run_local
+from .norms import quant_of, run_local
 from .policy import backends
 from .policy.nvlink_norm import APART
 from .policy.operation import OpSpec
@@ -67,6 +66,7 @@ class Norms:
         self._calls: dict[OpSpec, Call] = {}
         self._failed: dict[OpSpec, str] = {}  # families that some rank could not build, and why
         self._known = KnownNorms()
+        self._where = {"operation": "all_reduce_norm", "device": device, "index": index, "rank": rank}
 
     def __call__(
         self,
@@ -74,30 +74,15 @@ class Norms:
         residual: torch.Tensor | None,
         weight: torch.Tensor,
         eps: float,
-        how: tuple = (),
+        how: tuple,
         scale: torch.Tensor | None = None,
         out: torch.Tensor | None = None,
         residual_out: torch.Tensor | None = None,
         **outs: torch.Tensor | None,
     ) -> tuple[torch.Tensor, ...]:
-        """One call; arguments as of ``norms.operands``, ``how`` as of ``hows``."""
+        """One call; arguments as of ``operands``, ``how`` as of ``KnownNorms``."""
         here = self._current() == self.index
-        given = x, residual, weight, scale
-        may_be_known = here and not any(one is not None for one in outs.values()) and (out is None or how[0] == "none")
-        if may_be_known and (results := self._known.call(given, eps, how, out, residual_out)) is not None:
-            return results
-        options: dict[str, Any] = {**hows(how), **outs, "scale": scale, "out": out, "residual_out": residual_out}
-        options |= {"operation": "all_reduce_norm", "device": self.device, "index": self.index, "rank": self.rank}
-        call = operands(x, residual, weight, eps, **options)
-        if call.spec.rows:
-            with contextlib.nullcontext() if here else torch.cuda.device(self.device):
-                run = self._calls.get(call.spec) or self._prepared(call.spec)
-                run(*call.tensors)
-                for destination, source in call.copies:
-                    destination.copy_(source)
-            if out is None and residual_out is None and not any(one is not None for one in outs.values()):
-                self._known.remember(call, given, eps, how, run)
-        return call.results
+        return self._known.make(self._run_of, self._where, here, (x, residual, weight, scale), eps, how, out, residual_out, outs)
 
     def plan(self, spec: OpSpec) -> Plan:
         """What a call would run; ``apart``: the all-reduce's, and then a kernel of its own."""
@@ -142,6 +127,9 @@ class Norms:
         engine = self._ladder.engine
         fuses = self._fuses and engine is not None and spec.family not in self._failed
         return fuses and engine is not None and engine.plan(spec).algorithm != APART
+
+    def _run_of(self, spec: OpSpec) -> Call:
+        return self._calls.get(spec) or self._prepared(spec)
 
     def _prepared(self, spec: OpSpec) -> Call:
         engine = self._ladder.engine

@@ -11,6 +11,10 @@ import torch
 from .errors import InputError, InputTypeError
 from .torch_private import quick_empty, tensor_check, without_overrides
 
+# Below are offsets into storages that have been freed under their tensors, to which torch gives no address: tensors that are
+# like earlier ones in all else. The driver gives no memory there.
+NO_ADDRESS = 1 << 32
+
 
 def never_matches(x: torch.Tensor) -> bool:
     """The guard of no tensor."""
@@ -152,10 +156,10 @@ def tensor_guard(x: torch.Tensor) -> Callable[[torch.Tensor], bool]:
 
 
 def maker(x: torch.Tensor) -> Callable[[], torch.Tensor]:
-    """Makes uninitialised tensors with the shape, strides and dtype of ``x``, which is contiguous and on the current device."""
+    """Makes uninitialised tensors with the shape, strides and dtype of ``x``, which is dense and on the current device."""
     quick = quick_empty(x.device.type)
     if quick is None:
-        return functools.partial(torch.empty, x.shape, dtype=x.dtype, device=x.device)
+        return functools.partial(torch.empty_strided, tuple(x.shape), x.stride(), dtype=x.dtype, device=x.device)
     return functools.partial(quick, tuple(x.shape), x.stride(), x.dtype)
 
 

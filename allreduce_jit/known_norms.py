@@ -1,28 +1,32 @@
-"""Calls of a norm that are like an earlier one, which has passed every check: what is left to check of them.
+"""Calls of a norm, of both fronts: checked, made ready and run; and what is left to check of those that are like an earlier one.
 
 To check and to make ready takes longer than ten launches, and a model makes the same few kinds of calls again and again.
 """
 
 from __future__ import annotations
 
-import functools
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from .inputs import never_matches, plain, tensor_guard
-from .operands import ALIGNMENT, Operands
+from .inputs import NO_ADDRESS, maker, never_matches, plain, tensor_guard
+from .operands import Operands, operands
+from .policy.operation import OpSpec
 from .policy.plan import PACKET
-from .torch_private import quick_empty
 
-assert ALIGNMENT == PACKET
 MOST = 4096  # kinds that are remembered
-LOWEST = 1 << 32  # below are offsets into storages that were freed under their tensors, no addresses (engine/prepared.py)
+HOW = (
+    "quant",
+    "rounding",
+    "weight_bias",
+    "column_major",
+    "keep_norm",
+)  # what a call says besides its tensors, as ``operands`` has it
 _Tensor, _Parameter = torch.Tensor, torch.nn.Parameter
 _STRIDED = torch.strided
-Make = Callable[[], torch.Tensor]
 
 
 @dataclass(slots=True)
@@ -37,20 +41,59 @@ class _Known:
     """
 
     matches: Callable[[torch.Tensor], bool]
-    made: tuple[Make | None, ...]
+    made: tuple[Callable[[], torch.Tensor] | None, ...]
     nbytes: int
     weight: tuple[torch.Size, int]
     run: Callable[..., None]
 
 
 class KnownNorms:
-    """The kinds of calls that were accepted on one device. ``how``: what a call says besides its tensors, the same for the same kind."""
+    """The kinds of calls that were accepted. ``how``: the values of ``HOW``, the same for the same kind."""
 
     def __init__(self) -> None:
         self._kinds: dict[tuple, _Known] = {}
 
-    def remember(self, call: Operands, given: tuple, eps: float, how: tuple, run: Callable[..., None]) -> None:
-        """``given``: x, residual, weight and scale as they came. Nothing where one of them had to be packed."""
+    def make(
+        self,
+        prepared: Callable[[OpSpec], Callable[..., None]],
+        where: dict[str, Any],
+        here: bool,
+        given: tuple,
+        eps: float,
+        how: tuple,
+        out: torch.Tensor | None,
+        residual_out: torch.Tensor | None,
+        outs: dict[str, torch.Tensor | None],
+    ) -> tuple[torch.Tensor, ...]:
+        """One call; returns its results.
+
+        Args:
+            prepared: of a call with at least one row: what runs it, given one tensor per pointer. The device is the current one.
+            where: ``operation``, ``device``, ``index`` and ``rank`` of ``operands``.
+            here: whether that device is the current one.
+            given: x, residual, weight and scale.
+            out, residual_out, outs: where results go; ``outs``: those of a quantized norm, by the names of ``operands``.
+        """
+        fresh = not any(one is not None for one in outs.values())
+        if here and fresh and (out is None or how[0] == "none"):
+            results = self._call(given, eps, how, out, residual_out, where["index"])
+            if results is not None:
+                return results
+        x, residual, weight, scale = given
+        options: dict[str, Any] = {**dict(zip(HOW, how, strict=True)), **outs, **where}
+        call = operands(x, residual, weight, eps, scale=scale, out=out, residual_out=residual_out, **options)
+        if call.spec.rows:
+            with contextlib.nullcontext() if here else torch.cuda.device(where["device"]):
+                run = prepared(call.spec)
+                run(*call.tensors)
+                for destination, source in call.copies:
+                    destination.copy_(source)
+            if fresh and out is None and residual_out is None:
+                self._remember(call, given, eps, how, run)
+        return call.results
+
+    def _remember(self, call: Operands, given: tuple, eps: float, how: tuple, run: Callable[..., None]) -> None:
+        """``given`` as it came. Nothing where one of them had to be packed."""
         x, residual, weight, scale = given
         used = {id(tensor) for tensor in call.tensors}
         matches = tensor_guard(x) if plain(x) else never_matches
@@ -58,26 +101,22 @@ class KnownNorms:
             return
         if len(self._kinds) >= MOST:
             self._kinds.clear()
-        made = tuple(None if result is scale else _maker(result) for result in call.results)
-        key = x.shape, x.dtype, weight.dtype, residual is None, eps, how
+        made = tuple(None if result is scale else maker(result) for result in call.results)
+        key = x.get_device(), x.shape, x.dtype, weight.dtype, residual is None, eps, how
         self._kinds[key] = _Known(matches, made, x.nbytes, (weight.shape, weight.nbytes), run)
 
     def clear(self) -> None:
         self._kinds.clear()
 
-    def call(
-        self, given: tuple, eps: float, how: tuple, out: torch.Tensor | None, residual_out: torch.Tensor | None
+    def _call(
+        self, given: tuple, eps: float, how: tuple, out: torch.Tensor | None, residual_out: torch.Tensor | None, index: int
     ) -> tuple[torch.Tensor, ...] | None:
-        """Make a call of a known kind on the current device, and return its results. None: nothing was done, it wants every check.
-
-        Args:
-            given: x, residual, weight and scale.
-            out, residual_out: where results go; ``out`` of a norm that is not quantized.
-        """
+        """Make a call of a known kind on the current device, ``index``, and return its results. None: nothing was done, it wants every
+        check."""
         x, residual, weight, scale = given
         if type(x) is not _Tensor or x.layout is not _STRIDED or x.is_nested or type(weight) not in (_Parameter, _Tensor):
             return None
-        known = self._kinds.get((x.shape, x.dtype, weight.dtype, residual is None, eps, how))
+        known = self._kinds.get((index, x.shape, x.dtype, weight.dtype, residual is None, eps, how))
         if known is None or not known.matches(x) or not _is_weight(weight, known.weight[0], x):
             return None
         addresses = [x.data_ptr(), weight.data_ptr()]
@@ -95,13 +134,9 @@ class KnownNorms:
         low_bits = 0
         for address in addresses:
             low_bits |= address
-            if address < LOWEST:
+            if address < NO_ADDRESS:
                 return None
-        if (
-            low_bits % ALIGNMENT
-            or (out is not None or residual_out is not None)
-            and not _separate(known, given, out, residual_out)
-        ):
+        if low_bits % PACKET or (out is not None or residual_out is not None) and not _separate(known, given, out, residual_out):
             return None
         results: list[Any] = [scale if make is None else make() for make in known.made]
         total = 1 if scale is None and len(results) == 2 else 2
@@ -119,14 +154,6 @@ class KnownNorms:
         return tuple(results)
 
 
-def _maker(like: torch.Tensor) -> Make:
-    """Makes tensors of its shape, strides and dtype on the current device, or the CPU."""
-    quick: Any = quick_empty(like.device.type)
-    if quick is None:
-        return functools.partial(torch.empty_strided, tuple(like.shape), like.stride(), dtype=like.dtype, device=like.device)
-    return functools.partial(quick, tuple(like.shape), like.stride(), like.dtype)
-
-
 def _is_weight(weight: torch.Tensor, shape: torch.Size, x: torch.Tensor) -> bool:
     """Whether a kernel can read it as it is."""
     return (
@@ -141,7 +168,7 @@ def _is_weight(weight: torch.Tensor, shape: torch.Size, x: torch.Tensor) -> bool
 
 def _is_scale(scale: torch.Tensor, x: torch.Tensor) -> bool:
     plainly = plain(scale) and scale.numel() == 1 and scale.dtype is torch.float32 and scale.get_device() == x.get_device()
-    return plainly and not scale.requires_grad and not scale.is_neg() and scale.data_ptr() >= LOWEST
+    return plainly and not scale.requires_grad and not scale.is_neg() and scale.data_ptr() >= NO_ADDRESS
 
 
 def _separate(known: _Known, given: tuple, out: torch.Tensor | None, residual_out: torch.Tensor | None) -> bool:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -139,11 +137,6 @@ def add_rms_norm_fp8(
     return _twin(x, residual, weight, eps, how, scale, out, residual_out, scale_out=scale_out, norm_out=norm_out)
 
 
-def hows(how: tuple) -> dict[str, Any]:
-    """What a call says besides its tensors, by the names of ``operands``."""
-    return dict(zip(("quant", "rounding", "weight_bias", "column_major", "keep_norm"), how, strict=True))
-
-
 _known = KnownNorms()
 
 
@@ -159,23 +152,14 @@ def _twin(
     **outs: torch.Tensor | None,
 ) -> tuple[torch.Tensor, ...]:
     tensor = x if isinstance(x, torch.Tensor) else torch.empty(0)  # any: x will be refused
-    here = not tensor.is_cuda or current_device() == tensor.get_device()
-    given, fresh = (x, residual, weight, scale), not any(one is not None for one in outs.values())
-    if here and fresh and (out is None or how[0] == "none"):
-        results = _known.call(given, eps, how, out, residual_out)
-        if results is not None:
-            return results
-    options: dict[str, Any] = {**hows(how), **outs, "scale": scale, "out": out, "residual_out": residual_out}
-    call = operands(
-        x, residual, weight, eps, **options, operation="norm", device=tensor.device, index=tensor.get_device(), rank=None
-    )
-    with contextlib.nullcontext() if here else torch.cuda.device(tensor.device):
-        run_local(call.spec, call.tensors)
-        for destination, source in call.copies:
-            destination.copy_(source)
-    if fresh and out is None and residual_out is None:
-        _known.remember(call, given, eps, how, lambda *tensors: run_local(call.spec, tensors))
-    return call.results
+    index = tensor.get_device()
+    where = {"operation": "norm", "device": tensor.device, "index": index, "rank": None}
+    here = not tensor.is_cuda or current_device() == index
+    return _known.make(_local, where, here, (x, residual, weight, scale), eps, how, out, residual_out, outs)
+
+
+def _local(spec: OpSpec) -> Callable[..., None]:
+    return lambda *tensors: run_local(spec, tensors)
 
 
 def run_local(spec: OpSpec, tensors: Sequence[torch.Tensor], max_ctas: int | None = None) -> None:

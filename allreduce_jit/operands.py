@@ -14,10 +14,10 @@ from .errors import InputError, InputTypeError
 from .inputs import check_input, packed, said_by
 from .policy.norm import GROUP, HIDDEN, QUANTS, ROUNDINGS, Norm
 from .policy.operation import DTYPES, OpSpec
+from .policy.plan import PACKET
 
 E4M3 = torch.float8_e4m3fn
 OLDEST_WITH_E4M3 = (8, 9)
-ALIGNMENT = 16  # bytes
 TITLES = {"norm": "add_rms_norm", "all_reduce_norm": "all_reduce_add_rms_norm"}
 
 
@@ -268,7 +268,7 @@ def _capability(device: torch.device) -> tuple[int, int]:
 
 def _direct(tensor: torch.Tensor) -> bool:
     """Whether kernels can use it as it is."""
-    return tensor.is_contiguous() and tensor.data_ptr() % ALIGNMENT == 0 and not tensor.is_neg()
+    return tensor.is_contiguous() and tensor.data_ptr() % PACKET == 0 and not tensor.is_neg()
 
 
 def _matrix_strides(tensor: torch.Tensor, rows: int, columns: int) -> tuple[int, int] | None:

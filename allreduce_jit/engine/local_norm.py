@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ..errors import CompileError
-from ..inputs import raise_no_memory
+from ..inputs import NO_ADDRESS, raise_no_memory
 from ..jit.cache import KernelCache
 from ..jit.compiler import build
 from ..policy import local_norm
@@ -21,7 +21,6 @@ from ..policy.operation import OpSpec
 from ..settings import Settings
 from ..torch_private import current_device, current_raw_stream
 from . import driver, norm_reference
-from .prepared import NO_ADDRESS
 
 log = logging.getLogger("allreduce_jit")
 

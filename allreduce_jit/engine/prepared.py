@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..inputs import raise_no_memory
+from ..inputs import NO_ADDRESS, raise_no_memory
 from ..policy.operation import OpSpec
 from ..policy.plan import PACKET
 from ..torch_private import current_raw_stream, stream_is_capturing
@@ -18,10 +18,6 @@ from .streams import PER_THREAD
 
 if TYPE_CHECKING:
     from .base import KernelEngine
-
-# Below are offsets into storages that have been freed under their tensors, to which torch gives no address: tensors that are
-# like earlier ones in all else. The driver gives no memory there.
-NO_ADDRESS = 1 << 32
 
 Argument = ctypes._SimpleCData
 # A launch, with its arguments for the pointers of the operation (input, output, others), each followed by how far into that tensor

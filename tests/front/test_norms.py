@@ -11,7 +11,7 @@ import torch
 from helpers.norms import Case, cases, difference, given, options, outs, taken
 
 import allreduce_jit
-from allreduce_jit import InputError, InputTypeError, norms
+from allreduce_jit import InputError, InputTypeError, known_norms, norms
 from allreduce_jit.engine import norm_reference
 from allreduce_jit.errors import CompileError
 from allreduce_jit.jit.cache import Artifact
@@ -425,7 +425,7 @@ def known_call(**change):
     add_rms_norm(**operation)
     operation |= {name: value(operation) if callable(value) else value for name, value in change.items()}
     checked = []
-    whole, norms.operands = norms.operands, lambda *a, **k: checked.append(1) or whole(*a, **k)
+    whole, known_norms.operands = known_norms.operands, lambda *a, **k: checked.append(1) or whole(*a, **k)
     try:
         want = add_rms_norm(
             **{name: v.clone() if isinstance(v, torch.Tensor) else v for name, v in operation.items() if "out" not in name}
@@ -433,7 +433,7 @@ def known_call(**change):
         del checked[:]
         found = add_rms_norm(**operation)
     finally:
-        norms.operands = whole
+        known_norms.operands = whole
     assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
     return not checked
 
