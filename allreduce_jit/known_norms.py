@@ -88,12 +88,12 @@ class KnownNorms:
                 run(*call.tensors)
                 for destination, source in call.copies:
                     destination.copy_(source)
-            if fresh and out is None and residual_out is None:
-                self._remember(call, given, eps, how, run)
+            if fresh and (out is None or how[0] == "none"):
+                self._remember(call, given, eps, how, run, (out, residual_out))
         return call.results
 
-    def _remember(self, call: Operands, given: tuple, eps: float, how: tuple, run: Callable[..., None]) -> None:
-        """``given`` as it came. Nothing where one of them had to be packed."""
+    def _remember(self, call: Operands, given: tuple, eps: float, how: tuple, run: Callable[..., None], into: tuple) -> None:
+        """``given`` as it came, and ``into``, the caller's own tensors for results. Nothing where one of them had to be packed."""
         x, residual, weight, scale = given
         used = {id(tensor) for tensor in call.tensors}
         matches = tensor_guard(x) if plain(x) else never_matches
@@ -101,7 +101,8 @@ class KnownNorms:
             return
         if len(self._kinds) >= MOST:
             self._kinds.clear()
-        made = tuple(None if result is scale else maker(result) for result in call.results)
+        held = {id(tensor) for tensor in into if tensor is not None}  # like x
+        made = tuple(None if one is scale else maker(x if id(one) in held else one) for one in call.results)
         key = x.get_device(), x.shape, x.dtype, weight.dtype, residual is None, eps, how
         self._kinds[key] = _Known(matches, made, x.nbytes, (weight.shape, weight.nbytes), run)
 

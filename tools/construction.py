@@ -1,4 +1,5 @@
-"""Prints, as JSON, what it takes to build a communicator: cold (empty cache), warm, and a second one.
+"""Prints, as JSON, what it takes to build a communicator: cold (empty cache), warm, and a second one; on V2 also one that is asked for
+norms of rows of 4096 bf16 elements.
 
 Usage: python tools/construction.py GPUS
 """
@@ -12,19 +13,20 @@ import time
 from allreduce_jit.harness import ranks
 
 
-def build(place):
+def build(place, norms=False):
     import torch
 
     import allreduce_jit
 
-    free, _ = torch.cuda.mem_get_info()
+    torch.cuda.mem_get_info()  # makes the context
+    operations = [allreduce_jit.norm_family("bfloat16", 4096)] if norms else []
     started = time.perf_counter()
-    comm = allreduce_jit.init(device=place.device)
+    comm = allreduce_jit.init(device=place.device, operations=operations)
     seconds = time.perf_counter() - started
     described = comm.describe()
     comm.close()
     again = time.perf_counter()
-    allreduce_jit.init(device=place.device).close()
+    allreduce_jit.init(device=place.device, operations=operations).close()
     return {
         "path": described["path"],
         "kernels": described["kernels"],
@@ -38,12 +40,13 @@ def build(place):
 def main() -> None:
     gpus = int(sys.argv[1])
     report = {"gpus": gpus}
-    for path, switch in (("v2", "1"), ("legacy", "0")):
+    for path, switch, norms in (("v2", "1", False), ("v2", "1", True), ("legacy", "0", False)):
         os.environ["SGLANG_OPT_USE_CUSTOM_ALL_REDUCE_V2"] = switch
         with tempfile.TemporaryDirectory() as folder:
             os.environ["ALLREDUCE_JIT_CACHE_DIR"] = folder
             for state in ("cold", "warm"):
-                report[f"{path} {state}"] = ranks.run(build, gpus=gpus, deadline=60).value
+                name = f"{path} with norms {state}" if norms else f"{path} {state}"
+                report[name] = ranks.run(build, norms, gpus=gpus, deadline=60).value
     print(json.dumps(report, indent=1))
 
 

@@ -39,10 +39,7 @@ def prepare(engine: NvlinkEngine, spec: OpSpec, plan: NormPlan, shape_id: int) -
             (ctypes.c_uint64.from_buffer(args, _OFFSETS[pointer.name]), pointer.offset(piece.start)) for pointer in spec.pointers
         ]
         bindings.append(binding(launch, pointers))
-    call = PreparedCall(engine, spec, bindings, bindings)
-    # Graphs that are updated have the clusters that their kernel had at first: none.
-    call.as_graph &= plan.form.cluster == 1
-    return call
+    return PreparedCall(engine, spec, bindings, bindings)
 
 
 # Of the argument of each pointer.

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from .catalogue import KernelSpec, nvlink_modules
 from .norm import QUANTS, ROUNDINGS
-from .norm_forms import NORM_ALGORITHMS, REGISTERS, Form, norm_bands
+from .norm_forms import NORM_ALGORITHMS, Form, norm_bands
 from .operation import ALL_REDUCE, DTYPES, OpSpec
 
 CLUSTERS_FROM = 90  # sm_90
@@ -29,7 +29,7 @@ def has_clusters(arch: str | None) -> bool:
 
 def norm_module(form: Form, family: OpSpec, world_size: int, virtual_ranks: bool = False, guarded: bool = True) -> KernelSpec:
     """One form of a family of ``all_reduce_norm``, whose only entry has the module's name."""
-    norm, what, warps = family.epilogue, NORM_ALGORITHMS[form.algorithm], form.warps(family, world_size)
+    norm, what = family.epilogue, NORM_ALGORITHMS[form.algorithm]
     if norm is None:
         raise ValueError(f"{family} has no norm")
     constants: tuple[tuple[str, object], ...] = (
@@ -53,10 +53,5 @@ def norm_module(form: Form, family: OpSpec, world_size: int, virtual_ranks: bool
     )
     function = what.source.removesuffix(".cu")
     body = f"{function}<Config, {DTYPES[family.dtype].title()}, {form.packets}, {form.cluster}>"
-    macro = ("NORM_ENTRY", form.cluster, warps, _min_blocks(form, warps, world_size))
+    macro = ("NORM_ENTRY", form.cluster, form.warps(family, world_size), form.blocks(family, world_size))
     return KernelSpec(name, "cuda", what.source, constants, (name,), (body,), macro)
-
-
-def _min_blocks(form: Form, warps: int, world_size: int) -> int:
-    """Blocks that an SM must have registers for."""
-    return min(max(1, REGISTERS // form.registers(world_size) // (32 * warps)), 16)

@@ -7,7 +7,7 @@ A row's packets form groups of a warp, one packet a lane. One-shot has all group
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .operation import ITEMSIZE, OpSpec
 from .plan import PACKET, WARP, ceil_div
@@ -64,10 +64,19 @@ class Form:
         return NORM_ALGORITHMS[self.algorithm].parts
 
     def registers(self, world_size: int) -> int:
-        """Registers that a thread needs, so that nothing is spilled."""
+        """Registers of a thread, so that nothing is spilled."""
         if self.parts:  # a packet of each rank's part
             return 128 if world_size <= 4 else 255
-        return 64 if self.packets == 1 and world_size <= 4 else 128
+        if self.packets == 1 and world_size <= 4:
+            return 64
+        return 80 if self.packets <= 2 and world_size == 2 else 128
+
+    def blocks(self, family: OpSpec, world_size: int) -> int:
+        """Blocks that a multiprocessor is to have the registers for, 16 at most."""
+        threads, registers = WARP * self.warps(family, world_size), self.registers(world_size)
+        # With few blocks it idles while one meets: two share it where 64 registers, with a little spilled, allow them to.
+        least = 2 if registers == 80 and threads * 64 * 2 <= REGISTERS else 1
+        return min(max(least, REGISTERS // (registers * threads)), 16)
 
     def fits(self, family: OpSpec, world_size: int) -> bool:
         """Whether a multiprocessor has the registers for a block."""
@@ -85,18 +94,25 @@ def groups(family: OpSpec) -> int:
 
 @dataclass(frozen=True)
 class Rule:
-    """Calls of up to ``rows`` rows, of ``groups`` groups or more: so many packets a thread at least, so many blocks a row."""
+    """Forms of one-shot for rows of at least ``groups`` groups: (calls of up to so many rows, packets of a thread, blocks of a row)."""
 
-    rows: int
     groups: int
-    packets: int
-    cluster: int
+    forms: tuple[tuple[int, int, int], ...]
 
 
-# Of one-shot: the first one that applies, per world size. Measured on 2 H200s (docs/performance.md): one multiprocessor that pushes a long
-# row takes longer than a cluster of them needs to meet, as long as there are few rows. In two-shot a block pushes a part of a row.
-_ALL = (Rule(32, 17, 1, 8), Rule(NEVER, 0, 1, 1))
-NORM_RULES = dict.fromkeys(range(2, 9), _ALL)
+# Per world size: the first rule that applies. Measured on 2 H200s (docs/performance.md). Few rows: several multiprocessors push and normalize
+# a row sooner than one. Of two ranks, more rows than 132 multiprocessors hold at once (each 32 warps of 64 registers a thread): two packets
+# a thread, in fewer registers each. The form of many rows is that of two-shot, too, where a block pushes a part of a row.
+_ONE = Rule(0, ((NEVER, 1, 1),))
+NORM_RULES = {
+    2: (
+        Rule(32, ((64, 1, 8), (132, 1, 1), (NEVER, 2, 1))),
+        Rule(17, ((64, 1, 4), (132, 1, 1), (NEVER, 2, 1))),
+        Rule(9, ((64, 1, 4), (264, 1, 1), (NEVER, 2, 1))),
+        _ONE,
+    ),
+    **dict.fromkeys(range(3, 9), (Rule(32, ((64, 1, 8), (NEVER, 1, 1))), Rule(9, ((64, 1, 4), (NEVER, 1, 1))), _ONE)),
+}
 
 
 @dataclass(frozen=True)
@@ -119,25 +135,25 @@ def norm_bands(family: OpSpec, world_size: int, one_shot_up_to: int | None = Non
     last_of_one_shot = min(one_shot_up_to // (family.hidden * ITEMSIZE[family.dtype]), NEVER)
     if world_size == 2:  # has no use for two-shot
         last_of_one_shot = NEVER
-    rules = [rule for rule in NORM_RULES[world_size] if groups(family) >= rule.groups and (clusters or rule.cluster == 1)]
+    rule = next(rule for rule in NORM_RULES[world_size] if groups(family) >= rule.groups)
+    forms = [(rows, packets, cluster) for rows, packets, cluster in rule.forms if clusters or cluster == 1]
     bands: list[NormBand] = []
-    for up_to in sorted({*(rule.rows for rule in rules), last_of_one_shot, NEVER} - {0}):
-        if up_to <= last_of_one_shot:
-            form = _form("one_shot_norm", next(rule for rule in rules if up_to <= rule.rows), family, world_size, clusters)
-        else:
-            form = _form("two_shot_norm", rules[-1], family, world_size, clusters)
+    for up_to in sorted({*(rows for rows, *_ in forms), last_of_one_shot, NEVER} - {0}):
+        algorithm = "one_shot_norm" if up_to <= last_of_one_shot else "two_shot_norm"
+        _, packets, cluster = next(form for form in forms if up_to <= form[0]) if algorithm == "one_shot_norm" else forms[-1]
+        form = _fitting(Form(algorithm, packets, cluster), family, world_size, clusters)
         if bands and bands[-1].form == form:
             bands.pop()
         bands.append(NormBand(up_to, form))
     return tuple(bands)
 
 
-def _form(algorithm: str, rule: Rule, family: OpSpec, world_size: int, clusters: bool) -> Form:
-    """The rule's, with as many blocks a row, or packets a thread where there are no clusters, as it takes for a block to fit."""
+def _fitting(least: Form, family: OpSpec, world_size: int, clusters: bool) -> Form:
+    """``least``, with as many blocks a row, or packets a thread where there are no clusters, as it takes for a block to fit."""
     found = [
-        Form(algorithm, packets, cluster)
+        replace(least, packets=packets, cluster=cluster)
         for packets in PACKETS
         for cluster in (CLUSTERS if clusters else (1,))
-        if packets >= rule.packets and cluster >= rule.cluster
+        if packets >= least.packets and cluster >= least.cluster
     ]
     return next((form for form in found if form.fits(family, world_size)), found[-1])

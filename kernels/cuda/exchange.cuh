@@ -53,10 +53,7 @@ struct Exchange {
     template <class Use>
     __device__ bool wait(u32 k, Peers &peers, Use use) const {
         const u64 slot = slots.mine + offset + k * WARP * 16;
-        const auto slow = [&] {
-            if constexpr (Epilogue::WAITED_FOR) return wait_slow<Config, Wire, Epilogue>(a, slot, slots.stride, buffer, share);
-            else return wait_slow<Config, Wire, Epilogue>(a, slot, slots.stride, buffer, share), true;
-        };
+        const auto slow = [&] { return wait_slow<Config, Wire, Epilogue>(a, slot, slots.stride, buffer, share), true; };
         return receive<Config, Wire>(slot, slots.stride, peers, use, slow);
     }
 

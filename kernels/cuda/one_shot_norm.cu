@@ -9,6 +9,7 @@
 #include "exchange.cuh"
 #include "guard.cuh"
 #include "partition/rows.cuh"
+#include "warp_exchange.cuh"
 #include "wire/sentinel.cuh"
 
 template <class Config, class T, u32 PACKETS, u32 CLUSTER>
@@ -16,9 +17,8 @@ __device__ inline void one_shot_norm(const NormArgs &args) {
     typedef Sentinel Wire;
     typedef Rows<Config, T, 1, PACKETS, CLUSTER> Partition;
     typedef Norm<Config, T, Partition> Epilogue;
-    typedef Exchange<Config, Wire, Epilogue, typename Epilogue::Share> Hop;
+    typedef WarpExchange<Config, Wire, Epilogue, PACKETS> Hop;
     const Args &a = args.call;
-    const typename Epilogue::Share nothing;
     if (Config::GUARDED && blockIdx.x < CLUSTER) {
         if (blockIdx.x == 0) guard<Config, true>(a, args.parameters);
         return;
@@ -39,40 +39,44 @@ __device__ inline void one_shot_norm(const NormArgs &args) {
     // Before this, an earlier kernel of the stream may still be writing the input, the residual, the weight, the epochs or the slots.
     griddepcontrol_wait();
 
-    Packet own[PACKETS];
+    Packet own[PACKETS], sums[PACKETS];
     bool alive = true;
-    u32 parity[PACKETS];
+    Hop hop(a, slots);
 #pragma unroll
     for (u32 k = 0; k < PACKETS; k++) own[k] = Wire::encode(Epilogue::load(input, rows.at(0, k), rows.exists(0, k)));
 #pragma unroll
     for (u32 k = 0; k < PACKETS; k++) {
         Epoch<Config> epoch(channels + k * sizeof(Channel));
         epoch.load(aborted);
-        parity[k] = epoch.parity;
+        hop.choose(k, epoch.parity);
         alive &= epoch.alive;
     }
-    const auto hop = [&](u32 k) { return Hop(a, slots, nothing, parity[k]); };
 #pragma unroll
-    for (u32 k = 0; k < PACKETS; k++) hop(k).push(k, own[k], alive);
+    for (u32 k = 0; k < PACKETS; k++) hop.push(k, own[k], alive);
     counter.load();
     epilogue.prepare();
-    if (!alive) give_up<Config, Epilogue>(a, nothing, Wait());
-#pragma unroll
-    for (u32 k = 0; k < PACKETS; k++)
-        if (alive && rows.lane == k) Epoch<Config>(channels + k * sizeof(Channel), parity[k]).advance();
-
+    if (!alive) give_up<Config, Epilogue>(a, typename Hop::Nothing(), Wait());
 #pragma unroll
     for (u32 k = 0; k < PACKETS; k++) {
-        Packet peers[PEERS<Config>], result = splat(~0u);
-        const bool came = alive && hop(k).wait(k, peers, [&] {
-            result = sum<T, Wire>(peers, own[k], rank);
-            opaque(result);
-        });
-        __syncwarp();  // or lanes whose packets came later would do all of the rest after the others: 0.2 us
-        if (!came) alive = false, result = splat(~0u);
-        epilogue.take(0, k, result);
-        if (came) hop(k).poison(k);
+        u32 parity = hop.buffer[k];
+        opaque(parity);  // or the lane becomes an index, and all of the array lies in memory
+        if (alive && rows.lane == k) Epoch<Config>(channels + k * sizeof(Channel), parity).advance();
     }
+
+    typename Hop::Peers peers;
+    const auto lost = [&] {
+#pragma unroll
+        for (u32 k = 0; k < PACKETS; k++) sums[k] = splat(~0u);
+    };
+    lost();
+    const bool came = !any_sync(~0u, !alive) && hop.wait(peers, [&] {
+#pragma unroll
+        for (u32 k = 0; k < PACKETS; k++) opaque(sums[k] = sum<T, Wire>(peers[k], own[k], rank));
+    }, lost);
+    if (came) hop.poison();
+    __syncwarp();
+#pragma unroll
+    for (u32 k = 0; k < PACKETS; k++) epilogue.take(0, k, sums[k]);
     epilogue.finish();
     if (rows.lane == 0) counter.publish();
 }

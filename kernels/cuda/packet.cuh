@@ -7,6 +7,7 @@ struct Fp32 {
     static constexpr u32 PER_WORD = 1;
     __device__ static void unpack(u32 w, float *f) { f[0] = __uint_as_float(w); }
     __device__ static u32 pack(const float *f) { return __float_as_uint(f[0]); }
+    __device__ static u32 add(u32 a, u32 b) { return __float_as_uint(__fadd_rn(__uint_as_float(a), __uint_as_float(b))); }
 };
 
 struct Fp16 {
@@ -17,6 +18,7 @@ struct Fp16 {
         f[1] = cvt_f32_f16(w >> 16);
     }
     __device__ static u32 pack(const float *f) { return cvt_rn_f16x2_f32(f[1], f[0]); }
+    __device__ static u32 add(u32 a, u32 b) { return add_rn_f16x2(a, b); }
 };
 
 struct Bf16 {
@@ -27,6 +29,7 @@ struct Bf16 {
         f[1] = __uint_as_float(w & 0xFFFF0000u);
     }
     __device__ static u32 pack(const float *f) { return cvt_rn_bf16x2_f32(f[1], f[0]); }
+    __device__ static u32 add(u32 a, u32 b) { return add_rn_bf16x2(a, b); }
 };
 
 template <class T>
@@ -76,12 +79,22 @@ struct Tensor {
     }
 };
 
+// Element by element, rounded to T. An fp32 addition that is then rounded to T has the same bits: where the fp32 sum of two 16-bit
+// numbers is not exact, one of them is too small to reach the middle between two 16-bit numbers (tests/gpu tries all pairs).
+template <class T>
+__device__ inline Packet add(Packet a, Packet b) {
+#pragma unroll
+    for (u32 i = 0; i < 4; i++) a.w[i] = T::add(a.w[i], b.w[i]);
+    return a;
+}
+
 // fp32 sum in absolute rank order, rounded once to T: the same bits in every algorithm. The local contribution is added in rank
 // order by predicated adds: to select its place among the peers' would take twice as long. The sum starts from the first two
 // ranks' values, whose order does not matter, not from zero, so that -0 + -0 stays -0.
 template <class T, class Wire, u32 PEERS>
 __device__ inline Packet sum(const Packet (&peers)[PEERS], Packet own, u32 rank) {
     constexpr u32 WORLD_SIZE = PEERS + 1;
+    if (WORLD_SIZE == 2) return add<T>(Wire::decode(peers[0]), own);
     Packet r;
 #pragma unroll
     for (u32 i = 0; i < 4; i++) {
@@ -90,7 +103,7 @@ __device__ inline Packet sum(const Packet (&peers)[PEERS], Packet own, u32 rank)
         T::unpack(own.w[i], mine);
 #pragma unroll
         for (u32 turn = 1; turn < WORLD_SIZE; turn++) {
-            const bool now = WORLD_SIZE == 2 || (turn == 1 ? rank <= 1 : rank == turn);
+            const bool now = turn == 1 ? rank <= 1 : rank == turn;
 #pragma unroll
             for (u32 e = 0; e < T::PER_WORD; e++) add_if(now, acc[e], mine[e]);
             if (turn == WORLD_SIZE - 1) break;

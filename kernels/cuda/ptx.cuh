@@ -166,12 +166,18 @@ __device__ inline void opaque(Packet &p) {
 // Whether `p` holds in every lane of `mask`; all of them take part.
 __device__ inline bool all_sync(u32 mask, bool p) { return __all_sync(mask, p); }
 
+// Whether `p` holds in a lane of `mask`; all of them take part.
+__device__ inline bool any_sync(u32 mask, bool p) { return __any_sync(mask, p); }
+
 // Lane 0's value; the lanes of `mask` take part.
 __device__ inline u32 broadcast(u32 mask, u32 v) { return __shfl_sync(mask, v, 0); }
 
 // The other lane's value; all lanes of the warp take part.
 __device__ inline float shfl_xor(float v, u32 lanes) { return __shfl_xor_sync(~0u, v, lanes); }
 __device__ inline u32 shfl_xor(u32 v, u32 lanes) { return __shfl_xor_sync(~0u, v, lanes); }
+
+// The largest of all lanes of the warp.
+__device__ inline u32 warp_max(u32 v) { return __reduce_max_sync(~0u, v); }
 
 // Shared memory: an address of this block's, or of another one's of its cluster (clusters: sm_90 and later).
 template <u32 WORDS>
@@ -200,12 +206,30 @@ __device__ inline u32 mapa(u32 address, u32 block) {
     return there;
 }
 
-__device__ inline void st_shared_cluster_u32(u32 address, u32 v) {
-    asm volatile("st.shared::cluster.u32 [%0], %1;" ::"r"(address), "r"(v) : "memory");
+// A barrier of 8 bytes in shared memory, in its only phase complete when this has returned and so many bytes have come. Blocks of the
+// cluster know of it behind the cluster's next barrier.
+__device__ inline void mbarrier_init(u32 barrier, u32 bytes) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barrier) : "memory");
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 
-// Of all threads of the cluster. What was written before the arrival is visible to all after the wait.
-__device__ inline void barrier_cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+// Until the barrier is complete, and what came is visible.
+__device__ inline void mbarrier_wait(u32 barrier) {
+    asm volatile(
+        "{ .reg .pred complete;\n"
+        "again: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 complete, [%0], 0;\n"
+        "@!complete bra again; }" ::"r"(barrier) : "memory");
+}
+
+// A word into the memory of a block of the cluster, whose `barrier` counts its bytes once they are there.
+__device__ inline void st_async_u32(u32 address, u32 v, u32 barrier) {
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.u32 [%0], %1, [%2];" ::"r"(address), "r"(v), "r"(barrier)
+                 : "memory");
+}
+
+// Of all threads of the cluster. Relaxed: it orders no writes before the arrival, and so does not wait for them.
+__device__ inline void barrier_cluster_arrive_relaxed() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
 __device__ inline void barrier_cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 #endif
 
@@ -256,6 +280,19 @@ __device__ inline u32 cvt_rn_f16x2_f32(float high, float low) {
 __device__ inline u32 cvt_rn_bf16x2_f32(float high, float low) {
     u32 r;
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+    return r;
+}
+
+// Two elements each, every one rounded by itself; NaN becomes 0x7FFF. (1 * a + b: a bf16 addition is an instruction of sm_90 only.)
+__device__ inline u32 add_rn_bf16x2(u32 a, u32 b) {
+    u32 r;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(0x3F803F80u), "r"(b));
+    return r;
+}
+
+__device__ inline u32 add_rn_f16x2(u32 a, u32 b) {
+    u32 r;
+    asm("add.rn.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
     return r;
 }
 

@@ -9,6 +9,7 @@
 #include "exchange.cuh"
 #include "guard.cuh"
 #include "partition/rows.cuh"
+#include "warp_exchange.cuh"
 #include "wire/sentinel.cuh"
 
 template <class Config, class T, u32 PACKETS, u32 CLUSTER>
@@ -16,10 +17,9 @@ __device__ inline void two_shot_norm(const NormArgs &args) {
     typedef Sentinel Wire;
     typedef Rows<Config, T, Config::WORLD_SIZE, PACKETS, CLUSTER> Partition;
     typedef Norm<Config, T, Partition> Epilogue;
-    typedef Exchange<Config, Wire, Epilogue, typename Epilogue::Share> Hop;
+    typedef WarpExchange<Config, Wire, Epilogue, PACKETS> Hop;
     constexpr u32 GATHER = 2;  // the buffer of sums; the others take turns
     const Args &a = args.call;
-    const typename Epilogue::Share nothing;
     if (Config::GUARDED && blockIdx.x < CLUSTER) {
         if (blockIdx.x == 0) guard<Config, true>(a, args.parameters);
         return;
@@ -39,7 +39,9 @@ __device__ inline void two_shot_norm(const NormArgs &args) {
     // Before this, an earlier kernel of the stream may still be writing the input, the residual, the weight, the epochs or the slots.
     griddepcontrol_wait();
 
-    Packet own[PACKETS], theirs[PACKETS][PEERS<Config>];
+    Packet own[PACKETS], sums[PACKETS];
+    typename Hop::Peers theirs, peers;
+    Hop scatter(a, slots), gather(a, slots);
 #pragma unroll
     for (u32 k = 0; k < PACKETS; k++) {
         own[k] = Epilogue::load(input, rows.at(rank, k), rows.exists(rank, k));
@@ -50,52 +52,50 @@ __device__ inline void two_shot_norm(const NormArgs &args) {
         }
     }
     bool alive = true;
-    u32 parity[PACKETS];
 #pragma unroll
     for (u32 k = 0; k < PACKETS; k++) {
         Epoch<Config> epoch(channels + k * sizeof(Channel));
         epoch.load(aborted);
-        parity[k] = epoch.parity;
+        scatter.choose(k, epoch.parity);
+        gather.choose(k, GATHER);
         alive &= epoch.alive;
     }
-    const auto scatter = [&](u32 k) { return Hop(a, slots, nothing, parity[k]); };
-    const Hop gather(a, slots, nothing, GATHER);
 #pragma unroll
     for (u32 k = 0; k < PACKETS; k++)
 #pragma unroll
-        for (u32 j = 0; j < PEERS<Config>; j++) scatter(k).push(k, j, theirs[k][j], alive);
+        for (u32 j = 0; j < PEERS<Config>; j++) scatter.push(k, j, theirs[k][j], alive);
     counter.load();
     epilogue.prepare();
-    if (!alive) give_up<Config, Epilogue>(a, nothing, Wait());
-#pragma unroll
-    for (u32 k = 0; k < PACKETS; k++)
-        if (alive && rows.lane == k) Epoch<Config>(channels + k * sizeof(Channel), parity[k]).advance();
-
-    Packet peers[PEERS<Config>], sums[PACKETS];
+    if (!alive) give_up<Config, Epilogue>(a, typename Hop::Nothing(), Wait());
 #pragma unroll
     for (u32 k = 0; k < PACKETS; k++) {
-        Packet result = splat(~0u);
-        const bool came = alive && scatter(k).wait(k, peers, [&] {
-            result = Wire::encode(sum<T, Wire>(peers, own[k], rank));
-            opaque(result);
-        });
-        __syncwarp();  // or lanes whose packets came later would do all of the rest after the others: 0.2 us
-        if (!came) alive = false, result = splat(~0u);
-        gather.push(k, result, came);
-        sums[k] = result;
-        if (came) scatter(k).poison(k);
+        u32 parity = scatter.buffer[k];
+        opaque(parity);  // or the lane becomes an index, and all of the array lies in memory
+        if (alive && rows.lane == k) Epoch<Config>(channels + k * sizeof(Channel), parity).advance();
     }
+
+    const auto lost = [&] {
+#pragma unroll
+        for (u32 k = 0; k < PACKETS; k++) sums[k] = splat(~0u);
+    };
+    lost();
+    bool came = !any_sync(~0u, !alive) && scatter.wait(peers, [&] {
+#pragma unroll
+        for (u32 k = 0; k < PACKETS; k++) opaque(sums[k] = Wire::encode(sum<T, Wire>(peers[k], own[k], rank)));
+    }, lost);
+    __syncwarp();
+#pragma unroll
+    for (u32 k = 0; k < PACKETS; k++) gather.push(k, sums[k], came);
+    if (came) scatter.poison();
 #pragma unroll
     for (u32 k = 0; k < PACKETS; k++) epilogue.take(PEERS<Config>, k, sums[k]);
+    came = came && gather.wait(peers, [] {}, [] {});
+    if (came) gather.poison();
+    __syncwarp();
 #pragma unroll
-    for (u32 k = 0; k < PACKETS; k++) {
-        const bool came = alive && gather.wait(k, peers, [] {});
-        __syncwarp();
-        alive &= came;
+    for (u32 k = 0; k < PACKETS; k++)
 #pragma unroll
-        for (u32 j = 0; j < PEERS<Config>; j++) epilogue.take(j, k, came ? peers[j] : splat(~0u));
-        if (came) gather.poison(k);
-    }
+        for (u32 j = 0; j < PEERS<Config>; j++) epilogue.take(j, k, came ? peers[k][j] : splat(~0u));
     epilogue.finish();
     if (rows.lane == 0) counter.publish();
 }

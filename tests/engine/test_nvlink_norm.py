@@ -133,15 +133,6 @@ def test_clusters_where_the_gpu_has_them():
         assert {plan.form.cluster for plan in make(arch=arch, max_ctas=max_ctas).verification_plans(spec_of(3, family))} == found
 
 
-def test_calls_of_clusters_are_no_graphs(fired):
-    """An updated graph's kernel keeps the clusters that it had at first."""
-    one, family = make(), norm_family("bfloat16", 8192)
-    ready(one, family)
-    for rows, clusters in ((1, True), (40, False)):
-        assert (one.plan(spec_of(rows, family)).form.cluster > 1) == clusters
-        assert one.prepared(spec_of(rows, family)).as_graph is not clusters
-
-
 def test_what_is_signed_can_be_read():
     family = norm_family("bfloat16", 2944, "H", "group", weight="float32", weight_bias=1, with_norm=True)
     word = signed(replace(family.epilogue, eps=1e-6), 2944)

@@ -455,6 +455,25 @@ def test_calls_of_a_known_kind_want_no_checks(change, known):
     assert known_call(**change) == known
 
 
+@pytest.mark.parametrize("into", [("out",), ("residual_out",), ("out", "residual_out")], ids=" ".join)
+def test_who_always_says_where_results_go_is_known_as_well(into, monkeypatch):
+    """Of a kind that nobody else calls; later calls that leave the results to us get new ones."""
+    checked = []
+    whole = known_norms.operands
+    monkeypatch.setattr(known_norms, "operands", lambda *a, **k: checked.append(1) or whole(*a, **k))
+    x, residual = torch.randn(7, H).bfloat16(), torch.randn(7, H).bfloat16()
+    eps = 0.125 + len("".join(into)) / 1024
+    want = None
+    for turn in range(3):
+        outs = {name: torch.full_like(x, 7.0) for name in into} if turn < 2 else {}
+        norm, total = add_rms_norm(x, residual, WEIGHT, eps, **outs)
+        assert norm is outs.get("out", norm) and total is outs.get("residual_out", total)
+        assert want is None or (torch.equal(norm, want[0]) and torch.equal(total, want[1]))
+        assert len({t.data_ptr() for t in (x, residual, norm, total)}) == 4 and norm.shape == total.shape == x.shape
+        want = norm.clone(), total.clone()
+    assert len(checked) == 1
+
+
 def test_what_a_known_kind_must_not_overwrite_is_refused_all_the_same():
     add_rms_norm(X, RESIDUAL, WEIGHT)
     big = torch.zeros(6, H, dtype=torch.bfloat16)

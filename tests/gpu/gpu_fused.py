@@ -177,6 +177,26 @@ def among_all_reduces(place):
         comm.check()
 
 
+def again(place):
+    """Calls with the same tensors, which the engine launches as graphs: of clusters and of blocks, in the same graphs in turn."""
+    with allreduce_jit.init(device=place.device, operations=[Case().family, Case(hidden=8192).family]) as comm:
+        calls = [Call(Case(hidden=h), rows, i, comm.world_size, comm.rank, place.device)
+                 for i, (h, rows) in enumerate(((4096, 1), (4096, 100), (8192, 2), (4096, 8)))]  # fmt: skip
+        assert {comm.plan_norm(call.rows, call.case.family).form.cluster > 1 for call in calls} == {False, True}
+        outs = [[{name: torch.empty_like(call.x) for name in ("out", "residual_out")} for _ in range(20)] for call in calls]
+        for turn in range(6):
+            for call, places in zip(calls, outs, strict=True):
+                for names in places:
+                    call.run(comm, **names)
+            for call, places in zip(calls, outs, strict=True):
+                for names in places:
+                    call.check((names["out"], names["residual_out"]), f"turn {turn}")
+                    for tensor in names.values():
+                        tensor.fill_(float("nan"))
+        assert len(comm._engine._graph_cache.ready) > 20
+        comm.check()
+
+
 def few_blocks(place):
     """``max_ctas``: fused as long as the rows fit, apart beyond; the same bits."""
     with allreduce_jit.init(device=place.device, max_ctas=8, operations=[Case().family]) as comm:

@@ -57,7 +57,7 @@ def test_calls_that_come_again(n, monkeypatch):
 
 @pytest.mark.parametrize("n", WORLDS)
 def test_norms(n):
-    run(n, *(f"gpu_fused:{name}" for name in ("specials", "forms", "among_all_reduces", "few_blocks", "large", "ends")))
+    run(n, *(f"gpu_fused:{name}" for name in ("specials", "forms", "among_all_reduces", "again", "few_blocks", "large", "ends")))
 
 
 @pytest.mark.parametrize("path", [Path.V2, Path.LEGACY, Path.TORCH], ids=lambda path: path.short)

@@ -123,3 +123,40 @@ def test_tensors_that_are_copied_and_another_stream():
     stream.synchronize()
     assert got[0] is out
     assert not difference(case, [result.contiguous() for result in got], add_rms_norm(**tensors))
+
+
+PAIRS = """
+extern "C" __global__ void pairs(unsigned *wrong) {{
+    const u32 a = blockIdx.x * 0x10001u;
+    for (u32 b = threadIdx.x; b < 1 << 16; b += blockDim.x) {{
+        const u32 word = b | ((1 << 16) - 1 - b) << 16;
+        float f[2], g[2];
+        {T}::unpack(a, f);
+        {T}::unpack(word, g);
+        const float sum[2] = {{__fadd_rn(f[0], g[0]), __fadd_rn(f[1], g[1])}};
+        if ({T}::add(a, word) != {T}::pack(sum)) atomicAdd(wrong, 1);
+    }}
+}}
+"""
+
+
+@pytest.mark.parametrize("name", ["Fp16", "Bf16"])
+def test_additions_of_two_are_those_in_fp32_for_all_pairs(name):
+    """``add`` of kernels/cuda/packet.cuh, which sums and residuals use, of 16-bit numbers: the same bits, NaN included."""
+    import ctypes
+
+    from cuda.core import Device, LaunchConfig, Program, ProgramOptions, launch
+
+    from allreduce_jit.jit import source
+
+    wrong = torch.zeros(1, dtype=torch.int32, device="cuda")
+    major, minor = torch.cuda.get_device_capability()
+    text = source.expand("packet.cuh", source.files()) + PAIRS.format(T=name)
+    program = Program(text, "c++", ProgramOptions(arch=f"sm_{major}{minor}", std="c++17"))
+    kernel = program.compile("cubin").get_kernel("pairs")
+    device = Device(torch.cuda.current_device())
+    device.set_current()
+    stream = device.create_stream()
+    launch(stream, LaunchConfig(grid=1 << 16, block=256), kernel, ctypes.c_uint64(wrong.data_ptr()))
+    stream.sync()
+    assert int(wrong) == 0

@@ -311,11 +311,12 @@ def test_every_property_has_a_mistake_that_it_finds():
 
 @pytest.mark.parametrize(("world_size", "dtype", "hidden", "found"), [
     (2, "bfloat16", 64, [(NEVER, "one_shot_norm", 1, 1)]),
-    (2, "bfloat16", 2880, [(NEVER, "one_shot_norm", 1, 1)]),
-    (2, "bfloat16", 4096, [(NEVER, "one_shot_norm", 1, 1)]),
-    (2, "bfloat16", 8192, [(32, "one_shot_norm", 1, 8), (NEVER, "one_shot_norm", 1, 1)]),
-    (2, "float32", 16384, [(32, "one_shot_norm", 1, 8), (NEVER, "one_shot_norm", 1, 4)]),
-    (4, "bfloat16", 4096, [(24, "one_shot_norm", 1, 1), (NEVER, "two_shot_norm", 1, 1)]),
+    (2, "bfloat16", 2048, [(NEVER, "one_shot_norm", 1, 1)]),
+    (2, "bfloat16", 4096, [(64, "one_shot_norm", 1, 4), (264, "one_shot_norm", 1, 1), (NEVER, "one_shot_norm", 2, 1)]),
+    (2, "bfloat16", 8192, [(64, "one_shot_norm", 1, 8), (132, "one_shot_norm", 1, 1), (NEVER, "one_shot_norm", 2, 1)]),
+    (2, "float32", 16384, [(64, "one_shot_norm", 1, 8), (132, "one_shot_norm", 1, 4), (NEVER, "one_shot_norm", 2, 4)]),
+    (4, "bfloat16", 4096, [(24, "one_shot_norm", 1, 4), (NEVER, "two_shot_norm", 1, 1)]),
+    (4, "bfloat16", 512, [(192, "one_shot_norm", 1, 1), (NEVER, "two_shot_norm", 1, 1)]),
     (8, "float32", 16384, [(NEVER, "two_shot_norm", 1, 2)]),
 ])  # fmt: skip
 def test_table(world_size, dtype, hidden, found):
@@ -353,7 +354,7 @@ def test_no_two_kernels_share_a_name():
 def test_modules_of_a_path():
     family = norm_family("bfloat16", 8192)
     names = [spec.name for spec in backends.modules("v2", 2, [family])]
-    assert names == ["one_shot_norm_k1_c8_8192_bf16_r_ws2", "one_shot_norm_k1_c1_8192_bf16_r_ws2"]
+    assert names == [f"one_shot_norm_{form}_8192_bf16_r_ws2" for form in ("k1_c8", "k1_c1", "k2_c1")]
     assert [spec.name for spec in backends.modules("v2", 2, [family], "sm_80")] == names[1:]
     assert backends.modules("legacy", 2, [family]) == []  # which has none
     assert set(backends.modules("v2", 2)) & set(backends.modules("v2", 2, [family])) == set()

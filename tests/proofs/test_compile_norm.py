@@ -120,16 +120,17 @@ def check_module(tmp_path, spec, artifact, form, family, world_size):
     quantized = weak.count("STG.E.64" if elements == 8 else "STG.E")
     assert quantized >= count if norm.quant != "none" else not quantized
 
-    # The report is complete before its code is written. A cluster's barrier has a fence of its own.
+    # The report is complete before its code is written. A cluster meets, and exchanges words, without a wait for stores to global memory.
     fences = Counter(op for op in ops if op.startswith("MEMBAR"))
     assert fences.pop("MEMBAR.ALL.SYS", 0) == 2
-    assert set(fences) <= ({"MEMBAR.ALL.GPU"} if cluster > 1 else set())
+    assert set(fences) <= ({"MEMBAR.ALL.CTA"} if cluster > 1 else set())
 
     # What others wait for in a barrier, once for each exchange.
     exchanges = 1 + (norm.quant == "token")
     barriers = Counter(op.split(".")[0] for op in ops)
     if cluster > 1:
-        assert barriers["UCGABAR_ARV"] >= 1 + exchanges and barriers["UCGABAR_WAIT"] >= 1 + exchanges and not barriers["BAR"]
+        assert barriers["UCGABAR_ARV"] == barriers["UCGABAR_WAIT"] == 1 and not barriers["BAR"]
+        assert barriers["STAS"] >= count + exchanges - 1 and sum("PHASECHK" in op for op in ops) >= exchanges
     else:
         assert barriers["BAR"] == exchanges and not barriers["UCGABAR_ARV"]
         assert barriers["STS"] >= count + exchanges - 1
@@ -154,8 +155,11 @@ def check_module(tmp_path, spec, artifact, form, family, world_size):
         number[name] += 2 * number[f"{name}2"]  # sm_100 has them for two at a time
     numbers = count * elements
     assert number["FMUL"] >= numbers * (3 + (norm.quant != "none"))  # a square, with r, with the weight, with 1 / scale
-    # The tree, the bias, the residual, the ranks.
-    assert number["FADD"] >= count * (elements - 1 + 5) + numbers * (1 + norm.residual) + form.packets * elements * peers
+    # The tree, the bias; the residual and the ranks, but for 16-bit numbers that are added two at a time.
+    ranks, residual = form.packets * elements * peers, numbers * norm.residual
+    in_pairs = (ranks * (world_size == 2) + residual * (norm.rounding != "U")) * (elements == 8)
+    assert number["FADD"] >= count * (elements - 1 + 5) + numbers + ranks + residual - in_pairs
+    assert number["HADD2"] + number["HFMA2"] >= in_pairs // 2
     divisions = {"none": 0, "static": RECIPROCAL, "token": RECIPROCAL + DIVISION, "group": count * (RECIPROCAL + DIVISION)}
     assert number["FFMA"] <= RSQRT + divisions[norm.quant]
     if norm.quant != "none":
@@ -198,7 +202,25 @@ WAIT, PREPARE = "    griddepcontrol_wait();\n\n    Packet own", "    epilogue.pr
     ids=lambda edits: edits[0][1].strip()[:40],
 )  # fmt: skip
 def test_the_check_sees_a_planted_mistake(monkeypatch, tmp_path, edits):
-    form, family, world_size = Form("one_shot_norm", 1, 1), FAMILIES[0], 4
+    sees(monkeypatch, tmp_path, edits, Form("one_shot_norm", 1, 1))
+
+
+@needs_nvrtc
+@pytest.mark.parametrize(
+    "edits",
+    [
+        [("barrier.cluster.arrive.relaxed", "barrier.cluster.arrive.release")],
+        [("            mbarrier_wait(address);\n", "            __syncthreads();\n")],
+        [("if (lane < CLUSTER) st_async_u32(there + offset, word, there);", "if (lane == 0) st_shared_u32(address + offset, word);")],
+    ],
+    ids=lambda edits: edits[0][1].strip()[:40],
+)  # fmt: skip
+def test_the_check_sees_a_planted_mistake_in_a_cluster(monkeypatch, tmp_path, edits):
+    sees(monkeypatch, tmp_path, edits, Form("one_shot_norm", 1, 4))
+
+
+def sees(monkeypatch, tmp_path, edits, form):
+    family, world_size = FAMILIES[0], 4
     spec = norm_module(form, family, world_size)
     source = compiler._cuda_source(spec)
     for old, new in edits:

@@ -324,8 +324,8 @@ BUGS = {
     "slots are poisoned before they are read": ("mixed calls", ANY, [("two_shot.cu", GATHERED, "        gather.poison(k);\n" + GATHERED)]),
     "packets go into the neighbour's slot": ("mixed calls", ANY, [("slots.cuh", "a.capacity + index) * 16;", "a.capacity + (index ^ 1)) * 16;")]),
     "packets go into another source's slot": ("mixed calls", ANY, [("slots.cuh", "u64(place_of(a.rank, peer))", "u64(PEERS<Config> - 1 - place_of(a.rank, peer))")]),
-    "ranks are summed downwards": ("mixed calls", {"bits"}, [("packet.cuh", "(peers[0])", "(peers[WORLD_SIZE - 2])"), ("packet.cuh", "(peers[turn])", "(peers[WORLD_SIZE - 2 - turn])")]),
-    "the own addend comes last": ("mixed calls", {"bits"}, [("packet.cuh", "WORLD_SIZE == 2 || (turn == 1 ? rank <= 1 : rank == turn)", "rank < WORLD_SIZE && turn == WORLD_SIZE - 1")]),
+    "ranks are summed downwards": ("mixed calls", {"bits"}, [("packet.cuh", "(peers[0]).w", "(peers[WORLD_SIZE - 2]).w"), ("packet.cuh", "(peers[turn])", "(peers[WORLD_SIZE - 2 - turn])")]),
+    "the own addend comes last": ("mixed calls", {"bits"}, [("packet.cuh", "turn == 1 ? rank <= 1 : rank == turn;", "rank < WORLD_SIZE && turn == WORLD_SIZE - 1;")]),
     "the sum begins with zero": (
         "special values", {"bits"}, [("packet.cuh", "T::unpack(Wire::decode(peers[0]).w[i], acc);", "T::unpack(Wire::decode(peers[0]).w[i], acc); for (float &f : acc) f += 0.0f;")]),
     "every addition is rounded": (

@@ -307,6 +307,7 @@ CHECKS = {
     "clusters": variant(kernel("one_shot", 512, cluster=2, quant="token"), kernel("one_shot", 1024, cluster=4), pdl=False, most=3),
     "ThreadSanitizer": variant(
         kernel("one_shot", 512, packets=2), kernel("one_shot", 512), kernel("two_shot", 512), tsan=True, most=2, count=15),
+    "ThreadSanitizer, clusters": variant(kernel("one_shot", 512, cluster=2, quant="token"), pdl=False, tsan=True, most=2, count=10),
     "absent rank": absent,
     "host stops a rank": host_stops,
     "calls differ": differ,
@@ -315,15 +316,17 @@ CHECKS = {
 SEEDS = 6
 
 ANY = {"bits", "overwritten", "hang", "slots", "report", "foreign poison"}  # what a mix-up of packets can end in
-ONE_SHOT, TWO_SHOT, NORM, ROW = "one_shot_norm.cu", "two_shot_norm.cu", "epilogue/norm.cuh", "row_exchange.cuh"
+ONE_SHOT, TWO_SHOT, NORM = "one_shot_norm.cu", "two_shot_norm.cu", "epilogue/norm.cuh"
+ROW, WARPS_OF = "row_exchange.cuh", "warp_exchange.cuh"
 WAIT, PREPARE = "    griddepcontrol_wait();\n", "    epilogue.prepare();\n"
 ADVANCE = "if (alive && rows.lane == k) Epoch"
-POISON = "        if (came) hop(k).poison(k);\n"
-SCATTERED = "        const bool came = alive && scatter(k).wait("
+POISON = "    if (came) hop.poison();\n"
+SCATTERED = "    bool came = !any_sync(~0u, !alive) && scatter.wait("
+PUSHED = "    for (u32 k = 0; k < PACKETS; k++) gather.push(k, sums[k], came);\n"
+STORED = "st_global_v4(residual_out + rows.at(part, k) * 16ull, rounded);\n"
 TAKE = "for (u32 lanes = 1; lanes < WARP; lanes *= 2) group = __fadd_rn"
 SQUARES = "square[e] = __fadd_rn(square[e], square[e + step]);"
 MAXIMUM = "m = max_u32(m, largest(norm[i]));\n            scale = token_scale(m);"
-CLUSTER_BARRIER = "            barrier_cluster_arrive();\n            barrier_cluster_wait();\n        } else"
 
 # name: check, how it may show, edits
 BUGS = {
@@ -331,25 +334,25 @@ BUGS = {
     "no barrier before the row is summed, seen as a race": ("ThreadSanitizer", {"race", "bits"}, [(ROW, "            __syncthreads();\n", "            __syncwarp();\n")]),
     "who gives up leaves before the barrier": ("host stops a rank", {"hang", "apart"}, [("failure.cuh", "if constexpr (Epilogue::WAITED_FOR) return came;", "if (!came) exit_thread();\n    if constexpr (Epilogue::WAITED_FOR) return came;")]),
     "who was stopped leaves before the barrier": ("host stops a rank", {"hang", "apart", "bits"}, [
-        (ONE_SHOT, "if (!alive) give_up<Config, Epilogue>(a, nothing, Wait());", "if (!alive) return give_up<Config, Epilogue>(a, nothing, Wait());"),
-        (TWO_SHOT, "if (!alive) give_up<Config, Epilogue>(a, nothing, Wait());", "if (!alive) return give_up<Config, Epilogue>(a, nothing, Wait());")]),
-    "who gives up has zeros": ("absent rank", {"bits"}, [(ONE_SHOT, "if (!came) alive = false, result = splat(~0u);", "if (!came) alive = false, result = splat(0);")]),
-    "who gives up pushes on": ("host stops a rank", {"foreign poison"}, [(TWO_SHOT, "gather.push(k, result, came);", "gather.push(k, result, true);")]),
-    "who gives up has gathered": ("host stops a rank", {"bits"}, [(TWO_SHOT, "came ? peers[j] : splat(~0u)", "came ? peers[j] : splat(0)")]),
+        (ONE_SHOT, "if (!alive) give_up<Config, Epilogue>(a, typename Hop::Nothing(), Wait());", "if (!alive) return give_up<Config, Epilogue>(a, typename Hop::Nothing(), Wait());"),
+        (TWO_SHOT, "if (!alive) give_up<Config, Epilogue>(a, typename Hop::Nothing(), Wait());", "if (!alive) return give_up<Config, Epilogue>(a, typename Hop::Nothing(), Wait());")]),
+    "who gives up has zeros": ("absent rank", {"bits"}, [(ONE_SHOT, "sums[k] = splat(~0u);", "sums[k] = splat(0);")]),
+    "who gives up pushes on": ("host stops a rank", {"foreign poison"}, [(TWO_SHOT, PUSHED, PUSHED.replace("came", "true"))]),
+    "who gives up has gathered": ("host stops a rank", {"bits"}, [(TWO_SHOT, "came ? peers[k][j] : splat(~0u)", "came ? peers[k][j] : splat(0)")]),
     "who gives up counts on": ("absent rank", {"overwritten", "pushed", "bits"}, [(ONE_SHOT, "alive &= epoch.alive;", "alive &= epoch.alive || true;")]),
     "residual and weight read before griddepcontrol_wait": ("ThreadSanitizer", {"race", "bits"}, [(ONE_SHOT, PREPARE, ""), (ONE_SHOT, WAIT, PREPARE + WAIT)]),
     "input read before griddepcontrol_wait": ("ThreadSanitizer", {"race", *ANY}, [(TWO_SHOT, WAIT, ""), (TWO_SHOT, "    bool alive = true;\n", WAIT + "    bool alive = true;\n")]),
-    "one-shot's slots are not poisoned again": ("one-shot", ANY, [(ONE_SHOT, POISON, "")]),
-    "scatter's slots are not poisoned again": ("two-shot", ANY, [(TWO_SHOT, "        if (came) scatter(k).poison(k);\n", "")]),
-    "gather's slots are not poisoned again": ("two-shot", ANY, [(TWO_SHOT, "        if (came) gather.poison(k);\n", "")]),
+    "one-shot's slots are not poisoned again": ("one-shot", ANY, [(ONE_SHOT, POISON, POISON.replace("came", "came && a.rank > 9"))]),
+    "scatter's slots are not poisoned again": ("two-shot", ANY, [(TWO_SHOT, "    if (came) scatter.poison();\n", "")]),
+    "gather's slots are not poisoned again": ("two-shot", ANY, [(TWO_SHOT, "    if (came) gather.poison();\n", "")]),
     "the new residual of another row": ("one-shot", {"bits", "guard"}, [(NORM, "st_global_v4(residual_out + rows.at(part, k) * 16ull, rounded)", "st_global_v4(residual_out + (rows.at(part, k) + Partition::ROW) * 16ull, rounded)")]),
     "the new residual is the norm's input before rounding": ("numbers", {"bits"}, [(NORM, "a.residual_out + row, weight_at", "a.residual + row, weight_at")]),
     "only the first channel's epoch ends": ("one-shot, two packets", ANY, [(ONE_SHOT, ADVANCE, "if (alive && rows.lane == 0 && k == 0) Epoch")]),
     "only the first channel's epoch ends, two-shot": ("two-shot, two packets", ANY, [(TWO_SHOT, ADVANCE, "if (alive && rows.lane == 0 && k == 0) Epoch")]),
-    "the first channel's parity is all channels'": ("one-shot, two packets", ANY, [(ONE_SHOT, "nothing, parity[k]); }", "nothing, parity[0 * k]); }")]),
+    "the first channel's parity is all channels'": ("one-shot, two packets", ANY, [(ONE_SHOT, "hop.choose(k, epoch.parity);", "hop.choose(k, k ? hop.buffer[0] : epoch.parity);")]),
     "scatter and gather share slots": ("two-shot", ANY, [(TWO_SHOT, "GATHER = 2;", "GATHER = 1;")]),
-    "gathered before what is scattered came": ("two-shot", ANY, [(TWO_SHOT, SCATTERED, "        gather.push(k, Wire::encode(own[k]), alive);\n" + SCATTERED), (TWO_SHOT, "        gather.push(k, result, came);\n", "")]),
-    "groups are added in another order": ("numbers", {"bits"}, [(NORM, "sums.receive(rows.lane, words);\n", "sums.receive(rows.lane, words);\n        const u32 second = words[1];\n        words[1] = words[2], words[2] = second;\n")]),
+    "gathered before what is scattered came": ("two-shot", ANY, [(TWO_SHOT, SCATTERED, "    for (u32 k = 0; k < PACKETS; k++) gather.push(k, Wire::encode(own[k]), alive);\n" + SCATTERED), (TWO_SHOT, PUSHED, "        {}\n")]),
+    "groups are added in another order": ("numbers", {"bits"}, [(NORM, "__fadd_rn(groups.f[0], groups.f[1]), __fadd_rn(groups.f[2], groups.f[3])", "__fadd_rn(groups.f[0], groups.f[2]), __fadd_rn(groups.f[1], groups.f[3])")]),
     "lanes are added in another order": ("numbers", {"bits"}, [(NORM, TAKE, "for (u32 lanes = WARP / 2; lanes; lanes /= 2) group = __fadd_rn")]),
     "elements of a packet are added in another order": ("numbers", {"bits"}, [(NORM, SQUARES, "square[e] = __fadd_rn(square[e ^ (step == 1 && e % 4 == 2)], square[e + step]);")]),
     "squares are contracted": ("numbers", {"bits"}, [(NORM, SQUARES, "square[e] = step == 1 ? __builtin_fmaf(v.f[e], v.f[e], square[e + 1]) : __fadd_rn(square[e], square[e + step]);")]),
@@ -363,15 +366,21 @@ BUGS = {
     "divided by the scale": ("numbers", {"bits"}, [(NORM, "__fmul_rn(v.f[e + 1], inverse), __fmul_rn(v.f[e], inverse)", "__fdiv_rn(v.f[e + 1], scale), __fdiv_rn(v.f[e], e < E ? scale : inverse)")]),
     "what follows the row is read as its end": ("one-shot", {"bits"}, [(NORM, "return exists ? ld_global_v4(tensor + packet * 16ull) : splat(0);", "return ld_global_v4(tensor + packet * 16ull * (1 + 0 * exists));"), (NORM, "rows.exists(part, k) ? square[0] : 0.f", "square[0]")]),
     "what follows the row is written": ("one-shot", {"bits", "guard"}, [("partition/rows.cuh", "return WHOLE || (warp * PACKETS + k < PART && at(part, k) < ROW); }", "return WHOLE || (warp * PACKETS + k < PART && at(part, k) <= ROW); }")]),
-    "places that nobody fills are read": ("one-shot", {"bits"}, [(ROW, "USED == WORDS || first + 4 * i + j < USED ? p.w[j] : 0", "p.w[j]")]),
+    "places that nobody fills are read": ("one-shot", {"bits"}, [(ROW, "if (USED != WORDS && first + i >= USED) words.w[i] = 0;", "{}")]),
     "parameters are not compared": ("parameters differ", {"report"}, [("guard.cuh", "if (!kind && (more.w[0] | u64(more.w[2]) << 32) != parameters) kind = MISMATCH;", "{}")]),
-    "parameters are compared before they have come": ("one-shot", {"report"}, [("guard.cuh", "arrived(signature, sequence) && (differ(signature, call) || arrived(parameters, sequence));", "arrived(signature, sequence);")]),
+    "parameters are compared before they have come": ("one-shot", {"report"}, [("guard.cuh", "arrived(signature, sequence) && (differ(signature, call) || arrived(parameters, sequence));", "arrived(signature, sequence) || (differ(signature, call) && arrived(parameters, sequence));")]),
     "launches may overlap before the ticket is drawn": ("one-shot", ANY | {"in flight"}, [("guard.cuh", "    u32 entered = 0;\n", "    griddepcontrol_launch_dependents();\n    u32 entered = 0;\n")]),
     "calls never end": ("one-shot", {"report", "in flight"}, [(ONE_SHOT, "    if (rows.lane == 0) counter.publish();\n", "")]),
     "the guard does not wait": ("one-shot", ANY, [("guard.cuh", WAIT, "")]),
-    "sent before the other blocks have begun": ("clusters", {"shared memory"}, [(NORM, "        Sums::begun();\n", ""), (NORM, "st_global_v4(residual_out + rows.at(part, k) * 16ull, rounded);\n", "st_global_v4(residual_out + rows.at(part, k) * 16ull, rounded);\n        Sums::begun();\n")]),
-    "a cluster's row is summed without a barrier": ("clusters", {"bits", "shared memory"}, [(ROW, CLUSTER_BARRIER, "        } else")]),
-    "a cluster's blocks see their own sums": ("clusters", {"bits"}, [(ROW, "mapa(address + 4 * place, lane)", "mapa(address + 4 * place, blockIdx.x % CLUSTER)")]),
+    "sent before the other blocks have begun": ("clusters", {"shared memory"}, [(NORM, "        cluster_wait<CLUSTER>();\n", ""), (NORM, STORED, STORED + "        cluster_wait<CLUSTER>();\n")]),
+    "a cluster's row is summed before all sums have come": ("clusters", {"bits", "shared memory"}, [(ROW, "            mbarrier_wait(address);\n", "")]),
+    "a cluster's row is summed before all sums have come, seen as a race": ("ThreadSanitizer, clusters", {"race", "bits", "shared memory"}, [(ROW, "            mbarrier_wait(address);\n", "")]),
+    "a sum more is not waited for": ("clusters", {"bits", "shared memory"}, [(ROW, "mbarrier_init(address, 4 * USED)", "mbarrier_init(address, 4 * USED - 4)")]),
+    "a cluster's blocks see their own sums": ("clusters", {"hang", "shared memory", "bits"}, [(ROW, "mapa(address, lane % CLUSTER)", "mapa(address, (blockIdx.x + 0 * lane) % CLUSTER)")]),
+    "a lane's packets are enough for its warp": ("one-shot", {"bits", "overwritten", "foreign poison"}, [(WARPS_OF, "pending = any_sync(~0u, arrival.pending());", "pending = all_sync(~0u, arrival.pending());")]),
+    "only the last packet is looked at": ("one-shot, two packets", {"bits", *ANY}, [(WARPS_OF, "arrival(u[0][0])", "arrival(u[PACKETS - 1][0])")]),
+    "who gives up does not tell its warp": ("host stops a rank", {"apart", "hang", "bits"}, [(WARPS_OF, "if (any_sync(~0u, !came)) return", "if (!came) return")]),
+    "a row's maximum is its first warp's": ("numbers", {"bits"}, [(NORM, "m = max_u32(max_u32(warps.w[0], warps.w[1]), max_u32(warps.w[2], warps.w[3]));", "m = warps.w[0];")]),
 }  # fmt: skip
 
 

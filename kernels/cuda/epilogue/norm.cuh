@@ -70,10 +70,11 @@ struct Norm {
         if (Config::KEEP_NORM) materialize(norm_at = a.norm + row);
         if (Config::QUANT != NOT_QUANTIZED) materialize(scale_at = a.scale + 4ull * rows.row * (Config::QUANT == STATIC ? 0 : a.scale_row));
         if (Config::QUANT == PER_GROUP) materialize(scale_group = a.scale_group);
-        sums.address = shared_memory<Sums::WORDS + (Config::QUANT == PER_TOKEN ? Maxima::WORDS : 0)>();
-        materialize(sums.address);
-        maxima.address = sums.address + 4 * Sums::WORDS;
-        Sums::begin();
+        u32 memory = shared_memory<Sums::SHARED_WORDS + (Config::QUANT == PER_TOKEN ? Maxima::SHARED_WORDS : 0)>();
+        materialize(memory);
+        sums.init(memory, rows.lane);
+        if (Config::QUANT == PER_TOKEN) maxima.init(memory + 4 * Sums::SHARED_WORDS, rows.lane);
+        cluster_arrive<CLUSTER>();
     }
 
     __device__ static Packet load(u64 tensor, u32 packet, bool exists) {
@@ -89,7 +90,7 @@ struct Norm {
             if (AHEAD) load_weight(i, weight[i]);
         }
         if (Config::QUANT == STATIC) scale = ld_global_f32(scale_at);
-        Sums::begun();
+        cluster_wait<CLUSTER>();
     }
 
     __device__ void load_weight(u32 i, Packet (&w)[HALVES]) const {
@@ -101,14 +102,13 @@ struct Norm {
     // The sum of this thread's packet k of a place.
     __device__ void take(u32 place, u32 k, Packet sum) {
         const u32 i = place * PACKETS + k, part = rows.part_of(place);
-        Values<T> v = Values<T>::of(sum);
-        if (Config::RESIDUAL) {
+        const Packet rounded = Config::RESIDUAL ? add<T>(sum, residual[i]) : sum;
+        Values<T> v = Values<T>::of(Config::ROUNDING == ROUND_LATE ? sum : rounded);
+        if (Config::ROUNDING == ROUND_LATE && Config::RESIDUAL) {
             const Values<T> r = Values<T>::of(residual[i]);
 #pragma unroll
             for (u32 e = 0; e < E; e++) v.f[e] = __fadd_rn(v.f[e], r.f[e]);
         }
-        const Packet rounded = v.rounded();
-        if (Config::ROUNDING != ROUND_LATE) v = Values<T>::of(rounded);
         value[i] = v;
         float square[E];
 #pragma unroll
@@ -126,18 +126,11 @@ struct Norm {
 
     // The sum of squares of the row.
     __device__ float total() const {
-        u32 words[4 * Sums::READS];
-        sums.receive(rows.lane, words);
-        float sum[4 * Sums::READS];
+        const Values<Fp32> groups = Values<Fp32>::of(sums.receive(rows.lane));
+        float sum = __fadd_rn(__fadd_rn(groups.f[0], groups.f[1]), __fadd_rn(groups.f[2], groups.f[3]));
 #pragma unroll
-        for (u32 i = 0; i < 4 * Sums::READS; i++) sum[i] = __uint_as_float(words[i]);
-#pragma unroll
-        for (u32 step = 1; step < 4 * Sums::READS; step *= 2)
-#pragma unroll
-            for (u32 i = 0; i < 4 * Sums::READS; i += 2 * step) sum[i] = __fadd_rn(sum[i], sum[i + step]);
-#pragma unroll
-        for (u32 lanes = 1; lanes < Sums::LANES; lanes *= 2) sum[0] = __fadd_rn(sum[0], shfl_xor(sum[0], lanes));
-        return sum[0];
+        for (u32 lanes = 1; lanes < Sums::LANES; lanes *= 2) sum = __fadd_rn(sum, shfl_xor(sum, lanes));
+        return sum;
     }
 
     __device__ Values<T> weights(u32 i) {
@@ -191,16 +184,10 @@ struct Norm {
 
     // The scale of the row: by all threads, with their largest absolute value.
     __device__ float token_scale(u32 m) {
-#pragma unroll
-        for (u32 lanes = 1; lanes < WARP; lanes *= 2) m = max_u32(m, shfl_xor(m, lanes));
-        maxima.send(rows.warp, m, rows.lane);
-        u32 words[4 * Maxima::READS];
-        maxima.receive(rows.lane, words);
-        m = 0;
-#pragma unroll
-        for (u32 i = 0; i < 4 * Maxima::READS; i++) m = max_u32(m, words[i]);
-#pragma unroll
-        for (u32 lanes = 1; lanes < Maxima::LANES; lanes *= 2) m = max_u32(m, shfl_xor(m, lanes));
+        maxima.send(rows.warp, warp_max(m), rows.lane);
+        const Packet warps = maxima.receive(rows.lane);
+        m = max_u32(max_u32(warps.w[0], warps.w[1]), max_u32(warps.w[2], warps.w[3]));
+        if (Maxima::LANES > 1) m = warp_max(m);
         return at_least(__fdiv_rn(__uint_as_float(m), LARGEST_E4M3), LEAST_TOKEN_SCALE);
     }
 
@@ -236,9 +223,7 @@ struct Norm {
         }
     }
 
-    // What did not come is NaN in `take`, so the slow path needs to know nothing of it.
-    struct Share {
-        __device__ Share() {}
-    };
-    __device__ static void abandon(const Args &, Share) {}
+    // What did not come is NaN in `take`.
+    template <class Nothing>
+    __device__ static void abandon(const Args &, Nothing) {}
 };

@@ -89,7 +89,13 @@ struct Cluster {
     std::vector<Block *> blocks;  // null once they have ended
     u32 threads, arrived = 0, turn = 0;
     std::vector<Fiber *> waiting;
-    char order[2] = {0, 0};
+};
+
+// In a block's shared memory, for one phase.
+struct Mbarrier {
+    u32 at, due;  // its place; bytes that have not come
+    std::vector<Fiber *> waiting;
+    char order = 0;
 };
 
 struct Block {
@@ -98,6 +104,7 @@ struct Block {
     bool triggered = false, dirty = false;
     u32 *shared = nullptr, words = 0;  // once some thread has begun
     std::shared_ptr<Cluster> cluster;
+    std::deque<Mbarrier> mbarriers;
     Barrier all;
     std::vector<Barrier> warps;
     std::vector<Store> stores;
@@ -657,18 +664,64 @@ u32 shared(u32 words) {
     return SHARED_AT;
 }
 
-u32 *shared_at(u32 address, u32 words) {
-    Driver driver;
-    const u32 of = address >> 24, at = (address & 0xFFFFFF) - SHARED_AT;
-    const Block *block = current->block;
+static Block *block_of(u32 address) {
+    const u32 of = address >> 24;
+    Block *block = current->block;
     if (of) {
         if (!block->cluster || of > block->cluster->blocks.size()) fail("shared memory", "of a block that the cluster does not have");
         block = block->cluster->blocks[of - 1];
         if (!block) fail("shared memory", "of a block that has ended");
         if (!block->shared) fail("shared memory", "of a block that has not begun");
     }
+    return block;
+}
+
+u32 *shared_at(u32 address, u32 words) {
+    Driver driver;
+    const Block *block = block_of(address);
+    const u32 at = (address & 0xFFFFFF) - SHARED_AT;
     if (at % 4 || at / 4 + words > block->words) fail("shared memory", "beside what there is: byte " + std::to_string(at));
     return block->shared + at / 4;
+}
+
+static Mbarrier &mbarrier_of(u32 address) {
+    for (Mbarrier &barrier : block_of(address)->mbarriers)
+        if (barrier.at == (address & 0xFFFFFF)) return barrier;
+    fail("shared memory", "a memory barrier that is not initialized");
+}
+
+void mbarrier_init(u32 address, u32 bytes) {
+    pause();
+    Driver driver;
+    if (address % 8) fail("shared memory", "a memory barrier at byte " + std::to_string(address));
+    for (const Mbarrier &barrier : current->block->mbarriers)
+        if (barrier.at == address) fail("shared memory", "a memory barrier that is initialized twice");
+    current->block->mbarriers.push_back({address, bytes, {}});
+}
+
+void arrived(u32 barrier, u32 bytes, u32 at) {
+    Driver driver;
+    if (block_of(at) != block_of(barrier)) fail("shared memory", "a word and its memory barrier in different blocks");
+    Mbarrier &to = mbarrier_of(barrier);
+    if (to.due < bytes) fail("shared memory", "more bytes come than a memory barrier waits for");
+    release(current->context, &to.order);
+    if (to.due -= bytes) return;
+    for (Fiber *fiber : to.waiting) make_runnable(fiber);
+    to.waiting.clear();
+    progress = now;
+}
+
+void mbarrier_wait(u32 address) {
+    pause();
+    Driver driver;
+    Mbarrier &barrier = mbarrier_of(address);
+    if (barrier.due) {
+        park();
+        barrier.waiting.push_back(current);
+        yield();
+    }
+    current->fenced = false;
+    acquire(current->context, &barrier.order);
 }
 
 void cluster_arrive() {
@@ -676,10 +729,8 @@ void cluster_arrive() {
     Driver driver;
     Cluster &cluster = *current->block->cluster;
     if (current->arrived) fail("apart", "a thread arrives twice at the barrier of a cluster");
-    current->fenced = false;
     current->arrived = true;
     current->turn = cluster.turn;
-    release(current->context, &cluster.order[cluster.turn]);
     if (++cluster.arrived < cluster.threads) return;
     cluster.arrived = 0;
     cluster.turn ^= 1;
@@ -699,7 +750,6 @@ void cluster_wait() {
         yield();
     }
     current->arrived = false;
-    acquire(current->context, &cluster.order[current->turn]);
 }
 
 void trigger() {

@@ -13,8 +13,8 @@
 //   one. This never hides a race of the C++ model; it could invent one (fence, weak access, store).
 //
 // Weak accesses, the user's tensors and shared memory, are plain ones: what ThreadSanitizer watches. They are ordered by program
-// order, __syncwarp, shuffles, __syncthreads, barriers of a cluster and griddepcontrol_wait, each a release and an acquire of its own
-// object.
+// order, __syncwarp, shuffles, __syncthreads, memory barriers and griddepcontrol_wait, each a release and an acquire of its own object.
+// The barrier of a cluster, whose arrival is relaxed, orders nothing but that blocks have begun and their memory barriers exist.
 //
 // Stricter than the hardware: barriers of a block or a cluster wait for threads that have ended, too (there they are let off, and what
 // they had to say is missing), lanes that meet must do so in the same operation, and a cluster's memory may be written only while the
@@ -65,6 +65,9 @@ u32 shared(u32 words);  // address of the block's shared memory
 u32 *shared_at(u32 address, u32 words);  // of the block, or another one of its cluster
 void cluster_arrive();
 void cluster_wait();
+void mbarrier_init(u32 address, u32 bytes);
+void mbarrier_wait(u32 address);
+void arrived(u32 barrier, u32 bytes, u32 at);  // at a barrier of the block, or another one of its cluster, which has the address, too
 void trigger();      // griddepcontrol.launch_dependents
 void wait();         // griddepcontrol.wait
 void weak();         // a weak access follows
@@ -168,8 +171,13 @@ inline Packet ld_shared_v4(u32 address) {
 }
 
 inline u32 mapa(u32 address, u32 block) { return (block + 1) << 24 | address; }
-inline void st_shared_cluster_u32(u32 address, u32 v) { st_shared_u32(address, v); }
-inline void barrier_cluster_arrive() { twin::cluster_arrive(); }
+inline void mbarrier_init(u32 barrier, u32 bytes) { twin::mbarrier_init(barrier, bytes); }
+inline void mbarrier_wait(u32 barrier) { twin::mbarrier_wait(barrier); }
+inline void st_async_u32(u32 address, u32 v, u32 barrier) {
+    st_shared_u32(address, v);
+    twin::arrived(barrier, 4, address);
+}
+inline void barrier_cluster_arrive_relaxed() { twin::cluster_arrive(); }
 inline void barrier_cluster_wait() { twin::cluster_wait(); }
 
 inline Packet ld_relaxed_sys_v4(u64 address) {
@@ -247,9 +255,17 @@ inline void opaque(Packet &) {}
 [[noreturn]] inline void exit_thread() { throw twin::Exit(); }
 // Of the lanes that have not returned.
 inline bool all_sync(u32, bool p) { return twin::all(p); }
+inline bool any_sync(u32, bool p) { return !twin::all(!p); }
 inline u32 broadcast(u32, u32 v) { return twin::broadcast(v); }
 inline u32 shfl_xor(u32 v, u32 lanes) { return twin::shuffle(v, threadIdx.x % 32 ^ lanes); }
 inline float shfl_xor(float v, u32 lanes) { return twin::value(shfl_xor(twin::bits(v), lanes)); }
+inline u32 warp_max(u32 v) {
+    for (u32 lanes = 1; lanes < 32; lanes *= 2) {
+        const u32 other = shfl_xor(v, lanes);
+        v = v < other ? other : v;
+    }
+    return v;
+}
 inline void __syncwarp() { twin::syncwarp(); }
 inline void __syncthreads() { twin::syncthreads(); }
 inline u32 __float_as_uint(float f) { return twin::bits(f); }
@@ -309,3 +325,11 @@ inline u32 e4m3(float f) {
 inline u32 cvt_rn_satfinite_e4m3x2_f32(float high, float low) { return twin::e4m3(high) << 8 | twin::e4m3(low); }
 inline u32 cvt_rn_f16x2_f32(float high, float low) { return twin::half(high) << 16 | twin::half(low); }
 inline u32 cvt_rn_bf16x2_f32(float high, float low) { return twin::brain(high) << 16 | twin::brain(low); }
+
+// An fp32 addition, then rounded: the same bits (packet.cuh).
+inline u32 add_rn_f16x2(u32 a, u32 b) {
+    return cvt_rn_f16x2_f32(cvt_f32_f16(a >> 16) + cvt_f32_f16(b >> 16), cvt_f32_f16(a & 0xFFFFu) + cvt_f32_f16(b & 0xFFFFu));
+}
+inline u32 add_rn_bf16x2(u32 a, u32 b) {
+    return cvt_rn_bf16x2_f32(twin::value(a & 0xFFFF0000u) + twin::value(b & 0xFFFF0000u), twin::value(a << 16) + twin::value(b << 16));
+}
