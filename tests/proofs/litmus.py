@@ -1,7 +1,7 @@
 """Litmus cases of the PTX memory model: those published, those that collectives rest on, and those of our kernels.
 
 An instruction that is the name of a function of ``kernels/cuda/ptx.cuh`` means the PTX in that function, as it
-stands there now. ``E`` is a word of a poisoned slot.
+stands there now; its operands are the result, if there is one, and the function's parameters. ``E`` is a word of a poisoned slot.
 """
 
 from __future__ import annotations
@@ -18,17 +18,51 @@ EMPTY = -1
 INITIAL = INIT
 
 
-def ptx_functions(text: str) -> dict[str, str]:
-    """Functions of ptx.cuh that touch memory or order accesses to it, and the mnemonic of each."""
+def ptx_functions(text: str) -> dict[str, list[str]]:
+    """Functions of ptx.cuh that touch memory or order accesses to it, and their instructions.
+
+    In an instruction ``{1}`` is the function's first parameter, and so on, ``{0}`` what it returns; a vector counts as one operand.
+    """
     found = {}
     for function in text.split("__device__ inline ")[1:]:
-        asm = re.search(r'asm volatile\(\s*(?:"{[^"]*@yes "\s*)?"\s*([a-z][\w.:]+)', function)
-        if not asm:
-            continue  # plain arithmetic
-        name, mnemonic = re.match(r"[\w ]+?(\w+)\(", function)[1], asm[1]
-        if not mnemonic.startswith(("mov.", "exit")):
-            found[name] = mnemonic
+        name, parameters = re.match(r"[\w ]+?(\w+)\((.*?)\) \{", function, re.DOTALL).groups()
+        names = re.findall(r"(\w+)(?: = \w+)?(?:,|$)", parameters)
+        instructions = [instruction for asm in function.split("asm volatile(")[1:] if (instruction := parse_asm(asm, names))]
+        if instructions:
+            found[name] = instructions
     return found
+
+
+def parse_asm(text: str, parameters: list[str]) -> str | None:
+    """The instruction in an asm statement: behind a predicate, or in a loop until a wait is over. None if it is about registers only."""
+    literals = re.match(r'\s*((?:"[^"]*"\s*)+)', text)
+    code = "".join(re.findall(r'"([^"]*)"', literals[1])).replace("\\n", " ")
+    found = re.match(
+        r"(?:\{[^}]*@yes )?([a-z][\w.:]+)([^;]*);"
+        r"|\{ \.reg \.pred complete; again: (\S+)( complete,[^;]*); @!complete bra again; \}$", code)  # fmt: skip
+    if not found:
+        return None
+    mnemonic, operands = found[1] or found[3], found[2] if found[1] else found[4]
+    if mnemonic.startswith(("mov.", "exit")):
+        return None
+    bound = re.findall(r'"[=+]?[rlfh]"\(\W*(\w+)', text[literals.end() :])
+    operands = re.sub(r"\{(%\d+)[^}]*\}", r"\1", operands)
+    places = [parameters.index(name) + 1 if name in parameters else 0 for name in bound]
+    return mnemonic + re.sub(r"%(\d+)", lambda m: f"{{{places[int(m[1])]}}}", operands)
+
+
+def expand(instruction: str, functions: Mapping[str, list[str]]) -> list[str]:
+    """The PTX of an instruction of a case: of a function of ptx.cuh what is in it, with the operands in their places."""
+    name, _, operands = instruction.partition(" ")
+    if name not in functions:
+        return [instruction]
+    places = set(map(int, re.findall(r"{(\d)}", " ".join(functions[name]))))
+    values = [operand.strip("[]") for operand in operands.split(", ") if operand]
+    if 0 not in places:
+        values.insert(0, "")
+    if places | {0} != set(range(max(1, len(values)))):
+        raise ValueError(f"{name} takes other operands than {operands}")
+    return [text.format(*values) for text in functions[name]]
 
 
 @dataclass(frozen=True)
@@ -63,26 +97,27 @@ class Case:
         """Functions of ptx.cuh that the case uses."""
         return {i.split(" ")[0] for text in self.instructions().values() for i in text} & set(known)
 
+    def ptx(self, functions: Mapping[str, list[str]]) -> dict[str, list[str]]:
+        """PTX instructions by thread."""
+        return {
+            thread: [ptx for i in text for ptx in expand(i.replace("E", str(EMPTY)), functions)]
+            for thread, text in self.instructions().items()
+        }
 
-def solve(case: Case, functions: Mapping[str, str], instructions: Mapping[str, list[str]] | None = None) -> Execution | None:
-    """An execution of ``case`` (or of ``instructions`` in its place) with the outcome, or None."""
 
-    def ptx(instruction: str) -> str:
-        name, _, operands = instruction.partition(" ")
-        return f"{functions.get(name, name)} {operands}".replace("E", str(EMPTY))
-
-    threads = {thread: list(map(ptx, text)) for thread, text in (instructions or case.instructions()).items()}
-    program = Program(threads, case.init, case.vector, case.control)
+def solve(case: Case, functions: Mapping[str, list[str]], ptx: Mapping[str, list[str]] | None = None) -> Execution | None:
+    """An execution of ``case`` (or of ``ptx`` in its place) with the outcome, or None."""
+    program = Program(ptx or case.ptx(functions), case.init, case.vector, case.control)
     return witness(program, case.outcome.replace("E", str(EMPTY)), case.final)
 
 
-def verdict(case: Case, functions: Mapping[str, str], instructions: Mapping[str, list[str]] | None = None) -> str:
-    return "forbidden" if solve(case, functions, instructions) is None else "allowed"
+def verdict(case: Case, functions: Mapping[str, list[str]], ptx: Mapping[str, list[str]] | None = None) -> str:
+    return "forbidden" if solve(case, functions, ptx) is None else "allowed"
 
 
 # Where a published case comes from: shape and verdict from the ISA, or a well-known shape (Maranget, Sarkar, Sewell,
 # "A tutorial introduction to the ARM and POWER relaxed memory models"; Lustig et al.), its verdict derived by hand.
-ISA, SHAPE = "PTX ISA 8.10", "a well-known shape"
+ISA, SHAPE, CLUSTER = "PTX ISA 8.10", "a well-known shape", "PTX ISA, barrier.cluster: the text and its examples"
 
 
 def mp(send: str, receive: str, block: str = "") -> dict[str, str]:
@@ -176,6 +211,15 @@ PUBLISHED = [
          {"g0": "atom.add.relaxed.sys a, [x], 1", "g1": "atom.add.relaxed.sys b, [x], 1"}, source=ISA),
     Case("two increments, scopes too small", "allowed", "a == 0 and b == 0",
          {"g0": "atom.add.relaxed.cta a, [x], 1", "g0:b1": "atom.add.relaxed.gpu b, [x], 1"}, source=ISA),
+    Case("LB+cluster barrier", "forbidden", "r == 1",
+         {"g0:b0": "ld.shared::cluster.u32 r, [x]; barrier.cluster.arrive.aligned",
+          "g0:b1": "barrier.cluster.wait.aligned; st.shared::cluster.u32 [x], 1"}, source=CLUSTER),
+    Case("LB+fence and relaxed cluster barrier", "forbidden", "r == 1",
+         {"g0:b0": "ld.shared::cluster.u32 r, [x]; fence.acq_rel.cluster; barrier.cluster.arrive.relaxed.aligned",
+          "g0:b1": "barrier.cluster.wait.aligned; st.shared::cluster.u32 [x], 1"}, source=CLUSTER),
+    Case("LB+relaxed cluster barrier", "allowed", "r == 1",
+         {"g0:b0": "ld.shared::cluster.u32 r, [x]; barrier.cluster.arrive.relaxed.aligned",
+          "g0:b1": "barrier.cluster.wait.aligned; st.shared::cluster.u32 [x], 1"}, source=CLUSTER),
 ]  # fmt: skip
 
 # How collectives signal: what a flag orders and what it does not.
@@ -237,12 +281,46 @@ OURS = [
           "g0:b0:t1": "st_shared_u32 [row.1], 6; bar.sync; ld_shared_v4 s, [row]"}),
     Case("row: the sum of another warp's group, without the barrier", "allowed", "s0 == 0",
          {"g0:b0:t0": "st_shared_u32 [row.0], 5", "g0:b0:t1": "st_shared_u32 [row.1], 6; ld_shared_v4 s, [row]"}),
-    Case("row: the sum of a group of another block", "forbidden", "s0 == 0",
-         {"g0:b0": "st_shared_cluster_u32 [row.0], 5; barrier_cluster_arrive",
-          "g0:b1": "barrier_cluster_wait; ld_shared_v4 s, [row]"}),
-    Case("row: the sum of a group of another block, sent after it has arrived", "allowed", "s0 == 0",
-         {"g0:b0": "barrier_cluster_arrive; st_shared_cluster_u32 [row.0], 5",
-          "g0:b1": "barrier_cluster_wait; ld_shared_v4 s, [row]"}),
+    Case("row: the sum of a group of another block", "forbidden", "not initialized or s0 == 0",
+         {"g0:b0:t0": "mbarrier_init [b], 4; barrier_cluster_arrive_relaxed",
+          "g0:b0:t1": "barrier_cluster_wait; mbarrier_wait [b]; ld_shared_v4 s, [row]",
+          "g0:b1": "barrier_cluster_wait; st_async_u32 [row.0], 5, [b]"}),
+    Case("row: the sum of a group of another block, without the wait", "allowed", "initialized and s0 == 0",
+         {"g0:b0:t0": "mbarrier_init [b], 4; barrier_cluster_arrive_relaxed",
+          "g0:b0:t1": "barrier_cluster_wait; ld_shared_v4 s, [row]",
+          "g0:b1": "barrier_cluster_wait; st_async_u32 [row.0], 5, [b]"}),
+    Case("row: sums of two blocks, one of them its own", "forbidden", "not initialized or s0 == 0 or s1 == 0",
+         {"g0:b0:t0": "mbarrier_init [b], 8; barrier_cluster_arrive_relaxed",
+          "g0:b0:t1": "barrier_cluster_wait; st_async_u32 [row.1], 6, [b]; mbarrier_wait [b]; ld_shared_v4 s, [row]",
+          "g0:b1": "barrier_cluster_wait; st_async_u32 [row.0], 5, [b]"}),
+    Case("row: sums of two blocks, where the bytes of one are expected", "allowed", "initialized and s0 == 0",
+         {"g0:b0:t0": "mbarrier_init [b], 4; barrier_cluster_arrive_relaxed",
+          "g0:b0:t1": "barrier_cluster_wait; st_async_u32 [row.1], 6, [b]; mbarrier_wait [b]; ld_shared_v4 s, [row]",
+          "g0:b1": "barrier_cluster_wait; st_async_u32 [row.0], 5, [b]"}),
+    Case("row: what a block did before it sent does not come with its sum", "allowed", "initialized and s0 == 5 and d == 0",
+         {"g0:b0:t0": "mbarrier_init [b], 4; barrier_cluster_arrive_relaxed",
+          "g0:b0:t1": "barrier_cluster_wait; mbarrier_wait [b]; ld_shared_v4 s, [row]; ld_global_f32 d, [x]",
+          "g0:b1": "barrier_cluster_wait; st_global_u32 [x], 1; st_async_u32 [row.0], 5, [b]"}),
+    Case("row: a flag behind an asynchronous store tells nothing of it", "allowed", "initialized and r == 1 and s0 == 0",
+         {"g0:b0:t0": "mbarrier_init [b], 4; barrier_cluster_arrive_relaxed",
+          "g0:b0:t1": "barrier_cluster_wait; ld.acquire.cluster.u32 r, [y]; ld_shared_v4 s, [row]",
+          "g0:b1": "barrier_cluster_wait; st_async_u32 [row.0], 5, [b]; st.release.cluster.u32 [y], 1"}),
+    # An mbarrier is initialized before anybody else's complete-tx or wait.
+    Case("row: an mbarrier is initialized when another block sends", "forbidden", "not initialized",
+         {"g0:b0": "mbarrier_init [b], 4; barrier_cluster_arrive_relaxed",
+          "g0:b1": "barrier_cluster_wait; st_async_u32 [row.0], 5, [b]"}),
+    Case("row: an mbarrier without its fence", "allowed", "not initialized",
+         {"g0:b0": "mbarrier.init.shared::cta.b64 [b], 1; mbarrier.arrive.expect_tx.shared::cta.b64 _, [b], 4; "
+                   "barrier_cluster_arrive_relaxed",
+          "g0:b1": "barrier_cluster_wait; st_async_u32 [row.0], 5, [b]"}),
+    Case("row: an mbarrier without the cluster's barrier", "allowed", "not initialized",
+         {"g0:b0": "mbarrier_init [b], 4", "g0:b1": "st_async_u32 [row.0], 5, [b]"}),
+    Case("row: an mbarrier initialized after its block has arrived", "allowed", "not initialized",
+         {"g0:b0": "barrier_cluster_arrive_relaxed; mbarrier_init [b], 4",
+          "g0:b1": "barrier_cluster_wait; st_async_u32 [row.0], 5, [b]"}),
+    Case("row: the fence is of the mbarrier alone", "allowed", "d == 0",
+         {"g0:b0": "st_global_u32 [x], 1; mbarrier_init [b], 0; barrier_cluster_arrive_relaxed",
+          "g0:b1": "barrier_cluster_wait; ld_global_f32 d, [x]"}),
     Case("row: what an earlier kernel quantized, and its scale", "forbidden", "q1 == 0 or s == 0",
          {"g0:k0": "st_global_v2 [q], 5 6; st_global_u32 [scale], 7",
           "g0:k1:b1": "griddepcontrol_wait; ld.global.v2.u32 q, [q]; ld_global_f32 s, [scale]"}),

@@ -13,11 +13,30 @@ of the GPU's one stream, block B (default 0); a thread of the host is a GPU of i
     ld.relaxed.sys r, [x]      st.release.gpu [x], 1      atom.exch.relaxed.gpu r, [x], 1      fence.acq_rel.sys
     bar.sync                   bar.warp.sync              griddepcontrol.wait                  assume r != 0
     barrier.cluster.arrive.release                        barrier.cluster.wait.acquire
+    mbarrier.init [b], 1       mbarrier.arrive.expect_tx _, [b], 4              fence.mbarrier_init.release.cluster
+    st.async.shared::cluster.mbarrier::complete_tx::bytes.u32 [x], 1, [b]
+    mbarrier.try_wait.parity.acquire.cluster complete, [b], 0
 
 The blocks of a kernel are those of one cluster. State spaces and types in a mnemonic may be left out. A vector access is one access per element, in no order, and
 a scalar of 8 or 16 bytes is one access of several words. Register ``r`` of several words is ``r0``, ``r1``, ...;
 memory ``x`` is ``x.0``, ``x.1``, ...
 ``assume`` is the end of a poll loop: only executions in which it holds count.
+
+Clusters (PTX ISA, barrier.cluster): an arrival with release synchronizes with the wait; a relaxed one does not, but a release
+fence before it does, as in the example there. ``fence.mbarrier_init`` (membar/fence) is such a fence for earlier ``mbarrier.init`` of
+its thread and for nothing else.
+
+Memory barriers (PTX ISA, mbarrier and st.async), in their first phase:
+
+- ``mbarrier.init`` is a weak write of the object, every other operation on the object reads it. One that may read what was there
+  before is undefined: ``initialized`` is a register, 0 if there is such an operation. Nobody who waits learns anything then.
+- A phase is complete when as many have arrived as ``init`` says and as many bytes have been stored as are expected. The order of
+  these operations does not count, nor does their scope: they are atomic. ``try_wait`` is the end of a loop around it: executions in which the
+  phase does not become complete do not count. Of parity 1 it is true at once.
+- An arrival (release, of scope cta unless it says otherwise) synchronizes with the ``try_wait`` (acquire) that sees the phase complete.
+- ``st.async`` is a weak store and a complete-tx, which is a release of cluster scope. Both come after what its thread did before,
+  and before nothing of it. The ISA says of the complete-tx of bulk copies that it is a release of the instruction's own accesses alone, not
+  of what the thread did before (8.9.1.1); of ``st.async`` it does not say more, so the same is taken for granted here.
 """
 
 from __future__ import annotations
@@ -36,7 +55,9 @@ class Event:
 
     thread: str
     step: int  # position of its instruction in the thread
-    kind: str  # ld, st, atom, fence, bar, arrive and awaited (of a cluster), wait, trigger, assume
+    # ld, st, atom, fence, bar, arrive and awaited (of a cluster), wait, trigger, assume;
+    # of an mbarrier: init, init_fence, signal (an arrival), complete (complete-tx), observe (try_wait)
+    kind: str
     order: str = "weak"  # weak, relaxed, acquire, release, acq_rel, sc
     scope: str = ""
     words: tuple[str, ...] = ()  # the 4-byte words accessed
@@ -45,17 +66,20 @@ class Event:
     add: bool = False  # an atomic addition; otherwise an exchange, or a comparison with `expected` and exchange
     expected: str = ""
     red: bool = False  # a reduction: forms no acquire pattern (8.11.1)
+    asynchronous: bool = False  # not in program order before anything
+    number: int = 0  # init: arrivals of a phase; signal: bytes expected with it; complete: bytes; observe: parity
 
-    reads = property(lambda self: self.kind in ("ld", "atom"))
-    writes = property(lambda self: self.kind in ("st", "atom"))
+    reads = property(lambda self: self.kind in ("ld", "atom", *OPERATIONS))
+    writes = property(lambda self: self.kind in ("st", "atom", "init"))
     strong = property(lambda self: self.order != "weak")
 
 
+OPERATIONS = ("signal", "complete", "observe")  # on an mbarrier that is initialized
 ORDERS = ("relaxed", "acquire", "release", "acq_rel", "sc")
-SCOPES = ("cta", "gpu", "sys")
+SCOPES = ("cta", "cluster", "gpu", "sys")
 KINDS = ("ld", "st", "atom", "red", "fence")
 TYPES = {"u32", "b32", "f32", "u64", "b64", "b128", "v2", "v4"}
-SPACES = {"global", "shared", "shared::cluster"}
+SPACES = {"global", "shared", "shared::cta", "shared::cluster"}
 KNOWN = {*KINDS, *ORDERS, *SCOPES, *TYPES, *SPACES, "weak", "volatile", "exch", "cas", "add"}
 
 
@@ -70,8 +94,12 @@ def parse_instruction(thread: str, step: int, text: str, vector: int = 4) -> lis
         return [Event(thread, step, {"wait": "wait", "launch_dependents": "trigger"}[mnemonic.split(".")[1]])]
     parts = mnemonic.split(".")
     if parts[:2] == ["barrier", "cluster"]:
-        order = next(p for p in parts if p in ORDERS)
-        return [Event(thread, step, {"arrive": "arrive", "wait": "awaited"}[parts[2]], order)]
+        kind, order = {"arrive": ("arrive", "release"), "wait": ("awaited", "acquire")}[parts[2]]
+        return [Event(thread, step, kind, next((p for p in parts if p in ORDERS), order), "cluster")]
+    if mnemonic == "fence.mbarrier_init.release.cluster":
+        return [Event(thread, step, "init_fence", "release", "cluster")]
+    if parts[0] == "mbarrier" or parts[:2] == ["st", "async"]:
+        return parse_mbarrier(thread, step, parts, operands)
     kind = parts[0]
     if kind not in KINDS:
         raise ValueError(f"not in the model: {text}")
@@ -111,6 +139,41 @@ def parse_instruction(thread: str, step: int, text: str, vector: int = 4) -> lis
     ]  # fmt: skip
 
 
+MBARRIER = {
+    ("mbarrier", "init"): ("init", "weak", "", r"\[(?P<b>\w+)\], (?P<number>\d+)"),
+    ("mbarrier", "arrive", "expect_tx"): ("signal", "release", "cta", r"_, \[(?P<b>\w+)\], (?P<number>\d+)"),
+    ("mbarrier", "try_wait", "parity"): ("observe", "acquire", "cta", r"\w+, \[(?P<b>\w+)\], (?P<number>[01])"),
+    ("st", "async"): ("complete", "release", "cluster", r"\[(?P<x>[\w.]+)\], (?P<value>\w+), \[(?P<b>\w+)\]"),
+}
+
+
+def parse_mbarrier(thread: str, step: int, parts: Sequence[str], operands: str) -> list[Event]:
+    """The events of an instruction about an mbarrier. Its orders and scopes, if it names none, are those of the ISA."""
+    prefix = next((p for p in MBARRIER if tuple(parts[: len(p)]) == p), None)
+    if prefix is None:
+        raise ValueError(f"not in the model: {'.'.join(parts)}")
+    kind, order, scope, form = MBARRIER[prefix]
+    known = {*SPACES, "b64"} | ({"relaxed", order, *SCOPES} if kind in ("signal", "observe") else set())
+    if kind == "complete":
+        known = {"weak", "shared::cluster", "mbarrier::complete_tx::bytes", "u32", "b32"}
+    match = re.fullmatch(form, operands)
+    if set(parts[len(prefix) :]) - known or not match:
+        raise ValueError(f"not in the model: {'.'.join(parts)} {operands}")
+    word = (match["b"],)
+    if kind == "init":
+        return [Event(thread, step, kind, words=word, operand=("1",), number=int(match["number"]))]
+    operation = Event(
+        thread, step, kind, next((p for p in parts if p in ORDERS), order), next((p for p in parts if p in SCOPES), scope),
+        word, (f"{thread} {step}",),
+    )  # fmt: skip
+    if kind == "complete":
+        operation.asynchronous, operation.number = True, 4
+        store = Event(thread, step, "st", words=(match["x"],), operand=(match["value"],), asynchronous=True)
+        return [store, operation]
+    operation.number = int(match["number"])
+    return [operation]
+
+
 @dataclass
 class Program:
     threads: Mapping[str, Sequence[str]]
@@ -136,35 +199,64 @@ class Program:
         for a, b in combinations(self.accesses, 2):
             if set(self.events[a].words) & set(self.events[b].words) and self.events[a].words != self.events[b].words:
                 raise ValueError(f"accesses of different sizes overlap: {self.events[a].words}, {self.events[b].words}")
+        self.objects = {e.words for e in self.events if e.kind in ("init", *OPERATIONS)}
+        self.inits = {e.words: i for i, e in enumerate(self.events) if e.kind == "init"}
+        if any(e.words in self.objects and e.kind not in ("init", *OPERATIONS) for e in self.events):
+            raise ValueError("an mbarrier is accessed as if it were memory")
+        if set(self.inits) != self.objects or sum(e.kind == "init" for e in self.events) != len(self.objects):
+            raise ValueError("every mbarrier is initialized once")
         self.strong = {(a, b) for a, b in self.pairs if self._morally_strong(a, b)}
         self.po = {(a, b) for a, b in self.pairs if self._program_order(a, b)}
         self.boundaries = {(a, b) for a, b in self.pairs if self._boundary(a, b)}
+        # Synchronization of one access, not of what comes before it: of mbarrier.init through its fence.
+        self.alone = {
+            (a, y) for a in self.inits.values() for f, y in self.pairs
+            if self.events[f].kind == "init_fence" and (a, f) in self.po and self._through_cluster(f, y)
+        }  # fmt: skip
 
     def _program_order(self, a: int, b: int) -> bool:
-        return self.events[a].thread == self.events[b].thread and self.events[a].step < self.events[b].step
+        x, y = self.events[a], self.events[b]
+        return x.thread == y.thread and x.step < y.step and not x.asynchronous
+
+    def _number(self, a: int) -> int:
+        """How many operations of its kind its thread did before."""
+        x = self.events[a]
+        return sum(e.kind == x.kind and e.thread == x.thread and e.step < x.step for e in self.events)
+
+    def _through_cluster(self, a: int, b: int) -> bool:
+        """Whether ``b`` is the wait of a cluster's barrier at which the thread of ``a`` arrives after ``a``, or is that arrival."""
+        x, y = self.events[a], self.events[b]
+        if y.kind != "awaited" or y.order != "acquire" or self.place[x.thread][:2] != self.place[y.thread][:2]:
+            return False
+        return any(
+            e.kind == "arrive" and (i == a or (a, i) in self.po) and self._number(i) == self._number(b)
+            for i, e in enumerate(self.events)
+        )  # fmt: skip
 
     def _includes(self, a: Event, b: Event) -> bool:
         """Whether the scope of ``a`` includes the thread of ``b``."""
         mine, other = self.place[a.thread], self.place[b.thread]
-        return {"sys": True, "gpu": mine[0] == other[0], "cta": mine == other}.get(a.scope, False)
+        return {
+            "sys": True, "gpu": mine[0] == other[0], "cluster": mine[:2] == other[:2], "cta": mine == other,
+        }.get(a.scope, False)  # fmt: skip
 
     def _morally_strong(self, a: int, b: int) -> bool:
         x, y = self.events[a], self.events[b]
         if x.words and y.words and x.words != y.words:
             return False
-        return x.thread == y.thread or (x.strong and y.strong and self._includes(x, y) and self._includes(y, x))
+        if x.thread == y.thread and not (x.asynchronous or y.asynchronous):
+            return True
+        return x.strong and y.strong and self._includes(x, y) and self._includes(y, x)
 
     def _boundary(self, a: int, b: int) -> bool:
         """Synchronization that does not depend on the execution: barriers and kernel boundaries."""
         x, y = self.events[a], self.events[b]
         (gpu, kernel, block), (gpu2, kernel2, block2) = self.place[x.thread], self.place[y.thread]
         if x.kind == y.kind == "bar" and x.thread != y.thread:
-            n, n2 = (sum(e.kind == "bar" and e.thread == z.thread and e.step < z.step for e in self.events) for z in (x, y))
-            return (gpu, kernel, block) == (gpu2, kernel2, block2) and n == n2
-        if x.kind == "arrive" and y.kind == "awaited":
-            n = sum(e.kind == "arrive" and e.thread == x.thread and e.step < x.step for e in self.events)
-            n2 = sum(e.kind == "awaited" and e.thread == y.thread and e.step < y.step for e in self.events)
-            return (gpu, kernel) == (gpu2, kernel2) and n == n2 and (x.order, y.order) == ("release", "acquire")
+            return (gpu, kernel, block) == (gpu2, kernel2, block2) and self._number(a) == self._number(b)
+        releases = x.kind in ("arrive", "fence") and x.order in ("release", "acq_rel", "sc")
+        if releases and self._through_cluster(a, b) and (a, b) in self.strong:
+            return True
         if gpu != gpu2:
             return False
         # Every earlier kernel of the stream has completed, and its memory operations are performed and visible.
@@ -272,16 +364,19 @@ def candidates(program: Program) -> Iterator[tuple[dict[str, int], dict[tuple[in
                         program.init.get(events[i].words[w].split(".")[0], 0) if source == INIT
                         else written(events[source], w, registers)
                     )  # fmt: skip
+        if program.objects:
+            operations = [(i, e) for i, e in enumerate(events) if e.kind in OPERATIONS]
+            registers["initialized"] = int(all(rf[i, 0] == program.inits[e.words] for i, e in operations))
         if all(eval(e.operand[0], {}, dict(registers)) for e in assumptions):
             yield registers, rf
 
 
 def consistent(program: Program, rf, values, final) -> bool:
-    """Whether some order of the fence.sc operations and some coherence order fulfil the axioms."""
+    """Whether some phases, some order of the fence.sc operations and some coherence order fulfil the axioms."""
     sc = [i for i, e in enumerate(program.events) if e.order == "sc"]
-    for order in permutations(sc):
+    for phases, order in product(list(phases_seen(program, rf)), permutations(sc)):
         fence_order = {(a, b) for a, b in combinations(order, 2) if (a, b) in program.strong}
-        base, causality = causality_order(program, rf, fence_order)
+        base, causality = causality_order(program, rf, fence_order, phases)
         if any((b, a) in fence_order for a in sc for b in sc if base[a] >> b & 1):
             continue  # Fence-SC
         if any((a, a) in causality for a in program.accesses):
@@ -292,7 +387,28 @@ def consistent(program: Program, rf, values, final) -> bool:
     return False
 
 
-def causality_order(program: Program, rf, fence_order):
+def phases_seen(program: Program, rf) -> Iterator[set[tuple[int, int]]]:
+    """All ways in which every try_wait can see its phase complete: pairs of an operation that completed it and the try_wait."""
+    choices = []
+    for wait in (i for i in program.accesses if program.events[i].kind == "observe"):
+        words = program.events[wait].words
+        operations = [i for i in program.accesses if program.events[i].words == words and program.events[i].kind in OPERATIONS]
+        if program.events[wait].number == 1 or any(rf[i, 0] == INIT for i in operations):
+            choices.append([()])
+            continue
+        signals = [i for i in operations if program.events[i].kind == "signal"]
+        completions = [i for i in operations if program.events[i].kind == "complete"]
+        choices.append([
+            tuple((i, wait) for i in (*some, *done))
+            for some in combinations(signals, program.events[program.inits[words]].number)
+            for n in range(len(completions) + 1) for done in combinations(completions, n)
+            if sum(program.events[i].number for i in some) == sum(program.events[i].number for i in done)
+        ])  # fmt: skip
+    for choice in product(*choices):
+        yield {pair for pairs in choice for pair in pairs}
+
+
+def causality_order(program: Program, rf, fence_order, phases):
     """Base causality order (8.9.5) as bit sets of successors, and causality order as pairs of accesses."""
     events, n = program.events, program.n
     observation = {(source, i) for (i, _), source in rf.items() if source != INIT and (source, i) in program.strong}
@@ -305,7 +421,19 @@ def causality_order(program: Program, rf, fence_order):
                 continue
             for x in release_patterns(program, write):
                 synchronizes |= {(x, y) for y in acquire_patterns(program, read) if (x, y) in program.strong}
+    alone = set(program.alone)
+    for operation, wait in phases:
+        acquires = acquire_patterns(program, wait)
+        if events[operation].kind == "complete":
+            stores = [i for i in program.accesses if events[i].asynchronous and events[i].kind == "st"
+                      and (events[i].thread, events[i].step) == (events[operation].thread, events[operation].step)]  # fmt: skip
+            alone |= {(store, y) for store in stores for y in acquires if (operation, y) in program.strong}
+        else:
+            releases = release_patterns(program, operation)
+            synchronizes |= {(x, y) for x in releases for y in acquires if (x, y) in program.strong}
     base = closure(n, program.po | program.boundaries | synchronizes | fence_order)
+    for a, after in [(a, 1 << b | base[b]) for a, b in alone]:
+        base[a] |= after
     preserved = {
         (a, b) for a in program.accesses for b in program.accesses
         if base[a] >> b & 1 and events[a].words == events[b].words
@@ -324,7 +452,7 @@ def release_patterns(program: Program, write: int) -> list[int]:
     for i, e in enumerate(program.events):
         releases = e.order in ("release", "acq_rel", "sc")
         if releases and (i == write or ((i, write) in program.po and program.events[write].strong)):
-            if e.kind == "fence" or (e.writes and e.words == program.events[write].words):
+            if e.kind == "fence" or ((e.writes or e.kind == "signal") and e.words == program.events[write].words):
                 found.append(i)
     return found
 
@@ -385,7 +513,7 @@ def fulfils_axioms(events, here, reads, writes, rf, co, strong, causality, size)
         return False
     # Sequential consistency per location, of operations that are morally strong in pairs
     same = {(a, b) for a in here for b in here if events[a].thread == events[b].thread}
-    po = {(a, b) for a, b in same if events[a].step < events[b].step}
+    po = {(a, b) for a, b in same if events[a].step < events[b].step and not events[a].asynchronous}
     communication = co | overtaken | {(source, r) for r in reads for source in sources[r]}
     return not cycle_in_a_clique(here, po | (communication & strong), strong)
 
