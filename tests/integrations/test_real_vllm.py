@@ -46,7 +46,7 @@ def started(place, machine="h200-x4", config=None, **env):
     from vllm.distributed import parallel_state
 
     with ExitStack() as stack:
-        stack.enter_context(mock.patch.dict(os.environ, {"ALLREDUCE_JIT": "1", **env}))
+        stack.enter_context(mock.patch.dict(os.environ, {"ALLREDUCE_JIT": "1", "VLLM_DIST_IDENT": "tests", **env}))
         vllm.plugins.load_general_plugins()
         built = stack.enter_context(fake_gpus(place.control, machine))
         stack.enter_context(set_current_vllm_config(VllmConfig()))
