@@ -147,15 +147,20 @@ def normed(
     """AROUND ``flashinfer_allreduce_residual_rmsnorm``: one kernel of ours where it has one for these rows."""
     # Traced, it stays the operator that it is.
     if not torch.compiler.is_compiling() and not args:
-        resolve = importlib.import_module(FUSION).resolve_fusion_group
-        coordinator = resolve(use_attn_tp_group=kwargs.get("use_attn_tp_group", True))[2]
-        group = _groups.get(getattr(coordinator, "ca_comm", None)) if coordinator is not None else None
+        coordinator = _fusion().resolve_fusion_group(use_attn_tp_group=kwargs.get("use_attn_tp_group", True))[2]
+        held = getattr(coordinator, "ca_comm", None)
+        group = _groups.get(held) if isinstance(held, AllReduceJit) else None
         if group is not None and _fits(group, input_tensor, weight) and group.takes(input_tensor):
             return group.add_rms_norm(input_tensor, residual, weight, eps, rounding="U")
     return original(input_tensor, residual, weight, eps, *args, **kwargs)
 
 
 # -- internals
+
+
+@functools.cache
+def _fusion() -> Any:
+    return importlib.import_module(FUSION)
 
 
 def _fits(group: Group, x: torch.Tensor, weight: torch.Tensor) -> bool:
