@@ -91,6 +91,7 @@ def _name_ours(platform: type) -> None:
             return theirs
         return f"{found.__module__}.{found.__qualname__}"
 
+    del name.__wrapped__  # it is bound, so the signature that it has is not this one's
     setattr(name, _MARK, True)
     platform.get_device_communicator_cls = classmethod(name)  # type: ignore[attr-defined]
 

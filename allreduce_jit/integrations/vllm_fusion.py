@@ -7,6 +7,7 @@ same patterns takes its place. Read in vLLM 0.32.0 and 0.33.0, whose files are t
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import inspect
 import sys
@@ -81,8 +82,19 @@ def install(group: Group, config: Any, version: str) -> str | None:
         return f"vLLM's passes are not what they were: {e}"
     if not isinstance(getattr(manager, "AllReduceFusionPass", None), type):
         return "this platform's pass manager has no AllReduceFusionPass"
+    more = getattr(config, "additional_config", None)
+    if not isinstance(more, dict):
+        return "vLLM's additional_config is no dict, and its compile cache could not tell graphs with our calls from others"
+    # vLLM keeps compiled graphs by a hash of its configuration, which this is a part of, and of none of its passes.
+    more["allreduce_jit"] = cache_key(group.name)
     manager.AllReduceFusionPass = made
     return None
+
+
+def cache_key(group: str) -> str:
+    """What compiled graphs depend on: this module, and the name that their calls hold."""
+    text = "\n".join((inspect.getsource(sys.modules[__name__]), __version__, group))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def make_pass(group: str) -> type:
@@ -132,8 +144,7 @@ def make_pass(group: str) -> type:
             log.debug("%d all-reduces fused with their norms in group %s", self.matched_count, group)
 
         def uuid(self) -> str:
-            # Graphs in vLLM's compile cache hold calls of ours.
-            return VllmInductorPass.hash_source(inspect.getsource(sys.modules[__name__]), __version__, group)
+            return cache_key(group)
 
     return AllReduceJitFusionPass
 

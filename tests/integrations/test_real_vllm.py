@@ -35,6 +35,7 @@ class Fused:
         self.compilation_config = CompilationConfig(pass_config=passes)
         self.device_config = DeviceConfig(device="cpu")
         self.model_config = mock.Mock(dtype=dtype, quantization=quantization, get_hidden_size=lambda: hidden)
+        self.additional_config = {}
         self.compile_debug_dump_path = lambda: None
 
 
@@ -132,10 +133,14 @@ def fusing(place, config):
 
 
 def fused(place):
+    from vllm.config import VllmConfig
+
     with fusing(place, Fused()) as (tp, engine, fusion):
         assert {family.epilogue.residual for family in engine.families if family.epilogue} == {True, False}
         assert type(fusion).__name__ == "AllReduceJitFusionPass"
         assert not fusion.disabled and fusion.is_applicable_for_range(None) and len(fusion.uuid()) == 64
+        keyed = VllmConfig(additional_config={"allreduce_jit": fusion.uuid()})
+        assert keyed.compute_hash() != VllmConfig().compute_hash() == VllmConfig().compute_hash()
         generator = torch.Generator().manual_seed(7)
         residual = torch.randn(4, HIDDEN, generator=generator).bfloat16()
         weight = torch.randn(HIDDEN, generator=generator).bfloat16()
