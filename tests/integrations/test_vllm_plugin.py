@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import logging
 import os
+import pkgutil
 import sys
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -13,7 +14,8 @@ from unittest import mock
 import pytest
 import torch
 from helpers.fake_engines import MOST_ROWS, fake_gpus, raised, suite
-from helpers.fake_vllm import CudaCommunicator, fake_vllm
+from helpers.fake_vllm import SIGNATURES, CudaCommunicator, fake_vllm
+from helpers.fake_vllm import arguments as arguments_of
 
 from allreduce_jit.errors import ClosedError, SettingsError, SetupError
 from allreduce_jit.harness import ranks
@@ -210,9 +212,8 @@ def operators(place):
 
     def engines_own(x):
         theirs.append(x.shape)
-        out = x.clone()
-        torch.distributed.all_reduce(out, group=place.control)
-        return out
+        torch.distributed.all_reduce(x, group=place.control)  # in place, as those of some platforms are
+        return x
 
     ops = torch.ops.allreduce_jit_vllm
     with fake_gpus(place.control) as built:
@@ -224,7 +225,7 @@ def operators(place):
             torch.randn(4, HIDDEN, generator=generator).bfloat16(),
             torch.randn(HIDDEN, generator=generator).bfloat16(),
         )
-        total = group.all_reduce(x)
+        total, kept = group.all_reduce(x), x.clone()
         for added in (residual, None):
             for bias in (0, 1):
                 found = ops.add_rms_norm(x, added, weight, 1e-5, bias, "tp:9")
@@ -252,7 +253,7 @@ def operators(place):
             found, want = ops.add_rms_norm(x, residual, weight, 1e-5, 0, "tp:9"), add_rms_norm(total, residual, weight, 1e-5)
             assert all(torch.equal(a, b) for a, b in zip(found, want)) and theirs == [x.shape]
             quantized, _ = ops.add_rms_norm_fp8(x, residual, weight, torch.ones(1), 1e-5, "tp:9")
-            assert quantized.dtype is torch.float8_e4m3fn and len(theirs) == 2
+            assert quantized.dtype is torch.float8_e4m3fn and len(theirs) == 2 and torch.equal(x, kept)
         assert group.left == {"no kernel for the size": 2}
         group.close()
         raised(ClosedError, lambda: ops.add_rms_norm(x, residual, weight, 1e-5, 0, "tp:9"), "'tp:9'", "build it before")
@@ -388,3 +389,13 @@ def test_what_is_said_is_shown():
     finally:
         root.handlers, ours.handlers = roots, before
         ours.setLevel(level)
+
+
+def test_the_stand_in_has_the_signatures_it_says(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        with fake_vllm(torch.distributed.group.WORLD):
+            for name, arguments in SIGNATURES.items():
+                assert arguments_of(pkgutil.resolve_name(name)) == arguments, name
+    finally:
+        torch.distributed.destroy_process_group()
