@@ -76,7 +76,7 @@ def install(group: Group, config: Any, version: str) -> str | None:
     if group.comm.path is not Path.V2:
         return f"only the V2 path has kernels with a norm, and this is {group.comm.path.value}"
     try:
-        manager = importlib.import_module("vllm.compilation.passes.pass_manager")
+        manager: Any = importlib.import_module("vllm.compilation.passes.pass_manager")
         made = make_pass(group.name)
     except (AttributeError, ImportError) as e:
         return f"vLLM's passes are not what they were: {e}"
