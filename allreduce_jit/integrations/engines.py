@@ -42,16 +42,30 @@ def release_of(text: str) -> tuple[int, int] | None:
     return None if found is None or ".dev" in text else (int(found[1]), int(found[2]))
 
 
+class _Through(logging.Handler):
+    """Hands records to another logger, as it is configured by then: engines do that after their plug-ins are loaded."""
+
+    def __init__(self, name: str):
+        super().__init__()
+        self.set_name(name)
+        self._theirs = logging.getLogger(name)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if logging.getLogger().handlers:
+            return  # those show it already
+        if not self._theirs.handlers:
+            if logging.lastResort is not None and record.levelno >= logging.lastResort.level:
+                logging.lastResort.handle(record)
+        elif self._theirs.isEnabledFor(record.levelno):
+            self._theirs.handle(record)
+
+
 def speak_through(name: str) -> None:
-    """What this package logs goes to the handlers of logger ``name``, where the root logger has none that would show it."""
-    theirs = logging.getLogger(name)
-    if logging.getLogger().handlers:
-        return
-    for handler in theirs.handlers:
-        if handler not in log.handlers:
-            log.addHandler(handler)
+    """What this package logs is said by logger ``name`` where the root logger has no handlers, and from INFO on."""
+    if name not in [handler.get_name() for handler in log.handlers]:
+        log.addHandler(_Through(name))
     if log.level == logging.NOTSET:
-        log.setLevel(theirs.getEffectiveLevel())
+        log.setLevel(logging.INFO)
 
 
 class Group:

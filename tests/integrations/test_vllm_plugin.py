@@ -372,23 +372,34 @@ def test_releases(text, release):
     assert engines.release_of(text) == release
 
 
-def test_what_is_said_is_shown():
-    """vLLM configures its own logger and not the root's, and ours has no handler of its own."""
+def test_what_is_said_is_shown(capsys):
+    """vLLM configures its own logger, not the root's, and after plug-ins are loaded; ours has no handler that shows anything."""
     ours, theirs, root = logging.getLogger("allreduce_jit"), logging.getLogger("a-vllm"), logging.getLogger()
-    handler = logging.NullHandler()
-    theirs.addHandler(handler)
-    theirs.setLevel(logging.INFO)
     before, level, roots = list(ours.handlers), ours.level, list(root.handlers)
+    shown = []
+    handler = logging.Handler()
+    handler.emit = lambda record: shown.append(record.getMessage())
     try:
-        engines.speak_through("a-vllm")  # pytest's handlers are the root's: they show it
-        assert handler not in ours.handlers or not roots
+        ours.setLevel(logging.NOTSET)
+        engines.speak_through("a-vllm")
+        engines.speak_through("a-vllm")
+        ours.info("the root's handlers show this")
+        assert not shown
         root.handlers = []
-        engines.speak_through("a-vllm")
-        engines.speak_through("a-vllm")
-        assert ours.handlers.count(handler) == 1 and ours.isEnabledFor(logging.INFO)
+        ours.info("nobody listens")
+        ours.warning("nobody listens to %s", "this either")
+        assert capsys.readouterr().err == "nobody listens to this either\n"
+        theirs.addHandler(handler)
+        theirs.setLevel(logging.INFO)
+        ours.info("a line")
+        ours.debug("too much")
+        theirs.setLevel(logging.ERROR)
+        ours.info("too much")
+        assert shown == ["a line"]
     finally:
         root.handlers, ours.handlers = roots, before
         ours.setLevel(level)
+        theirs.removeHandler(handler)
 
 
 def test_the_stand_in_has_the_signatures_it_says(tmp_path):
