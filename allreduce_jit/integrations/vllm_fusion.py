@@ -117,10 +117,9 @@ def make_pass(group: str) -> type:
             super().__init__(config)
             self.patterns = pattern_matcher.PatternMatcherPass(pass_name="allreduce_jit_fusion_pass")
             self.disabled = True
-            try:
-                norm_family(self.model_dtype, config.model_config.get_hidden_size())
-            except InputError as e:
-                log.warning("all-reduces of this model are not fused with their norms: %s", e)
+            why = unfit(config)
+            if why is not None:
+                log.warning("all-reduces of this model are not fused with their norms: %s", why)
                 return
             self._register()
             self.dump_patterns(config, self.patterns)
@@ -147,6 +146,18 @@ def make_pass(group: str) -> type:
             return cache_key(group)
 
     return AllReduceJitFusionPass
+
+
+def unfit(config: Any) -> str | None:
+    """Why no norm of ours is one of the model's."""
+    model = getattr(config, "model_config", None)
+    if model is None:
+        return "no model is configured"
+    try:
+        norm_family(model.dtype, model.get_hidden_size())
+    except InputError as e:
+        return str(e)
+    return None
 
 
 def patterns(group: str, dtype: torch.dtype, device: str | None) -> list[tuple[Callable, Callable, list[torch.Tensor]]]:

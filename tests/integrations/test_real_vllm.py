@@ -181,6 +181,35 @@ def fused(place):
         assert engine.norms == norms and torch.equal(total, many * 3)
 
 
+def compiled(place):
+    """Through inductor, by vLLM's own pass manager: our pass, and its lowering of what is left."""
+    from torch._inductor import config as inductor
+    from vllm.compilation.passes import pass_manager
+    from vllm.compilation.passes.inductor_pass import pass_context
+    from vllm.config import CompilationConfig, PassConfig, VllmConfig, set_current_vllm_config
+    from vllm.config.utils import Range
+
+    with fusing(place, Fused()) as (tp, engine, ours):
+        # Its model is the stand-in's: a real one is hundreds of megabytes.
+        config = VllmConfig(compilation_config=CompilationConfig(pass_config=PassConfig(fuse_allreduce_rms=True)))
+        manager = pass_manager.PostGradPassManager()
+        with set_current_vllm_config(config), mock.patch.object(pass_manager, "AllReduceFusionPass", lambda config: ours):
+            manager.configure(config)
+        assert ours in manager.passes
+        generator = torch.Generator().manual_seed(9)
+        x = torch.randn(place.world_size, 4, HIDDEN, generator=generator).bfloat16()[place.rank]
+        residual = torch.randn(4, HIDDEN, generator=generator).bfloat16()
+        weight = torch.randn(HIDDEN, generator=generator).bfloat16()
+        model = graph_of(tp, "added", 0, 1e-5)
+        want = add_rms_norm(tp.all_reduce(x * 2), residual, weight, 1e-5)
+        norms, sums = engine.norms, engine.sums
+        with set_current_vllm_config(config), pass_context(Range(1, 64)), inductor.patch(post_grad_custom_post_pass=manager):
+            piece = torch.compile(lambda x, r, w: model(x * 2, r, w, None), fullgraph=True)
+            found = piece(x, residual, weight)
+        assert (engine.norms - norms, engine.sums - sums) == (1, 0) and ours.matched_count == 1
+        assert all(torch.equal(a, b) for a, b in zip(found, want))
+
+
 def quantized(place):
     import vllm.ir.ops as ir
     from vllm.compilation.passes.fusion.matcher_utils import MatcherQuantFP8
@@ -217,7 +246,7 @@ def quantized(place):
             assert torch.equal(found[0].view(torch.uint8), want[0].view(torch.uint8)) and torch.equal(found[1], want[2])
 
 
-CASES = [sums, refused, fused, quantized]
+CASES = [sums, refused, fused, compiled, quantized]
 
 
 def test_two_ranks():

@@ -203,6 +203,8 @@ def families_of_a_configuration(place):
     for quantization, hidden, count in ((None, HIDDEN, 2), ("fp8", HIDDEN, 4), (None, 60, 0)):
         found = plugin._families(configuration(quantization=quantization, hidden=hidden), CPU)
         assert len(found) == count and all(family.hidden == hidden for family in found)
+    assert vllm_fusion.unfit(configuration()) is None and "no model" in vllm_fusion.unfit(SimpleNamespace(model_config=None))
+    assert "hidden 60" in vllm_fusion.unfit(configuration(hidden=60))
     assert plugin._families(None, CPU) == plugin._families(configuration(fuse=False), CPU) == []
 
 
@@ -380,6 +382,7 @@ def test_what_is_said_is_shown(capsys):
     handler = logging.Handler()
     handler.emit = lambda record: shown.append(record.getMessage())
     try:
+        ours.handlers = [logging.NullHandler()]  # the package's own; other tests have registered the plug-in
         ours.setLevel(logging.NOTSET)
         engines.speak_through("a-vllm")
         engines.speak_through("a-vllm")
