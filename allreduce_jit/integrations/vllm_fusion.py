@@ -115,7 +115,7 @@ def make_pass(group: str) -> type:
 
         def __init__(self, config: Any):
             super().__init__(config)
-            self.patterns = pattern_matcher.PatternMatcherPass(pass_name="allreduce_jit_fusion_pass")
+            self.patterns: Any = pattern_matcher.PatternMatcherPass(pass_name="allreduce_jit_fusion_pass")
             self.disabled = True
             why = unfit(config)
             if why is not None:
