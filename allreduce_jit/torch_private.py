@@ -167,6 +167,48 @@ def new_gloo_group(
     return made
 
 
+# -- calls of others' programs, for ``install``
+
+
+def default_group() -> dist.ProcessGroup | None:
+    """The default group, or None. The public name, ``dist.group.WORLD``, asks twice and makes a string of an error on the way."""
+    return dist.distributed_c10d._world.default_pg
+
+
+def group_name_of(group: dist.ProcessGroup) -> str | None:
+    """The name by which functional collectives know ``group``; None once it is destroyed."""
+    return dist.distributed_c10d._world.pg_names.get(group)
+
+
+def is_coalescing() -> bool:
+    """Whether some group collects calls, to make them together later."""
+    return bool(dist.distributed_c10d._world.pg_coalesce_state)
+
+
+def call_watchers() -> bool:
+    """Whether a mode for functions or operators of torch is active, which means to see calls (tracers, counters)."""
+    return bool(_C._len_torch_dispatch_stack() or _C._len_torch_function_stack())
+
+
+def knows_calls() -> str | None:
+    """Why the four names above cannot be relied upon, found out by using them; None if they can."""
+    try:
+        group = default_group()
+        known = group is None or group_name_of(group) == group.group_name
+        return None if known and is_coalescing() in (False, True) and call_watchers() in (False, True) else "groups have other names"
+    except Exception as e:  # noqa: BLE001 - no public names: whatever has become of them
+        return f"{type(e).__name__}: {e}"
+
+
+def functional_collective(name: str) -> Any:
+    """An operator of torch's functional collectives, which graphs of ``torch.compile`` call. Raises ``AttributeError``: there is none."""
+    return getattr(torch.ops._c10d_functional, name).default
+
+
+FUNCTIONAL_COLLECTIVES = "_c10d_functional"
+"""Their namespace."""
+
+
 # -- for measurements
 
 
