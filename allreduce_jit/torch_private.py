@@ -180,22 +180,25 @@ def group_name_of(group: dist.ProcessGroup) -> str | None:
     return dist.distributed_c10d._world.pg_names.get(group)
 
 
-def is_coalescing() -> bool:
-    """Whether some group collects calls, to make them together later."""
-    return bool(dist.distributed_c10d._world.pg_coalesce_state)
+def coalescing() -> dict:
+    """The groups that collect calls now, to make them together later: always the same dictionary, which is nearly always empty."""
+    return dist.distributed_c10d._world.pg_coalesce_state
 
 
-def call_watchers() -> bool:
-    """Whether a mode for functions or operators of torch is active, which means to see calls (tracers, counters)."""
-    return bool(_C._len_torch_dispatch_stack() or _C._len_torch_function_stack())
+function_modes: Callable[[], int] = getattr(_C, "_len_torch_function_stack", lambda: 0)
+operator_modes: Callable[[], int] = getattr(_C, "_len_torch_dispatch_stack", lambda: 0)
+"""How many modes are active that mean to see calls of torch's functions, or of its operators (tracers, counters)."""
 
 
 def knows_calls() -> str | None:
-    """Why the four names above cannot be relied upon, found out by using them; None if they can."""
+    """Why the names above cannot be relied upon, found out by using them; None if they can."""
     try:
         group = default_group()
         known = group is None or group_name_of(group) == group.group_name
-        return None if known and is_coalescing() in (False, True) and call_watchers() in (False, True) else "groups have other names"
+        with TorchFunctionMode():
+            counted = function_modes()
+        counted += function_modes() - operator_modes()
+        return None if known and coalescing() is coalescing() and counted == 1 else "groups or modes are told in another way"
     except Exception as e:  # noqa: BLE001 - no public names: whatever has become of them
         return f"{type(e).__name__}: {e}"
 

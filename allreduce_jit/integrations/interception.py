@@ -18,7 +18,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from ..torch_private import FUNCTIONAL_COLLECTIVES, default_group, functional_collective, group_name_of, knows_calls
+from ..routes import DTYPE_NAMES
+from ..torch_private import (
+    FUNCTIONAL_COLLECTIVES,
+    coalescing,
+    default_group,
+    function_modes,
+    functional_collective,
+    group_name_of,
+    knows_calls,
+    operator_modes,
+)
 
 if TYPE_CHECKING:
     from .installed import Installation
@@ -27,7 +37,7 @@ _SUM = dist.ReduceOp.SUM
 _Tensor, _STRIDED = torch.Tensor, torch.strided
 KEYS = ("CPU", "CUDA")
 
-by_group: dict[dist.ProcessGroup, Installation] = {}
+by_group: dict[dist.ProcessGroup | None, Installation] = {}
 by_name: dict[str, Installation] = {}
 
 
@@ -80,28 +90,37 @@ class Done(dist.Work):
 
 def _eager(original: Callable[..., Any]) -> Callable[..., Any]:
     """``dist.all_reduce`` over ``original``. All that a call needs is within reach: its time is the host time of every call."""
+    collecting = coalescing()
 
     @functools.wraps(original)
     def all_reduce(
         tensor: torch.Tensor, op: Any = _SUM, group: dist.ProcessGroup | None = None, async_op: bool = False
     ) -> dist.Work | None:
-        here = by_group.get(default_group() if group is None else group)  # type: ignore[arg-type]
+        here, why = by_group.get(default_group() if group is None else group), None
         if here is None:
             return original(tensor, op, group, async_op)
         if op is not _SUM:
             why = "op"
-        elif type(tensor) is not _Tensor or tensor.layout is not _STRIDED or tensor.is_nested:
+        elif type(tensor) is not _Tensor:
             why = "kind of tensor"
+        elif tensor.dtype not in DTYPE_NAMES:
+            why = "dtype"
+        elif tensor.layout is not _STRIDED or tensor.is_nested:
+            why = "kind of tensor"
+        elif function_modes() or operator_modes():
+            why = "mode"
+        elif collecting:
+            why = "coalesced"
         else:
-            why = None if here.matches(tensor) else here.why_not(tensor)
-            why = why or here.why_not_now()
-        if why is not None:
-            here.left[why] += 1
-            return original(tensor, op, group, async_op)
-        here.taken["eager"] += 1
-        tensor = tensor.detach() if tensor.requires_grad else tensor
-        here.all_reduce(tensor, tensor)
-        return Done(tensor) if async_op else None
+            if here.matches(tensor):
+                here.all_reduce(tensor, tensor)
+            elif (why := here.why_not(tensor)) is None:
+                here.all_reduce_any(tensor, tensor)
+            if why is None:
+                here.taken["eager"] += 1
+                return Done(tensor) if async_op else None
+        here.left[why] += 1
+        return original(tensor, op, group, async_op)
 
     return all_reduce
 
@@ -143,14 +162,13 @@ def _functional(name: str, key: str) -> Callable[..., Any]:
             return before.call_boxed(keys, x, op, group_name)
         if op != "sum":
             why = "op"
-        elif type(x) not in (_Tensor, torch.nn.Parameter) or x.layout is not _STRIDED or x.is_nested:
+        elif type(x) is not _Tensor or x.layout is not _STRIDED or x.is_nested:
             why = "kind of tensor"
         else:
-            plain = x.detach() if x.requires_grad else x
-            why = None if here.matches(plain) else here.why_not(plain)
+            why = None if here.matches(x) else here.why_not(x)
             if why is None:
                 here.taken["functional"] += 1
-                made = here.all_reduce(plain, plain if in_place else None)
+                made = here.all_reduce_any(x, x if in_place else None)
                 return x if in_place else made
         here.left[why] += 1
         return before.call_boxed(keys, x, op, group_name)
