@@ -180,6 +180,11 @@ def group_name_of(group: dist.ProcessGroup) -> str | None:
     return dist.distributed_c10d._world.pg_names.get(group)
 
 
+def group_named(name: str) -> dist.ProcessGroup:
+    """The group that functional collectives know by ``name``. Raises ``RuntimeError``: there is none."""
+    return dist.distributed_c10d._resolve_process_group(name)
+
+
 def coalescing() -> dict:
     """The groups that collect calls now, to make them together later: always the same dictionary, which is nearly always empty."""
     return dist.distributed_c10d._world.pg_coalesce_state
@@ -194,7 +199,7 @@ def knows_calls() -> str | None:
     """Why the names above cannot be relied upon, found out by using them; None if they can."""
     try:
         group = default_group()
-        known = group is None or group_name_of(group) == group.group_name
+        known = group is None or (group_name_of(group) == group.group_name and group_named(group.group_name) is group)
         with TorchFunctionMode():
             counted = function_modes()
         counted += function_modes() - operator_modes()

@@ -51,13 +51,14 @@ def _idle(place: Any, calls: dict[str, Callable[[], Any]], times: int, turns: in
     return {name: round(us, 3) for name, us in least.items()}
 
 
+_kept = torch.library.Library("allreduce_jit_overhead", "DEF")  # an operator goes with its library
+
+
 def _nothing() -> Callable[[torch.Tensor, str], torch.Tensor]:
     """An operator whose kernel hands back what it was handed, to see what torch's dispatcher takes."""
-    library = torch.library.Library("allreduce_jit_overhead", "DEF")
     made = torch.empty(1)
-    library.define("nothing(Tensor x, str name) -> Tensor")
-    library.impl("nothing", lambda x, name: made, "CompositeExplicitAutograd")
-    _nothing.library = library  # type: ignore[attr-defined]
+    _kept.define("nothing(Tensor x, str name) -> Tensor")
+    _kept.impl("nothing", lambda x, name: made, "CompositeExplicitAutograd")
     return torch.ops.allreduce_jit_overhead.nothing.default
 
 

@@ -14,9 +14,9 @@ from ..communicator import Communicator
 from ..errors import SetupError
 from ..inputs import as_device, never_matches, tensor_guard
 from ..routes import DTYPE_NAMES, remember
+from ..settings import Settings
 from ..setup import groups
 from ..setup.exchange import all_gather_fields, require_group
-from ..settings import Settings
 from ..torch_private import functional_collective
 from .interception import Interception, by_group, by_name
 
@@ -61,8 +61,9 @@ class Installation:
         left: calls of this group that went where they would have gone, by the kinds of ``LEFT``.
     """
 
-    def __init__(self, group: dist.ProcessGroup, device: torch.device):
+    def __init__(self, group: dist.ProcessGroup, device: torch.device, same_ranks: bool):
         self.group, self.name = group, group.group_name
+        self.ranks = dist.get_process_group_ranks(group) if same_ranks else None
         over = group if groups.has_backend(group, "cpu:") else groups.gloo_sibling(group)
         # No NCCL of our own: what no kernel takes is the program's NCCL's.
         self.comm: Communicator = Communicator(over, device, create_groups=False)
@@ -106,14 +107,19 @@ class Installation:
     def describe(self) -> dict[str, Any]:
         """What was found at installation and what calls came since, ready for JSON."""
         about = {"group": self.name, "path": self.path.value, "reason": self.reason, "installed": not self.comm.closed}
-        return about | {"routes": dict(self.routes), "taken": dict(self.taken), "left": {kind: n for kind, n in self.left.items() if n}}
+        return about | {
+            "routes": dict(self.routes),
+            "taken": dict(self.taken),
+            "left": {kind: n for kind, n in self.left.items() if n},
+        }
 
     # -- internals
 
     def probe(self, compiled: bool) -> None:
         """Send a call through each route, on this rank alone, and agree with the others on which routes are ours. Collective."""
-        found = {route: f"not reached: {problem}" for route, problem in _interception.problems.items()}
-        by_group[self.group] = by_name[self.name] = _Probe(self)  # type: ignore[assignment]
+        found: dict[str, Any] = {route: f"not reached: {problem}" for route, problem in _interception.problems.items()}
+        stand_in: Any = _Probe(self)
+        by_group[self.group], by_name[self.name] = stand_in, (stand_in, self.group)
         try:
             for route, call in (("eager", self._eagerly), ("functional", self._functionally), ("compiled", self._compiled)):
                 if route == "compiled" and not compiled:
@@ -129,10 +135,12 @@ class Installation:
             told = [answer[route] for answer in answers]
             bad = [rank for rank, text in enumerate(told) if not text.startswith(("taken", "left", "not probed"))]
             self.routes[route] = f"off: rank {bad[0]}: {told[bad[0]]}" if bad else told[0]
-        if not self.routes["eager"].startswith("off"):
-            by_group[self.group] = self
-        if not self.routes["functional"].startswith("off"):
-            by_name[self.name] = self
+
+    def serves(self, route: str, group: dist.ProcessGroup) -> bool:
+        """Whether calls over ``group`` that come on ``route`` are this installation's."""
+        if self.routes[route].startswith("off"):
+            return False
+        return group is self.group or (self.ranks is not None and dist.get_process_group_ranks(group) == self.ranks)
 
     def _sent(self, call: Callable[[torch.Tensor], Any]) -> str:
         with torch.inference_mode(False), torch.no_grad():
@@ -155,9 +163,6 @@ class Installation:
         torch.compile(self._eagerly, fullgraph=True)(x)
 
     def close(self) -> None:
-        for where, key in ((by_group, self.group), (by_name, self.name)):
-            if where.get(key) is self:  # type: ignore[arg-type]
-                del where[key]  # type: ignore[arg-type]
         self.matches, self._guards = never_matches, {}
         self.comm.close()
 
@@ -174,7 +179,11 @@ class _Probe:
 
 
 def install(
-    group: dist.ProcessGroup | None = None, device: torch.device | str | int | None = None, *, compiled: bool = True
+    group: dist.ProcessGroup | None = None,
+    device: torch.device | str | int | None = None,
+    *,
+    same_ranks: bool = False,
+    compiled: bool = True,
 ) -> Installation:
     """From now on, all-reduces over ``group`` that a program makes through ``torch.distributed`` run in our kernels where one takes them:
     ``dist.all_reduce`` (SUM, in place, ``async_op`` as well) and functional collectives, eager and in graphs of ``torch.compile``.
@@ -188,6 +197,8 @@ def install(
     Args:
         group: None = the default group.
         device: this rank's device; None = the current CUDA device, or the CPU where there is none.
+        same_ranks: serve other groups of exactly these ranks as well, as ``DeviceMesh`` makes (and with it Hugging Face transformers),
+            whenever they are made. Calls over all of them then have one order, which has to be the same on all ranks.
         compiled: try a compiled graph as well, for the report alone, which takes seconds.
 
     Returns:
@@ -201,16 +212,17 @@ def install(
     with _lock:
         if group in _installations:
             return _installations[group]
-        installation = Installation(group, as_device(device))
+        installation = Installation(group, as_device(device), same_ranks)
         try:
-            _interception.open(_before_destruction)
+            _interception.open(_met, _before_destruction)
             installation.probe(compiled)
-            if not {by_group.get(group), by_name.get(installation.name)} & {installation}:
+            if not any(installation.serves(route, group) for route in ("eager", "functional")):
                 raise SetupError(f"rank {installation.comm.rank}: no call of torch.distributed can be met: {installation.routes}")
         except BaseException:
             _end(installation)
             raise
         _installations[group] = installation
+        _forget()
     if installation.comm.rank == 0:
         off = [route for route, told in installation.routes.items() if told.startswith("off")]
         log.log(logging.WARNING if off else logging.INFO, "installed: %s", installation.describe())
@@ -227,11 +239,26 @@ def uninstall(group: dist.ProcessGroup | None = None) -> None:
 
 
 def _end(installation: Installation) -> None:
+    _forget()
     installation.close()
     if not _installations:
         _interception.close()
 
 
+def _met(route: str, group: dist.ProcessGroup) -> Installation | None:
+    """Whose calls over ``group`` are, which is asked once for each group; the one that was installed for it, if there is one."""
+    with _lock:
+        own = _installations.get(group)
+        return next((one for one in (own, *_installations.values()) if one is not None and one.serves(route, group)), None)
+
+
+def _forget() -> None:
+    """Ask again whose calls are."""
+    by_group.clear()
+    by_name.clear()
+
+
 def _before_destruction(group: dist.ProcessGroup | None) -> None:
     """Process groups are about to be destroyed: ``group``, or all of them."""
     uninstall(None if group is dist.group.WORLD else group)
+    _forget()

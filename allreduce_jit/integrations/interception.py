@@ -26,6 +26,7 @@ from ..torch_private import (
     function_modes,
     functional_collective,
     group_name_of,
+    group_named,
     knows_calls,
     operator_modes,
 )
@@ -37,8 +38,11 @@ _SUM = dist.ReduceOp.SUM
 _Tensor, _STRIDED = torch.Tensor, torch.strided
 KEYS = ("CPU", "CUDA")
 
-by_group: dict[dist.ProcessGroup | None, Installation] = {}
-by_name: dict[str, Installation] = {}
+_NEW: Any = object()
+
+# Whose calls of a group are, and (by the name that functional collectives use, with the group) of a name; None: nobody's of ours.
+by_group: dict[dist.ProcessGroup | None, Installation | None] = {}
+by_name: dict[str, tuple[Installation | None, dist.ProcessGroup]] = {}
 
 
 class Done(dist.Work):
@@ -88,7 +92,7 @@ class Done(dist.Work):
         return made
 
 
-def _eager(original: Callable[..., Any]) -> Callable[..., Any]:
+def _eager(original: Callable[..., Any], met: Callable[[dist.ProcessGroup], Installation | None]) -> Callable[..., Any]:
     """``dist.all_reduce`` over ``original``. All that a call needs is within reach: its time is the host time of every call."""
     collecting = coalescing()
 
@@ -96,8 +100,11 @@ def _eager(original: Callable[..., Any]) -> Callable[..., Any]:
     def all_reduce(
         tensor: torch.Tensor, op: Any = _SUM, group: dist.ProcessGroup | None = None, async_op: bool = False
     ) -> dist.Work | None:
-        here, why = by_group.get(default_group() if group is None else group), None
-        if here is None:
+        group_or_default = default_group() if group is None else group
+        here, why = by_group.get(group_or_default, _NEW), None
+        if here is _NEW and isinstance(group_or_default, dist.ProcessGroup):
+            here = by_group[group_or_default] = met(group_or_default)
+        if here is None or here is _NEW:
             return original(tensor, op, group, async_op)
         if op is not _SUM:
             why = "op"
@@ -126,7 +133,7 @@ def _eager(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _Cell:
-    """The cell of ``dist.all_reduce`` that holds what it wraps; None and a reason if there is no such."""
+    """The cell of ``dist.all_reduce`` that holds what it wraps; where there is none, ``problem`` says so."""
 
     def __init__(self) -> None:
         self.original: Callable[..., Any] | None = None
@@ -141,24 +148,27 @@ class _Cell:
             return None, f"torch.distributed.all_reduce of torch {torch.__version__} wraps no function in a closure"
         return cells[0], None
 
-    def open(self) -> None:
+    def open(self, met: Callable[[dist.ProcessGroup], Installation | None]) -> None:
         if self.cell is not None:
-            self.original = self.cell.cell_contents
-            self.cell.cell_contents = _eager(self.original)  # type: ignore[arg-type]
+            original = self.original = self.cell.cell_contents
+            self.cell.cell_contents = _eager(original, met)
 
     def close(self) -> None:
         if self.cell is not None and self.original is not None:
             self.cell.cell_contents, self.original = self.original, None
 
 
-def _functional(name: str, key: str) -> Callable[..., Any]:
+def _functional(name: str, key: str, met: Callable[[dist.ProcessGroup], Installation | None]) -> Callable[..., Any]:
     """The kernel of operator ``name``: ``all_reduce`` or, in place, ``all_reduce_``."""
     before = torch.library.get_kernel(functional_collective(name), key)
     in_place = name.endswith("_")
 
     def kernel(keys: Any, x: torch.Tensor, op: str, group_name: str) -> torch.Tensor:
-        here = by_name.get(group_name)
-        if here is None or group_name_of(here.group) != group_name:
+        here, group = by_name.get(group_name, (_NEW, None))
+        if here is _NEW or group_name_of(group) != group_name:
+            group = group_named(group_name)
+            here, _ = by_name[group_name] = met(group), group
+        if here is None:
             return before.call_boxed(keys, x, op, group_name)
         if op != "sum":
             why = "op"
@@ -197,7 +207,8 @@ class _Destruction:
 
     @staticmethod
     def _set(old: Any, new: Any) -> None:
-        for module in (dist, dist.distributed_c10d):
+        modules: tuple[Any, ...] = dist, dist.distributed_c10d
+        for module in modules:
             if module.destroy_process_group is old:
                 module.destroy_process_group = new
 
@@ -215,9 +226,14 @@ class Interception:
         self._library: torch.library.Library | None = None
         self._destruction: _Destruction | None = None
 
-    def open(self, before_destruction: Callable[[dist.ProcessGroup | None], None]) -> None:
+    def open(
+        self,
+        met: Callable[[str, dist.ProcessGroup], Installation | None],
+        before_destruction: Callable[[dist.ProcessGroup | None], None],
+    ) -> None:
         """
         Args:
+            met: whose calls of a group are that is met for the first time on a route, ``eager`` or ``functional``.
             before_destruction: is given a group that is about to be destroyed, None for all.
         """
         if self._cell is not None:
@@ -230,19 +246,22 @@ class Interception:
             return
         if self._cell.problem:
             self.problems["eager"] = self._cell.problem
-        self._cell.open()
+        self._cell.open(functools.partial(met, "eager"))
         try:
-            kernels = {(name, key): _functional(name, key) for name in ("all_reduce", "all_reduce_") for key in KEYS}
+            ours = functools.partial(met, "functional")
+            kernels = {(name, key): _functional(name, key, ours) for name in ("all_reduce", "all_reduce_") for key in KEYS}
         except (AttributeError, RuntimeError) as e:
             self.problems["functional"] = f"torch {torch.__version__}: {e}"
             return
-        self._library = torch.library.Library(FUNCTIONAL_COLLECTIVES, "IMPL")
+        library = self._library = torch.library.Library(FUNCTIONAL_COLLECTIVES, "IMPL")
         for (name, key), kernel in kernels.items():
-            self._library.impl(name, kernel, key, with_keyset=True, allow_override=True)
+            library.impl(name, kernel, key, with_keyset=True, allow_override=True)
 
     def close(self) -> None:
         if self._cell is not None:
             self._cell.close()
         if self._destruction is not None:
             self._destruction.close()
+        by_group.clear()
+        by_name.clear()
         self._cell = self._library = self._destruction = None  # a library's kernels go with it
