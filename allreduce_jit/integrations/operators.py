@@ -134,20 +134,9 @@ def _norm_out(
 
 
 def _static(
-    x: torch.Tensor,
-    residual: torch.Tensor | None,
-    weight: torch.Tensor,
-    scale: torch.Tensor,
-    eps: float,
-    name: str,
-    *,
-    weight_bias: int = 0,
-    rounding: str = "R",
+    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, scale: torch.Tensor, eps: float, name: str, **how: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    comm = _of(name)
-    quantized, _, total = comm.all_reduce_add_rms_norm_fp8(
-        x, residual, weight, eps, scale=scale, weight_bias=weight_bias, rounding=rounding
-    )
+    quantized, _, total = _of(name).all_reduce_add_rms_norm_fp8(x, residual, weight, eps, scale=scale, **how)
     return quantized, total
 
 
