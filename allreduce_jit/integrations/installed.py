@@ -17,7 +17,7 @@ from ..routes import DTYPE_NAMES, remember
 from ..settings import Settings
 from ..setup import groups
 from ..setup.exchange import all_gather_fields, require_group
-from ..torch_private import functional_collective
+from ..torch_private import functional_collective, group_name_of
 from .interception import Interception, by_group, by_name
 
 log = logging.getLogger("allreduce_jit")
@@ -138,7 +138,7 @@ class Installation:
 
     def serves(self, route: str, group: dist.ProcessGroup) -> bool:
         """Whether calls over ``group`` that come on ``route`` are this installation's."""
-        if self.routes[route].startswith("off"):
+        if self.routes[route].startswith("off") or group_name_of(group) is None:  # which torch has destroyed
             return False
         return group is self.group or (self.ranks is not None and dist.get_process_group_ranks(group) == self.ranks)
 
