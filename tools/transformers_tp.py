@@ -12,7 +12,6 @@ with more, NCCL rounds in between, and tokens of an equal score may change place
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 import sys
