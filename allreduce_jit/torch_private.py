@@ -200,10 +200,10 @@ def knows_calls() -> str | None:
     try:
         group = default_group()
         known = group is None or (group_name_of(group) == group.group_name and group_named(group.group_name) is group)
+        before = function_modes()
         with TorchFunctionMode():
-            counted = function_modes()
-        counted += function_modes() - operator_modes()
-        return None if known and coalescing() is coalescing() and counted == 1 else "groups or modes are told in another way"
+            counted = function_modes() - before == 1 and operator_modes() >= 0
+        return None if known and coalescing() is coalescing() and counted else "groups or modes are told in another way"
     except Exception as e:  # noqa: BLE001 - no public names: whatever has become of them
         return f"{type(e).__name__}: {e}"
 

@@ -17,7 +17,7 @@ from ..routes import DTYPE_NAMES, remember
 from ..settings import Settings
 from ..setup import groups
 from ..setup.exchange import all_gather_fields, require_group
-from ..torch_private import functional_collective, group_name_of
+from ..torch_private import function_modes, functional_collective, group_name_of
 from .interception import Interception, by_group, by_name
 
 log = logging.getLogger("allreduce_jit")
@@ -135,6 +135,8 @@ class Installation:
             told = [answer[route] for answer in answers]
             bad = [rank for rank, text in enumerate(told) if not text.startswith(("taken", "left", "not probed"))]
             self.routes[route] = f"off: rank {bad[0]}: {told[bad[0]]}" if bad else told[0]
+            if not bad and len(set(told)) > 1:
+                self.routes[route] = f"off: ranks differ: {'; '.join(f'rank {rank}: {text}' for rank, text in enumerate(told))}"
 
     def serves(self, route: str, group: dist.ProcessGroup) -> bool:
         """Whether calls over ``group`` that come on ``route`` are this installation's."""
@@ -167,11 +169,23 @@ class Installation:
         self.comm.close()
 
 
+class _NotCounted(dict[str, int]):
+    """The counts of a probe, which goes no further than to where it would be counted."""
+
+    def __missing__(self, kind: str) -> int:
+        if kind == "mode" and function_modes():  # which sees the call, and makes it again
+            return 0
+        raise _Reached(kind)
+
+    def __setitem__(self, kind: str, count: int) -> None:
+        pass
+
+
 class _Probe:
     """Stands where an installation will, and takes no call."""
 
     def __init__(self, installation: Installation):
-        self._installation, self.group, self.left = installation, installation.group, dict.fromkeys(LEFT, 0)
+        self._installation, self.group, self.left = installation, installation.group, _NotCounted()
         self.matches = never_matches
 
     def why_not(self, x: torch.Tensor) -> str | None:

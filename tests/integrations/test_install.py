@@ -106,6 +106,22 @@ def eager(place):
         assert counted(installation) == {"eager": 4}
 
 
+def under_modes(place):
+    """A default device is a mode that makes the call again; others see the call, and the probe says that they would."""
+    with torch.device("cpu"), taking(place) as (installation, engine):
+        assert installation.routes["eager"] == "taken"
+        x = mine(place, 3)
+        dist.all_reduce(x, group=place.control)
+        assert bool((x == total(place)).all()) and engine.sums == 1 and counted(installation) == {"eager": 1, "mode": 1}
+    if place.rank == 0:  # on one rank alone, and nobody waits for it
+        with Counting() as mode, taking(place) as (installation, engine):
+            assert installation.routes["eager"].startswith("off: ranks differ") and LEFT["mode"] in installation.routes["eager"]
+        assert mode.seen == 0
+    else:
+        with taking(place) as (installation, engine):
+            assert installation.routes["eager"].startswith("off: ranks differ")
+
+
 class Counting(TorchDispatchMode):
     seen = 0
 
@@ -330,7 +346,7 @@ def routes_that_are_shut(place):
 
 @pytest.mark.parametrize("n", [2, 3])
 def test_calls(n):
-    cases = [eager, left, sizes_without_a_kernel, functional, groups_of_the_same_ranks, destroyed_groups]
+    cases = [eager, under_modes, left, sizes_without_a_kernel, functional, groups_of_the_same_ranks, destroyed_groups]
     ranks.run(suite, cases, cpu=n, deadline=300)
 
 
