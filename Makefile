@@ -18,6 +18,7 @@ run: $(VENV)/ready
 quick: $(VENV)/ready
 	@$(call pytest,loadfile) -m "not programs" tests/front tests/policy
 
+# PROOFS_FOLLOW=1, as in CI, leaves away what make proofs does in full (tests/conftest.py).
 test: $(VENV)/ready
 	@$(call pytest,loadfile)
 

@@ -182,7 +182,8 @@ def group_name_of(group: dist.ProcessGroup) -> str | None:
 
 def group_named(name: str) -> dist.ProcessGroup:
     """The group that functional collectives know by ``name``. Raises ``RuntimeError``: there is none."""
-    return dist.distributed_c10d._resolve_process_group(name)
+    find: Any = dist.distributed_c10d._resolve_process_group  # some versions have a type of their own for a name
+    return find(name)
 
 
 def coalescing() -> dict:

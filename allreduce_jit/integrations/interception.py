@@ -165,7 +165,7 @@ def _functional(name: str, key: str, met: Callable[[dist.ProcessGroup], Installa
 
     def kernel(keys: Any, x: torch.Tensor, op: str, group_name: str) -> torch.Tensor:
         here, group = by_name.get(group_name, (_NEW, None))
-        if here is _NEW or group_name_of(group) != group_name:
+        if group is None or group_name_of(group) != group_name:
             group = group_named(group_name)
             here, _ = by_name[group_name] = met(group), group
         if here is None:
