@@ -29,7 +29,10 @@ def outside() -> dict[str, str]:
 
 
 def relinked(text: str, page: str) -> str:
-    """``text`` of a page, whose links are those of the file, so that they lead to pages: ``page`` is where it is in docs/."""
+    """``text`` of a page, whose links are those of the file, so that they lead to pages: ``page`` is where it is in docs/.
+
+    What is in the repository and is no page, such as a program, keeps its name and loses the link.
+    """
     source = next((name for name, other in outside().items() if other == page), None)
     here = posixpath.dirname(source if source else f"docs/{page}")
 
@@ -42,11 +45,13 @@ def relinked(text: str, page: str) -> str:
             file = f"{file}/README.md"
         to = outside().get(file) or (file.removeprefix("docs/") if file.startswith("docs/") else None)
         if to is None:
-            return match[0]  # mkdocs says that there is no such page
-        return f"{match[1]}({posixpath.relpath(to, posixpath.dirname(page) or '.')}{anchor})"
+            return match[1] if (ROOT / file).exists() else match[0]  # of what is nowhere, mkdocs says so
+        return f"[{match[1]}]({posixpath.relpath(to, posixpath.dirname(page) or '.')}{anchor})"
 
     parts = re.split(r"(```.*?```)", text, flags=re.S)
-    return "".join(part if part.startswith("```") else re.sub(r"(\])\(([^)#\s]*)(#[^)\s]*)?\)", link, part) for part in parts)
+    return "".join(
+        part if part.startswith("```") else re.sub(r"\[([^\]]*)\]\(([^)#\s]*)(#[^)\s]*)?\)", link, part) for part in parts
+    )
 
 
 def unlisted(reference: str) -> list[str]:
