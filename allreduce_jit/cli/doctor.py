@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from ..harness import report
+from ..integrations.present import engines
 from ..policy import backends
-from ..settings import PREFIX, V2_SWITCH, Settings, misread_switch
+from ..settings import PLUGINS_SWITCH, PREFIX, V2_SWITCH, Settings, misread_switch
 
 _MAX_RANKS = 8
 # Codes of reasons that are nobody's fault: the machine has nothing to reduce over, or the user wanted it so.
@@ -69,7 +70,8 @@ def examine(
         "versions": report.versions(),
         "driver": report.driver_version(),
         "cache": cache,
-        "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith(PREFIX) or k == V2_SWITCH},
+        "engines": engines(),
+        "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith(PREFIX) or k in (PLUGINS_SWITCH, V2_SWITCH)},
     }
 
 
@@ -155,6 +157,8 @@ def render(document: dict[str, Any]) -> str:
     state = f"{cache['entries']} kernels ({cache['norms']} with a norm), {cache['bytes']} bytes"
     lines.append(f"kernel cache {cache['directory'] or '(none)'}: {cache['problem'] or state}")
     lines += [f"environment  {name}={value}" for name, value in document["environment"].items()]
+    for found in document["engines"]:
+        lines.append(f"engine       {found['engine']} {found['version']}: " + (found["why"] or "its plug-in is on"))
     ranks = document["simulated_ranks"]
     who = f"{ranks} ranks, one per GPU" if ranks else "ranks on the CPU"
     if verdict:
