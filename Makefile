@@ -1,6 +1,7 @@
 # make run: the main job (selftest) on whatever this machine has.  make lint: ruff and pyright, as pyproject.toml configures them.
 # make engines: the plug-ins inside the real vLLM and SGLang, on the CPU, each in an environment of its own (docs/engines.md).
 # Tests in three tiers (docs/verification.md). make quick: plans, decisions and what users call.
+# make docs: the pages, in build/site.  make pictures: their pictures, after a change of what they show.
 # make test: all tests that this machine can run.  make proofs: in full what make test cuts short of the proofs about kernels.
 PYTHON ?= python3
 VENV := .venv
@@ -10,7 +11,7 @@ pytest = parallel=; if [ ! -e /dev/nvidia0 ] && $(VENV)/bin/python -c "import xd
 		parallel="-n 3 --dist $(1)"; fi; \
 	$(VENV)/bin/python -m pytest $$parallel
 
-.PHONY: run quick test proofs engines lint clean
+.PHONY: run quick test proofs engines lint docs pictures clean
 
 run: $(VENV)/ready
 	$(VENV)/bin/python -m allreduce_jit selftest
@@ -34,6 +35,13 @@ lint: $(VENV)/ready
 	@if $(VENV)/bin/python -c "import pyright" 2>/dev/null; then \
 		$(VENV)/bin/python -m pyright --pythonpath $(VENV)/bin/python; \
 	else echo "lint: no pyright in $(VENV): types are not checked"; fi
+
+docs: $(VENV)/ready
+	@$(VENV)/bin/python -c "import material, mkdocstrings_handlers.python" 2>/dev/null || $(VENV)/bin/python -m pip install -q -e ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict
+
+pictures: $(VENV)/ready
+	$(VENV)/bin/python tools/draw.py
 
 $(VENV)/ready: pyproject.toml setup.sh
 	PYTHON="$(PYTHON)" ./setup.sh $(VENV)
