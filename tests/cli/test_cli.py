@@ -15,7 +15,7 @@ from helpers import ROOT
 from helpers.fake_communicator import Fake
 
 from allreduce_jit.bench import bench, competitors, table, timing
-from allreduce_jit.cli import doctor, norm_checks, selftest, warmup
+from allreduce_jit.cli import arguments, doctor, norm_checks, selftest, warmup
 from allreduce_jit.cli import main as cli
 from allreduce_jit.errors import CompileError
 from allreduce_jit.harness import ranks, report
@@ -345,7 +345,7 @@ class TestBench:
         assert replaced(min_bytes=1 << 26, max_bytes=None).sizes(torch.device("cuda")) == [1 << 26]
 
     def test_the_command_line_knows_the_competitors(self):
-        assert cli.COMPETITORS == tuple(competitors.COMPETITORS)
+        assert arguments.COMPETITORS == tuple(competitors.COMPETITORS)
 
 
 class TestExitCodes:
