@@ -1,5 +1,6 @@
 # make run: the main job (selftest) on whatever this machine has.  make lint: ruff and pyright, as pyproject.toml configures them.
 # Tests in three tiers (docs/verification.md). make quick: plans, decisions and what users call.
+# make dist: sdist and wheel into dist/, checked, and tried in an empty environment of each Python that is here.
 # make test: all tests that this machine can run.  make proofs: in full what make test cuts short of the proofs about kernels.
 PYTHON ?= python3
 VENV := .venv
@@ -9,7 +10,7 @@ pytest = parallel=; if [ ! -e /dev/nvidia0 ] && $(VENV)/bin/python -c "import xd
 		parallel="-n 3 --dist $(1)"; fi; \
 	$(VENV)/bin/python -m pytest $$parallel
 
-.PHONY: run quick test proofs lint clean
+.PHONY: run quick test proofs lint dist clean
 
 run: $(VENV)/ready
 	$(VENV)/bin/python -m allreduce_jit selftest
@@ -30,7 +31,10 @@ lint: $(VENV)/ready
 		$(VENV)/bin/python -m pyright --pythonpath $(VENV)/bin/python; \
 	else echo "lint: no pyright in $(VENV): types are not checked"; fi
 
-$(VENV)/ready: pyproject.toml setup.sh
+dist: $(VENV)/ready
+	$(VENV)/bin/python tools/distribution.py dist
+
+$(VENV)/ready: pyproject.toml setup.cfg setup.sh
 	PYTHON="$(PYTHON)" ./setup.sh $(VENV)
 	touch $@
 

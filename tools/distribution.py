@@ -3,8 +3,9 @@ them, and the wheel in an empty environment of each Python that is here.
 
     python tools/distribution.py OUT [--python PYTHON ...]
 
-Needs git, build, twine and setuptools (older ones than 70.1 want wheel beside them), and no network: nothing is fetched, and the environments stay without torch, which
-importing the package and the help of its command line do without. Exit code: 0 well, 1 something is wrong, 2 a tool is missing.
+Needs git, build, twine and setuptools (before 70.1 wheel, too), and no network: nothing is fetched, and the environments stay without
+torch, which importing the package and the help of its command line do without. Exit code: 0 well, 1 something is wrong, 2 a tool is
+missing.
 """
 
 from __future__ import annotations
