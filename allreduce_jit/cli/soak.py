@@ -104,7 +104,7 @@ class _Soak:
             wrong, seconds = sum(count for _, count, _ in everyone), max(spent for _, _, spent in everyone)
             calls = self.counts.calls.total()
             limits = (calls, self.options.calls), (seconds, self.options.seconds)
-            done = max(spent / limit for spent, limit in limits if limit)
+            done = max((spent / limit for spent, limit in limits if limit), default=None)
             progress(f"soak: {calls:,} calls in {seconds:.0f} s, {wrong} wrong elements", done)
             enough = calls >= (self.options.calls or calls + 1) or seconds >= (self.options.seconds or seconds + 1)
             if errors or wrong or enough:

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from helpers import ROOT
 from helpers.fake_communicator import Fake
+from helpers.schemas import violations
 
 from allreduce_jit.bench import bench, competitors, table, timing
 from allreduce_jit.cli import arguments, doctor, norm_checks, selftest, warmup
@@ -644,6 +645,12 @@ class TestDoctor:
         assert "read-only" in document["problems"][0]
         assert f"would run    {path}, else torch.distributed over nccl, for 4 ranks" in doctor.render(document)
 
+    def test_what_it_finds_of_gpus_keeps_to_the_schema(self):
+        """But for the probe, of which the stand-in has not all."""
+        found = self.examine(), self.examine("legacy"), self.examine("torch.distributed", code="no-p2p")
+        for document in found:
+            assert violations("doctor", json.loads(json.dumps(document | {"probe": []}))) == []
+
     def test_gpus_that_cannot_run_the_kernels_are_1_with_the_reason(self):
         document = self.examine("torch.distributed", code="no-p2p")
         assert doctor.exit_code(document) == 1
@@ -753,6 +760,7 @@ class TestWarmup:
         assert code == 0 and built == [("v2_ws2", "sm_90"), ("shared", "sm_90"), ("legacy_ws2", "sm_90")]
         document = json.loads(out)
         assert (document["compiled"], document["cached"], document["failed"]) == (2, 1, 0)
+        assert violations("warmup", document) == []
 
     def test_calls_with_a_norm(self, capsys, monkeypatch):
         options = (

@@ -343,7 +343,9 @@ def test_environment_document():
     assert table[V2_SWITCH][2] == "`on`"
 
 
-@pytest.mark.parametrize("document", [*(path.name for path in ROOT.glob("*.md")), *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))])
+@pytest.mark.parametrize(
+    "document", [*(path.name for path in ROOT.glob("*.md")), *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
+)
 def test_documents_name_no_unknown_variable(document):
     names = set(re.findall(r"\bALLREDUCE_JIT_[A-Z_]*[A-Z]|\bSGLANG_[A-Z_0-9]*[A-Z0-9]", (ROOT / document).read_text()))
     assert names <= set(VARIABLES)
