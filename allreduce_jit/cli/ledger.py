@@ -136,4 +136,4 @@ def render(ledger: dict[str, Any]) -> str:
         f"{', in place' if f['in_place'] else ''}): {f['wrong']} wrong elements"
         for f in ledger["failures"][:_SHOWN]
     ]
-    return "\n".join([*lines, *ledger["errors"], terminal.verdict(ledger["ok"], "ok")])
+    return terminal.wrapped("\n".join([*lines, *ledger["errors"], terminal.verdict(ledger["ok"], "ok")]), 2)

@@ -28,7 +28,7 @@ KINDS = (
     NormKind("float16", 1000, quant="token", with_norm=True),
     NormKind("bfloat16", 7168, quant="group", column_major=True),
 )
-_HEADERS = ("norm", "rows", "path", "algorithm", "checked", "#wrong")
+_HEADERS = ("norm", "rows", "path", "kernel", "checked", "#wrong")  # 80 columns with the longest
 _Check = tuple[str, Results, Results]  # way of calling, what came out, what should have
 
 

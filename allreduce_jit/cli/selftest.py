@@ -234,7 +234,9 @@ def render(document: dict[str, Any]) -> str:
     lines = [report.headline(document["machine"]), f"{facts['world_size']} ranks, path {facts['path']}"]
     lines += [f"  {reason}" for reason in report.reasons(facts["reasons"])]
     groups = [[row for row in rows if row["size"] == size] for size in dict.fromkeys(row["size"] for row in rows)]
-    lines += ["", report.table(_HEADERS, map(_cells, groups)), "", norm_checks.table(document["norms"]), ""]
+    shown = len(_HEADERS) - all(row["graph_us"] is None for row in rows)
+    lines += ["", report.table(_HEADERS[:shown], (_cells(group)[:shown] for group in groups))]
+    lines += ["", norm_checks.table(document["norms"]), ""]
     lines.append("times: slowest dtype and rank; checked elements: all ranks and ways of calling together")
     if any(row["data"] == reference.INTEGERS for row in rows):
         lines.append("torch.distributed rounds its own way: its rows used integers, whose sums are exact in any order")
@@ -243,7 +245,7 @@ def render(document: dict[str, Any]) -> str:
     lines += [f"  … and {len(failures) - _SHOWN} more"] if len(failures) > _SHOWN else []
     verdict = terminal.verdict(document["ok"], "PASSED")
     counts = f"{document['checked']} elements checked, {document['wrong']} wrong"
-    return "\n".join([*lines, f"{verdict}: {counts}, {document['seconds']:.1f} s"])
+    return terminal.wrapped("\n".join([*lines, f"{verdict}: {counts}, {document['seconds']:.1f} s"]), 2)
 
 
 def _cells(rows: list[dict[str, Any]]) -> list[Any]:
