@@ -67,6 +67,9 @@ def missing() -> str | None:
         return f"{', '.join(lacking)} not installed: pip install {' '.join(lacking)}"
     if shutil.which("git") is None or not (ROOT / ".git").exists():
         return "no git repository: what belongs to a release is what git tracks"
+    git = subprocess.run(["git", "-C", ROOT, "ls-files", "pyproject.toml"], capture_output=True, text=True)
+    if git.returncode or not git.stdout:  # such as somebody else's repository, which git does not trust
+        return f"git does not say what it tracks: {git.stderr.strip() or 'not pyproject.toml'}"
     return None
 
 
