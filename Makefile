@@ -1,4 +1,5 @@
 # make run: the main job (selftest) on whatever this machine has.  make lint: ruff and pyright, as pyproject.toml configures them.
+# make engines: the plug-ins inside the real vLLM and SGLang, on the CPU, each in an environment of its own (docs/engines.md).
 # Tests in three tiers (docs/verification.md). make quick: plans, decisions and what users call.
 # make dist: sdist and wheel into dist/, checked, and tried in an empty environment of each Python that is here.
 # make test: all tests that this machine can run.  make proofs: in full what make test cuts short of the proofs about kernels.
@@ -10,7 +11,7 @@ pytest = parallel=; if [ ! -e /dev/nvidia0 ] && $(VENV)/bin/python -c "import xd
 		parallel="-n 3 --dist $(1)"; fi; \
 	$(VENV)/bin/python -m pytest $$parallel
 
-.PHONY: run quick test proofs lint dist clean
+.PHONY: run quick test proofs engines lint dist clean
 
 run: $(VENV)/ready
 	$(VENV)/bin/python -m allreduce_jit selftest
@@ -23,6 +24,9 @@ test: $(VENV)/ready
 
 proofs: $(VENV)/ready
 	@export LONG=1 TWIN_COLLECTIVES=50000; $(call pytest,worksteal) -m long tests/proofs
+
+engines: $(VENV)/ready
+	PYTHON=$(VENV)/bin/python tools/engines.sh $(VENV)/engines
 
 lint: $(VENV)/ready
 	$(VENV)/bin/python -m ruff check .

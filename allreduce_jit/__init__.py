@@ -13,6 +13,8 @@ from .version import __version__
 
 _HOMES = {
     "communicator": ("Communicator", "init"),
+    "integrations.installed": ("Installation", "install", "uninstall"),
+    "integrations.operators": ("register_communicator",),
     "integrations.sglang": (
         "CustomAllReduceV2",
         "CustomAllreduce",
@@ -67,6 +69,8 @@ if TYPE_CHECKING:
         SettingsError,
         SetupError,
     )
+    from .integrations.installed import Installation, install, uninstall
+    from .integrations.operators import register_communicator
     from .integrations.sglang import (
         THRESHOLD_2_SHOT_MAP,
         CustomAllreduce,

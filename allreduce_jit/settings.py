@@ -20,6 +20,7 @@ from .errors import SettingsError
 log = logging.getLogger("allreduce_jit")
 
 V2_SWITCH = "SGLANG_OPT_USE_CUSTOM_ALL_REDUCE_V2"
+PLUGINS_SWITCH = "ALLREDUCE_JIT"
 PREFIX = "ALLREDUCE_JIT_"
 
 # Of ALLREDUCE_JIT_PATH: the highest rung to try; "auto" stands for the highest there is.
@@ -46,6 +47,8 @@ class Settings:
         staging_mb: upper bound of staging memory per rank, in MiB.
         tuning: use the table that ``allreduce-jit tune`` measured on this machine, where there is one.
         pdl: launch kernels with programmatic dependent launch where the GPU has it.
+        plugins: what the plug-ins for inference engines do: ``off`` nothing, ``on`` take calls where they can, ``require`` the same, and
+            what keeps them from it is an error.
     """
 
     use_v2: bool = True
@@ -57,6 +60,7 @@ class Settings:
     staging_mb: int = 32
     tuning: bool = True
     pdl: bool = True
+    plugins: str = "off"
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None) -> Settings:
@@ -129,6 +133,14 @@ def _path(name: str, text: str) -> str:
     raise SettingsError(f"{name}={text!r}: expected one of {', '.join(PATHS)}")
 
 
+def parse_plugins(name: str, text: str) -> str:
+    """Of ``ALLREDUCE_JIT``: a switch with a third position."""
+    low = text.strip().lower()
+    if low not in (*_TRUE, *_FALSE, "require"):
+        raise SettingsError(f"{name}={text!r}: expected one of {', '.join(_TRUE + _FALSE)}, require (any case)")
+    return "require" if low == "require" else "on" if low in _TRUE else "off"
+
+
 def _directory(name: str, text: str) -> Path:
     if not text.strip():
         raise SettingsError(f"{name} is empty: expected a directory")
@@ -162,6 +174,7 @@ def _megabytes(name: str, text: str) -> int:
 # name -> (field, parser); docs/environment.md lists the same names (a test compares them).
 VARIABLES = {
     V2_SWITCH: ("use_v2", parse_switch),
+    PLUGINS_SWITCH: ("plugins", parse_plugins),
     "ALLREDUCE_JIT_PATH": ("path", _path),
     "ALLREDUCE_JIT_CACHE_DIR": ("cache_dir", _directory),
     "ALLREDUCE_JIT_TIMEOUT": ("timeout_s", _seconds),

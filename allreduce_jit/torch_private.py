@@ -167,6 +167,56 @@ def new_gloo_group(
     return made
 
 
+# -- calls of others' programs, for ``install``
+
+
+def default_group() -> dist.ProcessGroup | None:
+    """The default group, or None. The public name, ``dist.group.WORLD``, asks twice and makes a string of an error on the way."""
+    return dist.distributed_c10d._world.default_pg
+
+
+def group_name_of(group: dist.ProcessGroup) -> str | None:
+    """The name by which functional collectives know ``group``; None once it is destroyed."""
+    return dist.distributed_c10d._world.pg_names.get(group)
+
+
+def group_named(name: str) -> dist.ProcessGroup:
+    """The group that functional collectives know by ``name``. Raises ``RuntimeError``: there is none."""
+    return dist.distributed_c10d._resolve_process_group(name)
+
+
+def coalescing() -> dict:
+    """The groups that collect calls now, to make them together later: always the same dictionary, which is nearly always empty."""
+    return dist.distributed_c10d._world.pg_coalesce_state
+
+
+function_modes: Callable[[], int] = getattr(_C, "_len_torch_function_stack", lambda: 0)
+operator_modes: Callable[[], int] = getattr(_C, "_len_torch_dispatch_stack", lambda: 0)
+"""How many modes are active that mean to see calls of torch's functions, or of its operators (tracers, counters)."""
+
+
+def knows_calls() -> str | None:
+    """Why the names above cannot be relied upon, found out by using them; None if they can."""
+    try:
+        group = default_group()
+        known = group is None or (group_name_of(group) == group.group_name and group_named(group.group_name) is group)
+        before = function_modes()
+        with TorchFunctionMode():
+            counted = function_modes() - before == 1 and operator_modes() >= 0
+        return None if known and coalescing() is coalescing() and counted else "groups or modes are told in another way"
+    except Exception as e:  # noqa: BLE001 - no public names: whatever has become of them
+        return f"{type(e).__name__}: {e}"
+
+
+def functional_collective(name: str) -> Any:
+    """An operator of torch's functional collectives, which graphs of ``torch.compile`` call. Raises ``AttributeError``: there is none."""
+    return getattr(torch.ops._c10d_functional, name).default
+
+
+FUNCTIONAL_COLLECTIVES = "_c10d_functional"
+"""Their namespace."""
+
+
 # -- for measurements
 
 

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from ..harness import report, terminal
+from ..integrations.present import engines
 from ..policy import backends
-from ..settings import PREFIX, V2_SWITCH, Settings, misread_switch
+from ..settings import PLUGINS_SWITCH, PREFIX, V2_SWITCH, Settings, misread_switch
 from . import advice
 
 _MAX_RANKS = 8
@@ -77,7 +78,8 @@ def examine(
         "versions": report.versions(),
         "driver": report.driver_version(),
         "cache": cache,
-        "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith(PREFIX) or k == V2_SWITCH},
+        "engines": engines(),
+        "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith(PREFIX) or k in (PLUGINS_SWITCH, V2_SWITCH)},
     }
     return document | {"advice": advice.next_step(document, settings is not None)}
 
@@ -164,6 +166,8 @@ def render(document: dict[str, Any]) -> str:
     state = f"{cache['entries']} kernels ({cache['norms']} with a norm), {cache['bytes']} bytes"
     lines.append(f"kernel cache {cache['directory'] or '(none)'}: {cache['problem'] or state}")
     lines += [f"environment  {name}={value}" for name, value in document["environment"].items()]
+    for found in document["engines"]:
+        lines.append(f"engine       {found['engine']} {found['version']}: " + (found["why"] or "its plug-in is on"))
     ranks = document["simulated_ranks"]
     who = f"{ranks} ranks, one per GPU" if ranks else "ranks on the CPU"
     if verdict:

@@ -98,7 +98,7 @@ def dispatch_custom_allreduce(group: dist.ProcessGroup, device: torch.device | s
 
 
 class _CustomAllReduce:
-    """What both classes share. Construction is collective and never raises for "not possible here".
+    """What all three classes share. Construction is collective and never raises for "not possible here".
 
     Args:
         group: a CPU-capable group (gloo), not an NCCL group.
@@ -109,17 +109,26 @@ class _CustomAllReduce:
         disabled: no kernel can run here; the log says why, once. All methods still work.
     """
 
-    _rung: Path  # of the table of backends; no other one is built
+    # Of the table of backends; None: any.
+    _rung: Path | None
 
-    def __init__(self, group: dist.ProcessGroup, device: torch.device | str | int, max_size: int | None = None):
+    def __init__(
+        self,
+        group: dist.ProcessGroup,
+        device: torch.device | str | int,
+        max_size: int | None = None,
+        max_ctas: int | None = None,
+    ):
         require_cpu_group(group)
         self.group = group
         self.device = as_device(device)
         self.rank = dist.get_rank(group)
         self.world_size = dist.get_world_size(group)
         self.max_size = UNLIMITED if max_size is None else int(max_size)
-        self._comm = Communicator(group, self.device, highest=self._rung, lowest=self._rung, create_groups=False)
-        self.disabled = self._comm.path is not self._rung
+        self._comm = Communicator(
+            group, self.device, highest=self._rung, lowest=self._rung, create_groups=False, max_ctas=max_ctas
+        )
+        self.disabled = self._comm.path is Path.TORCH
         if self.disabled and self.rank == 0:
             log.warning("%s is disabled: %s", type(self).__name__, self.reason)
 
@@ -127,6 +136,11 @@ class _CustomAllReduce:
     def reason(self) -> str:
         """Why this object's path is what it is."""
         return self._comm.reason
+
+    @property
+    def communicator(self) -> Communicator:
+        """What runs the calls."""
+        return self._comm
 
     def should_custom_ar(self, tensor: torch.Tensor) -> bool:
         """Whether a kernel of this class should take ``tensor``: cheap, the same on all ranks for a shape and dtype."""
@@ -152,16 +166,64 @@ class _CustomAllReduce:
 
 
 class CustomAllReduceV2(_CustomAllReduce):
-    """Drop-in for SGLang's class of this name; see ``_CustomAllReduce`` for the contract."""
+    """Drop-in for SGLang's class of this name, whose arguments it takes; see ``_CustomAllReduce`` for the contract.
+
+    Of upstream's surface (0.5.23) it has what its callers of plain all-reduces use: the constructor, ``disabled``, ``group``, ``device``,
+    ``rank``, ``world_size``, ``max_size``, ``max_pull_size``, ``max_push_size``, ``pull_enabled``, ``should_custom_ar``,
+    ``custom_all_reduce``, ``capture``, ``close``. It has none of what other kernels of SGLang reach into: ``obj``, ``config``,
+    ``override_algo``, ``supports_push``, ``reserve_push_capacity``, ``uses_one_shot_push``, ``uses_two_shot_push``,
+    ``uncap_pull_thresholds``, and what registers the inputs of graphs, as nothing has to be.
+
+    Args:
+        group, device: as of ``_CustomAllReduce``.
+        max_size: bytes up to which it takes calls; None: wherever the plan has a kernel (upstream: 16 MB).
+        max_pull_size, max_push_size: the same for calls that upstream pulls or pushes; None: ``max_size``. All of ours push, so the
+            larger of both counts; it is a bound on calls, not a size of memory (that is ``ALLREDUCE_JIT_STAGING_MB``).
+        max_pull_blocks: 0, as ``max_pull_size=0``, is upstream's push-only instance: ``max_push_size`` alone counts. Other values have no
+            effect, as no kernel pulls.
+        max_push_blocks: thread blocks that move data; one more watches.
+    """
 
     _rung = Path.V2
 
-    def __init__(self, group: dist.ProcessGroup, device: torch.device | str | int, max_size: int | None = None):
+    def __init__(
+        self,
+        group: dist.ProcessGroup,
+        device: torch.device | str | int,
+        max_size: int | None = None,
+        *,
+        max_pull_size: int | None = None,
+        max_push_size: int | None = None,
+        max_pull_blocks: int | None = None,
+        max_push_blocks: int | None = None,
+    ):
         _maybe_init_config()
-        super().__init__(group, device, max_size)
+        either = UNLIMITED if max_size is None else int(max_size)
+        self.pull_enabled = max_pull_blocks != 0 and max_pull_size != 0
+        self.max_push_size = either if max_push_size is None else int(max_push_size)
+        self.max_pull_size = 0 if not self.pull_enabled else either if max_pull_size is None else int(max_pull_size)
+        largest = max(self.max_pull_size, self.max_push_size)
+        super().__init__(group, device, largest, None if max_push_blocks is None else max(int(max_push_blocks), 1) + 1)
 
 
 class CustomAllreduce(_CustomAllReduce):
     """Legacy drop-in: Triton kernels over any peer-to-peer memory; see ``_CustomAllReduce`` for the contract."""
 
     _rung = Path.LEGACY
+
+    def __init__(self, group: dist.ProcessGroup, device: torch.device | str | int, max_size: int | None = None):
+        super().__init__(group, device, max_size)
+
+
+class AllReduceJit(_CustomAllReduce):
+    """What the plug-in puts into SGLang's groups: the best rung there is. SGLang takes whatever is named or derived like its own
+    ``CustomAllReduceV2`` for that class, and reaches into it; this is neither."""
+
+    _rung = None
+
+    def __init__(self, group: dist.ProcessGroup, device: torch.device | str | int):
+        super().__init__(group, device)
+
+    def should_custom_ar(self, tensor: torch.Tensor) -> bool:
+        """As above, of contiguous tensors: in traced graphs results have the strides of what was summed."""
+        return tensor.is_contiguous() and super().should_custom_ar(tensor)

@@ -653,7 +653,10 @@ class TestDoctor:
         """But for the probe, of which the stand-in has not all."""
         found = self.examine(), self.examine("legacy"), self.examine("torch.distributed", code="no-p2p")
         for document in found:
-            assert violations("doctor", json.loads(json.dumps(document | {"probe": []}))) == []
+            engine = {"engine": "vLLM", "version": "1", "plug_in": False, "why": "off"}
+            document |= {"probe": [], "engines": [engine]}
+            assert violations("doctor", json.loads(json.dumps(document))) == []
+            assert violations("doctor", document | {"engines": [engine | {"why": 1}]})
 
     def test_gpus_that_cannot_run_the_kernels_are_1_with_the_reason(self):
         document = self.examine("torch.distributed", code="no-p2p")

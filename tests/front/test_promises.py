@@ -20,7 +20,15 @@ def test_what_the_table_names_exists_and_is_run():
     bodies = set().union(
         *(
             functions(name)
-            for name in ("gpu_work.py", "gpu_life.py", "gpu_streams.py", "gpu_users.py", "gpu_fused.py", "gpu_tools.py")
+            for name in (
+                "gpu_work.py",
+                "gpu_life.py",
+                "gpu_streams.py",
+                "gpu_users.py",
+                "gpu_fused.py",
+                "gpu_tools.py",
+                "gpu_install.py",
+            )
         )
     )
     named = re.findall(r"`(test_\w+)`(?: \(([\w, ]+)\))?", TABLE)

@@ -11,8 +11,8 @@ README = (ROOT / "README.md").read_text()
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.S)
 
 
-def test_there_are_five():
-    assert len(EXAMPLES) == 5
+def test_there_are_seven():
+    assert len(EXAMPLES) == 7
 
 
 @pytest.mark.programs
@@ -44,3 +44,15 @@ def test_norm(tmp_path):
 def test_fp8(tmp_path):
     lines = torchrun(EXAMPLES[4], tmp_path).splitlines()
     assert lines == ["torch.float8_e4m3fn True (8, 1) (8, 32) (1, 8)", "True"] * 2
+
+
+@pytest.mark.programs
+def test_install(tmp_path):
+    lines = torchrun(EXAMPLES[5], tmp_path).splitlines()
+    counts = ("taken {'eager': 1, 'functional': 0} {}", "left {'eager': 0, 'functional': 0} {'no kernel': 1}")
+    assert len(lines) == 2 and all(line in {f"2.0 {count}" for count in counts} for line in lines), lines
+
+
+@pytest.mark.programs
+def test_compiled(tmp_path):
+    assert torchrun(EXAMPLES[6], tmp_path).split() == ["8.0"] * 2

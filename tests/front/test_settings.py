@@ -18,7 +18,7 @@ from allreduce_jit.cli import main as cli
 from allreduce_jit.errors import AllReduceError, SettingsError
 from allreduce_jit.jit.cache import Artifact, KernelCache
 from allreduce_jit.policy import measured_tables as tuned
-from allreduce_jit.settings import PREFIX, V2_SWITCH, VARIABLES, Settings, default_cache_dir, misread_switch
+from allreduce_jit.settings import PLUGINS_SWITCH, PREFIX, V2_SWITCH, VARIABLES, Settings, default_cache_dir, misread_switch
 
 HOME = {"HOME": "/home/someone"}
 TRUE = ["1", "true", "True", "TRUE", "yes", "YES", "on", "On", " 1 "]
@@ -27,6 +27,7 @@ SWITCHED_ON = ["1", "true", "True", "YES", "y", "Y", "on"]
 SWITCHED_OFF = ["0", "false", "FALSE", "No", "n", "N", "off", "Off"]
 VALID = {
     V2_SWITCH: [(t, True) for t in SWITCHED_ON] + [(t, False) for t in SWITCHED_OFF],
+    PLUGINS_SWITCH: [(t, "on") for t in TRUE] + [(t, "off") for t in FALSE] + [("require", "require"), (" Require ", "require")],
     "ALLREDUCE_JIT_TUNING": [(t, True) for t in TRUE] + [(t, False) for t in FALSE],
     "ALLREDUCE_JIT_PDL": [(t, True) for t in TRUE] + [(t, False) for t in FALSE],
     "ALLREDUCE_JIT_PATH": [("auto", "auto"), ("Legacy", "legacy"), (" TORCH ", "torch")],
@@ -39,6 +40,7 @@ VALID = {
 NOT_BOOL = ["", "2", "tru", "enable", "none", "-1"]
 INVALID = {
     V2_SWITCH: [],
+    PLUGINS_SWITCH: [*NOT_BOOL, "required", "vllm"],
     "ALLREDUCE_JIT_TUNING": NOT_BOOL,
     "ALLREDUCE_JIT_PDL": NOT_BOOL,
     "ALLREDUCE_JIT_PATH": ["", "v2", "nccl", "legacy,torch"],
@@ -58,13 +60,13 @@ def test_the_tables_here_are_complete():
     assert set(VALID) == set(INVALID) == set(VARIABLES)
     fields = {f.name for f in dataclasses.fields(Settings)}
     assert {field for field, _ in VARIABLES.values()} == fields
-    assert all(name == V2_SWITCH or name.startswith(PREFIX) for name in VARIABLES)
+    assert all(name in (V2_SWITCH, PLUGINS_SWITCH) or name.startswith(PREFIX) for name in VARIABLES)
 
 
 def test_defaults():
     found = Settings.from_env(HOME)
     assert found == dataclasses.replace(Settings(), cache_dir=Path("/home/someone/.cache/allreduce_jit"))
-    assert found.use_v2 is True and found.path == "auto" and found.pdl is True
+    assert found.use_v2 is True and found.path == "auto" and found.pdl is True and found.plugins == "off"
     with pytest.raises(dataclasses.FrozenInstanceError):
         found.use_v2 = False
 

@@ -300,3 +300,26 @@ def test_a_gpu_is_kept_busy_by_fills(monkeypatch):
         done.clear()
         torch_private._fill_for(cycles)
         assert len(done) == fills
+
+
+# -- calls of others' programs
+
+
+def test_calls_are_known_here():
+    assert torch_private.knows_calls() is None and torch_private.functional_collective("all_reduce_").name().endswith(
+        "all_reduce_"
+    )
+
+
+@pytest.mark.parametrize(
+    "owner, name, instead",
+    [
+        (dist.distributed_c10d, "_world", None),
+        (dist.distributed_c10d, "_world", SimpleNamespace(default_pg=None)),
+        (torch_private, "function_modes", lambda: 0),
+        (torch_private, "operator_modes", lambda: None),
+    ],
+)
+def test_calls_that_are_told_in_another_way(monkeypatch, owner, name, instead):
+    monkeypatch.setattr(owner, name, instead)
+    assert torch_private.knows_calls()

@@ -88,6 +88,18 @@ def test_tools_of_norms(n):
 
 
 @pytest.mark.parametrize("n", WORLDS)
+def test_operators_and_install(n):
+    run(n, "gpu_install:operators", "gpu_install:installed")
+
+
+@pytest.mark.parametrize("n", [WORLDS[0], *WORLDS[2:]])  # that divide the heads
+def test_transformers(n):
+    for needed in ("transformers", "accelerate"):  # the second is what the first asks for where a model is split
+        pytest.importorskip(needed, reason=f"needs {needed}")
+    run(n, "gpu_install:transformers")
+
+
+@pytest.mark.parametrize("n", WORLDS)
 def test_plans_are_the_fastest(n, monkeypatch):
     monkeypatch.setenv("ALLREDUCE_JIT_TUNING", "off")  # the package's table, whatever was measured here before
     run(n, "plan_is_fastest")

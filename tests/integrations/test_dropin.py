@@ -365,8 +365,68 @@ def test_rocm(group, monkeypatch):
     assert dispatch_custom_allreduce(group, "cpu") is CustomAllreduce
 
 
-def test_both_classes_have_one_signature():
-    for cls in CLASSES:
-        parameters = inspect.signature(cls).parameters
-        assert list(parameters) == ["group", "device", "max_size"] and parameters["max_size"].default is None
+# The constructor of SGLang 0.5.23's class, as it stands there: name -> kind and whether it has a default.
+UPSTREAM = {
+    **dict.fromkeys(("group", "device"), ("POSITIONAL_OR_KEYWORD", False)),
+    "max_size": ("POSITIONAL_OR_KEYWORD", True),
+    **dict.fromkeys(("max_pull_size", "max_push_size", "max_pull_blocks", "max_push_blocks"), ("KEYWORD_ONLY", True)),
+}
+
+
+def test_signatures():
+    found = inspect.signature(CustomAllReduceV2).parameters
+    assert {name: (p.kind.name, p.default is not p.empty) for name, p in found.items()} == UPSTREAM
+    assert all(p.default is None for name, p in found.items() if name not in ("group", "device"))
+    parameters = inspect.signature(CustomAllreduce).parameters
+    assert list(parameters) == ["group", "device", "max_size"] and parameters["max_size"].default is None
     assert CustomAllReduceV2._rung is Path.V2 and CustomAllreduce._rung is Path.LEGACY
+    missing = [name for name in ("obj", "config", "supports_push", "reserve_push_capacity", "uses_one_shot_push", "override_algo")
+               if hasattr(CustomAllReduceV2, name) or name not in CustomAllReduceV2.__doc__]  # fmt: skip
+    assert not missing  # what it has not, it says
+
+
+@pytest.mark.parametrize(
+    ("options", "largest", "pull"),
+    [
+        ({}, dropin.UNLIMITED, True),
+        ({"max_size": 4096}, 4096, True),
+        ({"max_size": 4096, "max_push_size": 8192}, 8192, True),
+        ({"max_size": 4096, "max_push_size": 1024}, 4096, True),  # upstream would pull what is larger
+        ({"max_pull_size": 2048, "max_push_size": 1024}, 2048, True),
+        ({"max_pull_size": 0, "max_push_size": 1024}, 1024, False),
+        ({"max_pull_blocks": 0, "max_push_size": 1024}, 1024, False),
+        ({"max_pull_blocks": 4, "max_size": 1024}, 1024, True),
+    ],
+)
+def test_upstreams_sizes(group, options, largest, pull):
+    ar = CustomAllReduceV2(group, "cpu", **options)
+    assert (ar.max_size, ar.pull_enabled) == (largest, pull)
+    assert ar.max_size == max(ar.max_pull_size, ar.max_push_size) and (pull or ar.max_pull_size == 0)
+    ar.close()
+
+
+def upstreams_arguments(place):
+    """Sizes bound what is taken; blocks reach the engine, and one more, which watches."""
+    for options, blocks in (({"max_push_blocks": 7}, 8), ({"max_push_blocks": 0}, 2), ({"max_pull_blocks": 3}, None)):
+        with fake_gpus(place.control) as (built):
+            ar = CustomAllReduceV2(place.control, CPU, max_pull_size=0, max_push_size=1000, **options)
+            (engine,) = built
+            assert engine.config.max_ctas == blocks
+            assert ar.should_custom_ar(torch.empty(250)) and not ar.should_custom_ar(torch.empty(251))
+            ar.close()
+
+
+def any_rung(place):
+    """What the plug-in for SGLang puts there: the best that runs, and contiguous tensors alone."""
+    for machine, path in ((NVLINK, "v2"), (PCIE, "legacy"), (NO_P2P, None)):
+        with fake_gpus(place.control, machine) as built:
+            ar = dropin.AllReduceJit(place.control, CPU)
+            assert [engine.path for engine in built] == [path] * (path is not None) and ar.disabled is (path is None)
+            assert ar.should_custom_ar(torch.empty(4, 6)) is not ar.disabled
+            assert not ar.should_custom_ar(torch.empty(4, 6).t())
+            ar.close()
+    assert not issubclass(dropin.AllReduceJit, (CustomAllReduceV2, CustomAllreduce))
+
+
+def test_two_ranks_of_what_is_newer():
+    assert len(ranks.run(suite, [upstreams_arguments, any_rung], cpu=2, deadline=100).value) == 2

@@ -117,7 +117,9 @@ def test_what_plans_choose(objects, world_size):
             calls = [NormCall(twin_norm.Kernel(family, plan.form), ROWS) for plan in plans for _ in range(2)]
             calls += [NormCall(family, rows, in_place=rows % 2 == 0) for rows in (1, 2, 3, 5, 17)]
             world.run(NormProgram(world_size, calls, 1), 2, room=2048, jitter=0.01, sleep=0)
-    assert {each.form.cluster for each in forms} == ({1, 8} if world_size == 2 else {1})
+    assert {(each.form.packets, each.form.cluster) for each in forms} == (
+        {(1, 1), (1, 4), (2, 1)} if world_size == 2 else {(1, 1)}
+    )
 
 
 @pytest.mark.parametrize("epoch", [2**31 - 1, 2**32 - 1])
