@@ -2,6 +2,7 @@
 # make engines: the plug-ins inside the real vLLM and SGLang, on the CPU, each in an environment of its own (docs/engines.md).
 # Tests in three tiers (docs/verification.md). make quick: plans, decisions and what users call.
 # make docs: the pages, in build/site.  make pictures: their pictures, after a change of what they show.
+# make dist: sdist and wheel into dist/, checked, and tried in an empty environment of each Python that is here.
 # make test: all tests that this machine can run.  make proofs: in full what make test cuts short of the proofs about kernels.
 PYTHON ?= python3
 VENV := .venv
@@ -11,7 +12,7 @@ pytest = parallel=; if [ ! -e /dev/nvidia0 ] && $(VENV)/bin/python -c "import xd
 		parallel="-n 3 --dist $(1)"; fi; \
 	$(VENV)/bin/python -m pytest $$parallel
 
-.PHONY: run quick test proofs engines lint docs pictures clean
+.PHONY: run quick test proofs engines lint docs pictures dist clean
 
 run: $(VENV)/ready
 	$(VENV)/bin/python -m allreduce_jit selftest
@@ -43,7 +44,10 @@ docs: $(VENV)/ready
 pictures: $(VENV)/ready
 	$(VENV)/bin/python tools/draw.py
 
-$(VENV)/ready: pyproject.toml setup.sh
+dist: $(VENV)/ready
+	$(VENV)/bin/python tools/distribution.py dist
+
+$(VENV)/ready: pyproject.toml setup.cfg setup.sh
 	PYTHON="$(PYTHON)" ./setup.sh $(VENV)
 	touch $@
 

@@ -17,7 +17,8 @@ for path in sys.path:
 P
     "$venv/bin/python" -m pip install -q --no-build-isolation --no-deps -e .
     for package in triton:triton cuda.core:cuda-core cuda.bindings:cuda-bindings pytest:pytest numpy:numpy \
-        pytest_timeout:pytest-timeout xdist:pytest-xdist hypothesis:hypothesis ruff:ruff "pyright:pyright[nodejs]"; do
+        pytest_timeout:pytest-timeout xdist:pytest-xdist hypothesis:hypothesis ruff:ruff "pyright:pyright[nodejs]" \
+        jsonschema:jsonschema build.env:build twine:twine; do
         "$venv/bin/python" -c "import ${package%%:*}" 2>/dev/null ||
             "$venv/bin/python" -m pip install -q "${package##*:}" 2>/dev/null ||
             echo "setup: ${package##*:} is not installed and cannot be fetched; going on without it"

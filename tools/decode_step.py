@@ -31,7 +31,7 @@ from allreduce_jit.bench import fused_competitors, timing
 from allreduce_jit.bench.competitors import agreed, open_competitors
 from allreduce_jit.bench.norm_calls import EPS, Given, NormKind
 from allreduce_jit.engine import reference
-from allreduce_jit.harness import ranks, report
+from allreduce_jit.harness import ranks, report, terminal
 
 ALONE = ("triton", "torch")  # without communication
 DTYPE = torch.bfloat16
@@ -161,7 +161,7 @@ def variants(model: Model, communicator: Any, competitors: list[Any], batch: int
 def work(place: Any, options: Options, init: Callable[..., Any] | None = None) -> dict[str, Any]:
     """One rank's part; every rank returns the same."""
     families = [NormKind("bfloat16", options.hidden).family]
-    progress = report.Progress(place.rank == 0)
+    progress = terminal.Progress(place.rank == 0)
     with (init or allreduce_jit.init)(device=place.device, operations=families) as communicator:
         communicator.warmup()
         model = Model(place, options)

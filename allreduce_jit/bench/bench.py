@@ -126,7 +126,8 @@ def work(place: Place, options: Options, init: Callable[..., Any] | None) -> dic
         light, no_light = speed_of_light.measure(place, communicator)
         bench = _Bench(place, communicator, options, light)
         try:
-            rows = [bench.row(mode, size) for mode in bench.modes() for size in bench.sizes]
+            steps = [(mode, size) for mode in bench.modes() for size in bench.sizes]
+            rows = bench.all_rows(bench.row, steps, lambda _, size: size)
         finally:
             bench.progress.done()
         bench.close()
@@ -155,7 +156,7 @@ class _Bench(Stopwatch):
 
     def row(self, mode: str, nbytes: int) -> dict[str, Any]:
         numel, n = nbytes // self.dtype.itemsize, self.place.world_size
-        self.progress(f"bench: {mode} {report.format_size(nbytes)}")
+        self.announce(f"bench: {mode} {report.format_size(nbytes)}")
         plan = self.communicator.plan(numel, self.dtype)
         sources = [
             reference.values(self.options.seed + i, self.place.rank, numel, self.dtype, self.place.device)

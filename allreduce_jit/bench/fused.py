@@ -91,7 +91,8 @@ def work(place: Place, options: Options, init: Callable[..., Any] | None) -> dic
         light, no_light = speed_of_light.measure(place, communicator)
         bench = _Bench(place, communicator, options, light)
         try:
-            rows = [bench.row(mode, *shape) for mode in bench.modes() for shape in shapes]
+            steps = [(mode, *shape) for mode in bench.modes() for shape in shapes]
+            rows = bench.all_rows(bench.row, steps, lambda _, count, hidden: 2 * count * hidden)
         finally:
             bench.progress.done()
         bench.close()
@@ -120,7 +121,7 @@ class _Bench(Stopwatch):
         self.competitors, self.missing = open_competitors(place, names, timing.ROTATE, largest, fused_competitors.kinds())
 
     def row(self, mode: str, rows: int, hidden: int) -> dict[str, Any]:
-        self.progress(f"bench: {mode} {rows} x {hidden}")
+        self.announce(f"bench: {mode} {rows} x {hidden}")
         kind, n = self.options.kind(hidden), self.place.world_size
         plan = self.communicator.plan_norm(rows, kind.family)
         path = report.word(plan.path)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ..harness import report
+from ..harness import report, terminal
 from .table import heading, refusals
 
 
@@ -22,9 +22,11 @@ def render(document: dict[str, Any]) -> str:
     for mode in dict.fromkeys(row["mode"] for row in document["rows"]):
         rows = [row for row in document["rows"] if row["mode"] == mode]
         columns = _columns(rows, names)
-        lines += ["", f"# {mode}", report.table(list(columns), ([cell(row) for cell in columns.values()] for row in rows))]
+        cells = ([cell(row) for cell in columns.values()] for row in rows)
+        lines += ["", f"# {mode}", report.table(list(columns), cells, keys=2)]
         lines += refusals(rows)
-    return "\n".join([*lines, "", f"# Out of bounds values : {document['wrong']} {'OK' if document['ok'] else 'FAILED'}"])
+    verdict = terminal.verdict(document["ok"], "OK")
+    return "\n".join([*lines, "", f"# Out of bounds values : {document['wrong']} {verdict}"])
 
 
 def _columns(rows: list[dict[str, Any]], names: list[str]) -> dict[str, Callable[[dict[str, Any]], Any]]:

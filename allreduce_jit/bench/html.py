@@ -14,8 +14,9 @@ from typing import Any
 
 from ..harness import report
 
-WIDTH, HEIGHT = 860, 400
-LEFT, RIGHT, TOP, BOTTOM = 62, 16, 14, 46
+WIDTH, HEIGHT = 860, 420
+LEFT, RIGHT, TOP, BOTTOM = 66, 30, 46, 62  # so that labels are apart at the size that a phone needs
+LABELS = 32  # least distance of two, downwards
 SLOTS = {"nccl": 2, "nccl_symm": 3, "torch_one_shot": 4, "torch_two_shot": 5, "sglang": 6, "flashinfer": 7}
 _EAGER = {"with out=": "with_out", "ever new addresses": "ever_new", "the same with out=": "ever_new_with_out"}
 _STYLE = """
@@ -27,7 +28,7 @@ _STYLE = """
 body { background: var(--page); color: var(--ink); font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto;
   max-width: 1000px; padding: 0 1rem; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.25rem; margin-top: 2.5rem; } h3 { font-size: 1rem; margin-top: 1.8rem; }
-p, li { color: var(--soft); } ul { padding-left: 1.2rem; }
+p, li { color: var(--soft); overflow-wrap: anywhere; } ul { padding-left: 1.2rem; }
 figure { margin: .6rem 0; } figcaption { color: var(--soft); }
 svg { width: 100%; height: auto; } svg text { fill: var(--soft); font: 12px system-ui, sans-serif; }
 .grid { stroke: var(--line); } .one { stroke: var(--soft); stroke-dasharray: 2 4; }
@@ -36,6 +37,7 @@ svg { width: 100%; height: auto; } svg text { fill: var(--soft); font: 12px syst
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 13px; }
 th, td { border-bottom: 1px solid var(--line); padding: .2rem .6rem; text-align: right; white-space: nowrap; }
 td:first-child, th:first-child { text-align: left; } td.best { font-weight: 700; }
+@media (max-width: 600px) { body { margin: 1rem auto; } svg text { font-size: 24px; } }
 """
 
 
@@ -136,17 +138,20 @@ def _figure(series: list[Series], unit: str, caption: str, one: bool = False) ->
     x = _Scale(min(sizes), max(sizes), LEFT, WIDTH - RIGHT)
     y = _Scale(min(values) / 1.15, max(values) * 1.15, HEIGHT - BOTTOM, TOP)
     parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(caption)}">']
+    above = math.inf  # where the last label is
     for value in _ticks(y.low, y.high):
         at = y(value)
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
-        parts.append(f'<text x="{LEFT - 8}" y="{at + 4:.1f}" text-anchor="end">{value:g}</text>')
+        if above - at >= LABELS:
+            parts.append(f'<text x="{LEFT - 8}" y="{at + 4:.1f}" text-anchor="end">{value:g}</text>')
+            above = at
     known = sorted(set(sizes))
     for nbytes in known[:: -(-len(known) // 12)]:
         parts.append(
-            f'<text x="{x(nbytes):.1f}" y="{HEIGHT - BOTTOM + 20}" text-anchor="middle">{report.format_size(nbytes)}</text>'
+            f'<text x="{x(nbytes):.1f}" y="{HEIGHT - BOTTOM + 26}" text-anchor="middle">{report.format_size(nbytes)}</text>'
         )
-    parts.append(f'<text x="{WIDTH - RIGHT}" y="{HEIGHT - 6}" text-anchor="end">bytes</text>')
-    parts.append(f'<text x="6" y="{TOP + 10}">{unit}</text>')
+    parts.append(f'<text x="{WIDTH - RIGHT}" y="{HEIGHT - 4}" text-anchor="end">bytes</text>')
+    parts.append(f'<text x="{LEFT - 8}" y="{TOP - 26}" text-anchor="end">{unit}</text>')
     if one:
         parts.append(f'<line class="one" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(1):.1f}" y2="{y(1):.1f}"/>')
     parts += [_line(s, x, y, unit) for s in series]

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
-from ..harness import report
+from ..harness import terminal
 from ..harness.place import Place
 from . import timing
 from .competitors import Competitor, agreed
 
+_ROW = 16 << 20  # bytes: what a row takes beside its data, for the estimate of what is left
 _TURNS = 3  # of us and each competitor: what drifts during a row drifts for all
 
 
@@ -35,8 +36,22 @@ class Stopwatch:
 
     def __init__(self, place: Place, communicator: Any, options: Any):
         self.place, self.communicator, self.options = place, communicator, options
-        self.progress = report.Progress(place.rank == 0)
+        self.progress = terminal.Progress(place.rank == 0)
+        self._behind = 0.0  # share of the rows that are done
         self.barrier = timing.device_barrier(place, communicator)
+
+    def all_rows(
+        self, row: Callable[..., dict[str, Any]], steps: Sequence[tuple[Any, ...]], nbytes: Callable[..., int]
+    ) -> list[dict[str, Any]]:
+        """``row(*step)`` of every step; ``nbytes(*step)`` tells how long each takes beside the others."""
+        found = []
+        for step, self._behind in zip(steps, terminal.shares([_ROW + nbytes(*step) for step in steps])):
+            found.append(row(*step))
+        return found
+
+    def announce(self, text: str) -> None:
+        """Say which row is measured now, and about how long all of them still take."""
+        self.progress(text, self._behind)
 
     def modes(self) -> list[str]:
         """What was asked for, but eager alone where nothing can be captured."""

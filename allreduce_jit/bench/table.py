@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ..harness import report
+from ..harness import report, terminal
 
 
 def render(document: dict[str, Any]) -> str:
@@ -21,7 +21,7 @@ def render(document: dict[str, Any]) -> str:
         if any(row.get("ever_new") for row in rows):
             lines.append("# *: no two calls of a burst with the same addresses; otherwise the same few in turn")
         lines += refusals(rows)
-    verdict = "OK" if document["ok"] else "FAILED"
+    verdict = terminal.verdict(document["ok"], "OK")
     average = document["average_busbw_gbs"]
     lines += ["", f"# Out of bounds values : {document['wrong']} {verdict}"]
     return "\n".join([*lines, f"# Avg bus bandwidth    : {average:.4g} GB/s"])

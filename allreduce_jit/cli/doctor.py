@@ -11,14 +11,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..harness import report
+from ..harness import report, terminal
 from ..integrations.present import engines
 from ..policy import backends
 from ..settings import PLUGINS_SWITCH, PREFIX, V2_SWITCH, Settings, misread_switch
+from . import advice
 
 _MAX_RANKS = 8
 # Codes of reasons that are nobody's fault: the machine has nothing to reduce over, or the user wanted it so.
 _NO_HINDRANCE = ("cpu", "world-size-1", "path-forced")
+_LABEL = 13  # columns, before what is said
+_COLOURS = {
+    "PROBLEM ": terminal.RED,
+    "no problems": terminal.GREEN,
+    "note ": terminal.YELLOW,
+    "advice ": terminal.BOLD,
+}  # of lines' beginnings
 _PROC_GPUS = Path("/proc/driver/nvidia/gpus")
 
 
@@ -61,7 +69,7 @@ def examine(
     if settings and None not in caps:
         verdict = look.verdict(decide or _imported("policy.dispatch", "decide"), caps if visible else caps * 2, settings)
     cache = look.cache(open_cache or _imported("jit.cache", "KernelCache"), settings or Settings())
-    return {
+    document = {
         "gpu_present": bool(visible or installed),
         "simulated_ranks": len(caps) if visible else 0,
         "verdict": verdict,
@@ -73,6 +81,7 @@ def examine(
         "engines": engines(),
         "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith(PREFIX) or k in (PLUGINS_SWITCH, V2_SWITCH)},
     }
+    return document | {"advice": advice.next_step(document, settings is not None)}
 
 
 def _needed() -> list[tuple[str, str, str]]:
@@ -168,7 +177,8 @@ def render(document: dict[str, Any]) -> str:
     notes = dict.fromkeys(" ".join(note.split()) for facts in probes for note in facts.get("problems", ()))
     lines += [f"note         {note}" for note in notes]
     lines += [f"PROBLEM      {problem}" for problem in document["problems"]] or ["no problems"]
-    return "\n".join(lines)
+    lines.append(f"advice       {document['advice']}")
+    return terminal.painted(terminal.wrapped("\n".join(lines), _LABEL), _COLOURS)
 
 
 def _host_lines(facts: dict[str, Any]) -> list[str]:

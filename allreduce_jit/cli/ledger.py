@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ..bench import timing
-from ..harness import report
+from ..harness import report, terminal
 from ..harness.place import Place
 from .bursts import Burst
 
@@ -136,4 +136,4 @@ def render(ledger: dict[str, Any]) -> str:
         f"{', in place' if f['in_place'] else ''}): {f['wrong']} wrong elements"
         for f in ledger["failures"][:_SHOWN]
     ]
-    return "\n".join([*lines, *ledger["errors"], "ok" if ledger["ok"] else "FAILED"])
+    return terminal.wrapped("\n".join([*lines, *ledger["errors"], terminal.verdict(ledger["ok"], "ok")]), 2)

@@ -28,7 +28,7 @@ KINDS = (
     NormKind("float16", 1000, quant="token", with_norm=True),
     NormKind("bfloat16", 7168, quant="group", column_major=True),
 )
-_HEADERS = ("norm", "rows", "path", "algorithm", "checked", "#wrong")
+_HEADERS = ("norm", "rows", "path", "kernel", "checked", "#wrong")  # 80 columns with the longest
 _Check = tuple[str, Results, Results]  # way of calling, what came out, what should have
 
 
@@ -53,16 +53,11 @@ class NormChecker:
         self.place, self.communicator, self.seed, self.largest = place, communicator, seed, largest
         self.graphs, self.note = graphs, note
 
-    def all_rows(self, progress: Callable[[str], None]) -> list[dict[str, Any]]:
+    def steps(self) -> list[tuple[NormKind, int]]:
+        """What there is to check, the same on all ranks: the kind, and how many rows."""
         e4m3 = all(self.place.gather(has_e4m3(self.place.device)))
-        found = []
-        for kind in KINDS:
-            if e4m3 or kind.quant == "none":
-                for rows in ROWS:
-                    if rows < 2 or rows * kind.hidden * kind.torch_dtype.itemsize <= self.largest:
-                        progress(f"selftest: {rows} x {kind}")
-                        found.append(self.row(kind, rows))
-        return found
+        kinds = [kind for kind in KINDS if e4m3 or kind.quant == "none"]
+        return [(kind, rows) for kind in kinds for rows in ROWS if rows < 2 or nbytes(kind, rows) <= self.largest]
 
     def row(self, kind: NormKind, rows: int) -> dict[str, Any]:
         plan = self.communicator.plan_norm(rows, kind.family)
@@ -133,6 +128,10 @@ class NormChecker:
     def _want(self, kind: NormKind, rows: int, data: str, variation: int = 0) -> Results:
         total = kind.total(self.seed + 1000 * variation, rows, self.place.device, self.place.world_size, data)
         return kind.expected(total, self._given(kind, rows))
+
+
+def nbytes(kind: NormKind, rows: int) -> int:
+    return rows * kind.hidden * kind.torch_dtype.itemsize
 
 
 def _inputs(x: torch.Tensor, given: Given) -> Results:

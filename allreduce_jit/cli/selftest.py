@@ -13,7 +13,7 @@ import torch
 
 from ..bench import timing
 from ..engine import reference
-from ..harness import ranks, report
+from ..harness import ranks, report, terminal
 from ..harness.place import Place
 from . import norm_checks
 from .norm_checks import NormChecker
@@ -22,6 +22,8 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _COUNTS = (0, 1, 2, 3, 7, 17, 1021, 65537, 1_000_003)
 _HEADERS = ("size", "dtypes", "path", "algorithm", "checked", "#wrong", "eager µs", "graph µs")
 _SHOWN = 20
+# For the estimate of what is left: a check costs as much as so many bytes beside its own; one of a norm takes a fifth as long.
+_CALL, _NORM = 256 << 10, 0.2
 _Check = tuple[str, torch.Tensor, torch.Tensor]  # way of calling, what came out, what should have
 
 
@@ -62,7 +64,7 @@ def work(place: Place, options: Options, init: Callable[..., Any] | None) -> dic
     with init(device=place.device) as communicator:
         communicator.warmup()
         checker = _Checker(place, communicator, options)
-        rows, norms = checker.all_rows(), checker.norm_rows()
+        rows, norms = checker.all_rows()
         communicator.check()
         everyone = place.gather((rows, norms, checker.failures))
         failures = [failure for *_, found in everyone for failure in found]
@@ -102,22 +104,24 @@ class _Checker:
         self.bursts = (5, 1) if on_gpu else (1, 0)
         self.failures: list[str] = []
 
-    def all_rows(self) -> list[dict[str, Any]]:
-        progress, rows = report.Progress(self.place.rank == 0), []
-        for i, size in enumerate(self.sizes):
-            for name, dtype in DTYPES.items():
-                wrong = sum(row["wrong"] for row in rows)
-                progress(f"selftest: {i + 1}/{len(self.sizes)}  {size} {name}  wrong so far: {wrong}")
-                rows.append(self.row(size, name, dtype))
+    def all_rows(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """Of all-reduces, and of those with a norm."""
+        norms = NormChecker(self.place, self.communicator, self.seed, self.largest, self.graphs, self._note)
+        sums = [(size, name, dtype) for size in self.sizes for name, dtype in DTYPES.items()]
+        normed = norms.steps()
+        costs = [_CALL + size.numel(dtype) * dtype.itemsize for size, _, dtype in sums]
+        costs += [_NORM * (_CALL + norm_checks.nbytes(*step)) for step in normed]
+        progress, behind = terminal.Progress(self.place.rank == 0), iter(terminal.shares(costs))
+        rows, norm_rows = [], []
+        for size, name, dtype in sums:
+            wrong = sum(row["wrong"] for row in rows)
+            progress(f"selftest: {size} {name}, wrong so far: {wrong}", next(behind))
+            rows.append(self.row(size, name, dtype))
+        for kind, count in normed:
+            progress(f"selftest: {count} x {kind}", next(behind))
+            norm_rows.append(norms.row(kind, count))
         progress.done()
-        return rows
-
-    def norm_rows(self) -> list[dict[str, Any]]:
-        progress = report.Progress(self.place.rank == 0)
-        checker = NormChecker(self.place, self.communicator, self.seed, self.largest, self.graphs, self._note)
-        rows = checker.all_rows(progress)
-        progress.done()
-        return rows
+        return rows, norm_rows
 
     def row(self, size: Size, name: str, dtype: torch.dtype) -> dict[str, Any]:
         numel = size.numel(dtype)
@@ -230,16 +234,18 @@ def render(document: dict[str, Any]) -> str:
     lines = [report.headline(document["machine"]), f"{facts['world_size']} ranks, path {facts['path']}"]
     lines += [f"  {reason}" for reason in report.reasons(facts["reasons"])]
     groups = [[row for row in rows if row["size"] == size] for size in dict.fromkeys(row["size"] for row in rows)]
-    lines += ["", report.table(_HEADERS, map(_cells, groups)), "", norm_checks.table(document["norms"]), ""]
+    shown = len(_HEADERS) - all(row["graph_us"] is None for row in rows)
+    lines += ["", report.table(_HEADERS[:shown], (_cells(group)[:shown] for group in groups))]
+    lines += ["", norm_checks.table(document["norms"]), ""]
     lines.append("times: slowest dtype and rank; checked elements: all ranks and ways of calling together")
     if any(row["data"] == reference.INTEGERS for row in rows):
         lines.append("torch.distributed rounds its own way: its rows used integers, whose sums are exact in any order")
     failures = document["failures"]
     lines += [f"  {failure}" for failure in failures[:_SHOWN]]
     lines += [f"  … and {len(failures) - _SHOWN} more"] if len(failures) > _SHOWN else []
-    verdict = "PASSED" if document["ok"] else "FAILED"
+    verdict = terminal.verdict(document["ok"], "PASSED")
     counts = f"{document['checked']} elements checked, {document['wrong']} wrong"
-    return "\n".join([*lines, f"{verdict}: {counts}, {document['seconds']:.1f} s"])
+    return terminal.wrapped("\n".join([*lines, f"{verdict}: {counts}, {document['seconds']:.1f} s"]), 2)
 
 
 def _cells(rows: list[dict[str, Any]]) -> list[Any]:

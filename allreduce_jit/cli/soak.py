@@ -16,7 +16,7 @@ import torch
 from ..bench import timing
 from ..bench.norm_calls import NormKind
 from ..errors import AllReduceError, InputError
-from ..harness import report
+from ..harness import terminal
 from ..harness.place import Place
 from ..torch_private import keep_gpu_busy
 from . import norm_bursts
@@ -89,7 +89,7 @@ class _Soak:
     def run(self) -> dict[str, Any]:
         """Rounds until the first limit, an error, or a wrong element; then the ledger. Collective."""
         began, number = time.perf_counter(), 0
-        progress = report.Progress(self.place.rank == 0)
+        progress = terminal.Progress(self.place.rank == 0)
         while True:
             error = None
             try:
@@ -103,7 +103,9 @@ class _Soak:
             errors = [text for text, _, _ in everyone if text]
             wrong, seconds = sum(count for _, count, _ in everyone), max(spent for _, _, spent in everyone)
             calls = self.counts.calls.total()
-            progress(f"soak: {calls:,} calls in {seconds:.0f} s, {wrong} wrong elements")
+            limits = (calls, self.options.calls), (seconds, self.options.seconds)
+            done = max((spent / limit for spent, limit in limits if limit), default=None)
+            progress(f"soak: {calls:,} calls in {seconds:.0f} s, {wrong} wrong elements", done)
             enough = calls >= (self.options.calls or calls + 1) or seconds >= (self.options.seconds or seconds + 1)
             if errors or wrong or enough:
                 break

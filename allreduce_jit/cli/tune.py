@@ -20,7 +20,7 @@ import torch
 from ..bench import timing
 from ..engine import reference
 from ..errors import InputError
-from ..harness import ranks, report
+from ..harness import ranks, report, terminal
 from ..harness.place import Place, Seat
 from ..policy import measured_tables, nvlink
 from ..policy.catalogue import NVLINK_ALGORITHMS, WORLD_SIZES, nvlink_algorithms
@@ -59,21 +59,23 @@ def _world_sizes(gpus: int | None) -> list[int | None]:
 def work(place: Place, meter: Callable[[Place, str], Meter]) -> dict[str, Any]:
     """One rank's part; every rank derives the same tables from the same times, rank 0 keeps them."""
     started, world_size = time.perf_counter(), place.world_size
-    progress = report.Progress(place.rank == 0)
+    progress = terminal.Progress(place.rank == 0)
     facts: dict[str, Any] = {}
     cache_dir: pathlib.Path | None = None
     times: dict[str, dict[int, dict[Choice, float]]] = {name: {size: {} for size in SIZES} for name in ITEMSIZE}
     try:
         if world_size not in WORLD_SIZES:
             raise InputError(f"there is nothing to choose for {world_size} ranks")
+        done = 0
         for name in nvlink_algorithms(world_size):
             with contextlib.closing(meter(place, name)) as one:
-                for dtype in ITEMSIZE:
-                    for size in SIZES:
-                        if name in candidates(world_size, dtype, size, one.staging_bytes):
-                            progress(f"tune: {world_size} ranks, {name} {dtype} {report.format_size(size)}")
-                            for block in BLOCKS:
-                                times[dtype][size][name, block] = one(dtype, size, block)
+                steps = _steps(world_size, one.staging_bytes)
+                for dtype, size in steps[name]:
+                    what = f"tune: {world_size} ranks, {name} {dtype} {report.format_size(size)}"
+                    progress(what, done / sum(map(len, steps.values())))
+                    for block in BLOCKS:
+                        times[dtype][size][name, block] = one(dtype, size, block)
+                    done += 1
                 facts, cache_dir = one.fingerprint, one.cache_dir
     except InputError as error:  # the same on all ranks
         return {"ok": False, "world_size": world_size, "problem": str(error)}
@@ -104,6 +106,16 @@ def work(place: Place, meter: Callable[[Place, str], Meter]) -> dict[str, Any]:
         "microseconds": microseconds,
         "seconds": round(time.perf_counter() - started, 3),
     }
+
+
+def _steps(world_size: int, staging_bytes: int) -> dict[str, list[tuple[str, int]]]:
+    """Dtypes and sizes to measure, by algorithm."""
+    steps: dict[str, list[tuple[str, int]]] = {name: [] for name in nvlink_algorithms(world_size)}
+    for dtype in ITEMSIZE:
+        for size in SIZES:
+            for name in candidates(world_size, dtype, size, staging_bytes):
+                steps[name].append((dtype, size))
+    return steps
 
 
 def candidates(world_size: int, dtype: str, nbytes: int, staging_bytes: int) -> Iterator[str]:

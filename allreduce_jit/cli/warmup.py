@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from ..harness import report
+from ..harness import report, terminal
 from ..policy import backends, local_norm, measured_tables
 from ..policy.catalogue import WORLD_SIZES
 from ..settings import Settings
@@ -78,11 +78,11 @@ def _build_all(jobs: list[tuple[Any, str]], build: Callable[..., tuple[Any, bool
         ms = (time.perf_counter() - start) * 1e3
         return {"name": spec.name, "arch": arch, "cached": cached, "ms": round(ms, 2), "error": error}
 
-    progress, rows = report.Progress(), []
+    progress, rows = terminal.Progress(), []
     with ThreadPoolExecutor(workers()) as pool:
         for found in pool.map(row, jobs):
             rows.append(found)
-            progress(f"warmup: {len(rows)}/{len(jobs)}  {found['name']} {found['arch']}")
+            progress(f"warmup: {len(rows)}/{len(jobs)}  {found['name']} {found['arch']}", len(rows) / len(jobs))
     progress.done()
     return rows
 

@@ -1,4 +1,4 @@
-"""What the command line prints, and where to: sizes, tables, progress, the machine it ran on; the standard streams."""
+"""What the command line prints: sizes, tables, the machine it ran on; the standard streams that it goes to."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from fractions import Fraction
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from . import terminal
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 _LARGEST = 1 << 50  # bytes; what no machine holds is a slip
@@ -67,17 +69,33 @@ def _in_ascii(error: UnicodeError) -> tuple[str | bytes, int]:
 codecs.register_error("allreduce-jit", _in_ascii)
 
 
-def table(headers: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """A text table, columns as wide as their widest cell; numbers to the right, words to the left."""
-    cells = [[_cell(value) for value in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(headers, *cells)]
-    left = [bool(cells) and any(re.match(r"[A-Za-z]", row[i]) for row in cells) for i in range(len(headers))]
+def table(headers: Sequence[str], rows: Iterable[Sequence[Any]], keys: int = 1) -> str:
+    """A text table, columns as wide as their widest cell; numbers to the right, words to the left.
 
-    def line(row: Sequence[str]) -> str:
-        padded = (c.ljust(w) if is_left else c.rjust(w) for c, w, is_left in zip(row, widths, left))
-        return "  ".join(padded).rstrip()
+    On a terminal that is too narrow for it, several below each other, each with the first ``keys`` columns.
+    """
+    cells = [list(headers), *([_cell(value) for value in row] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    left = [len(cells) > 1 and any(re.match(r"[A-Za-z]", row[i]) for row in cells[1:]) for i in range(len(headers))]
+    cells.insert(1, ["-" * width for width in widths])
 
-    return "\n".join([line(headers), line(["-" * w for w in widths]), *map(line, cells)])
+    def block(columns: Sequence[int]) -> str:
+        lines = ("  ".join(row[i].ljust(widths[i]) if left[i] else row[i].rjust(widths[i]) for i in columns) for row in cells)
+        return "\n".join(line.rstrip() for line in lines)
+
+    return "\n\n".join(block(columns) for columns in _blocks(widths, keys, terminal.columns(sys.stdout)))
+
+
+def _blocks(widths: Sequence[int], keys: int, room: int | None) -> list[list[int]]:
+    """Which columns to show beside each other: those that fit into ``room`` (None = all), at least one beside the keys."""
+    blocks = [list(range(min(keys, len(widths))))]
+    for i in range(keys, len(widths)):
+        together = [*blocks[-1], i]
+        if room is not None and len(blocks[-1]) > keys and sum(widths[j] + 2 for j in together) - 2 > room:
+            together = [*range(keys), i]
+            blocks.append(together)
+        blocks[-1] = together
+    return blocks
 
 
 def _cell(value: Any) -> str:
@@ -89,20 +107,6 @@ def _cell(value: Any) -> str:
 def word(value: Any) -> str:
     """The text of an enum member, or of anything else."""
     return str(getattr(value, "value", value))
-
-
-class Progress:
-    """One line on the terminal that is overwritten; silent on other ranks and when stderr is no terminal."""
-
-    def __init__(self, wanted: bool = True):
-        self._live = wanted and sys.stderr.isatty()
-
-    def __call__(self, text: str) -> None:
-        if self._live:
-            print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
-
-    def done(self) -> None:
-        self("")
 
 
 def versions() -> dict[str, str | None]:

@@ -13,6 +13,7 @@ from allreduce_jit.bench import bench, competitors, fused, fused_competitors, fu
 from allreduce_jit.bench.competitors import Unavailable
 from allreduce_jit.bench.fused_competitors import FlashInferOneShot, FlashInferTwoShot
 from allreduce_jit.bench.norm_calls import Given, NormKind
+from allreduce_jit.cli import arguments as command_line
 from allreduce_jit.cli import main as cli
 from allreduce_jit.engine import reference
 from allreduce_jit.harness import ranks
@@ -255,5 +256,5 @@ def test_flashinfer_is_not_given_what_it_does_not_take(flashinfer):
 
 def test_names_on_the_command_line():
     assert fused_competitors.names(("nccl", "flashinfer")) == ["nccl", "flashinfer_one_shot", "flashinfer_two_shot"]
-    assert set(fused_competitors.names(cli.COMPETITORS)) == set(fused_competitors.kinds())
+    assert set(fused_competitors.names(command_line.COMPETITORS)) == set(fused_competitors.kinds())
     assert bench.fused is fused

@@ -1,7 +1,10 @@
 """The page of ``bench --html``, from documents that were measured and from ones made up here."""
 
+import html
 import json
 import re
+import shutil
+import subprocess
 from html.parser import HTMLParser
 
 import pytest
@@ -140,3 +143,53 @@ def test_ticks():
 
 def test_the_document_stays_json(with_floor):
     assert json.loads(json.dumps(with_floor)) == with_floor
+
+
+# -- in a browser
+
+LOOK = """<script>
+const texts = [...document.querySelectorAll("svg text")].map(text => text.getBoundingClientRect());
+const apart = (a, b) => a.right <= b.left || b.right <= a.left || a.bottom <= b.top || b.bottom <= a.top;
+const svgs = [...document.querySelectorAll("svg")].map(svg => [...svg.querySelectorAll("text")].map(t => t.getBoundingClientRect()));
+document.title = JSON.stringify({
+  wide: document.documentElement.scrollWidth, window: innerWidth, dark: getComputedStyle(document.body).backgroundColor,
+  smallest: Math.min(...texts.map(box => box.height)),
+  collide: svgs.flatMap(boxes => boxes.flatMap((a, i) => boxes.slice(i + 1).filter(b => !apart(a, b)))).length,
+  outside: texts.filter(box => box.left < 0 || box.right > innerWidth).length,
+  tables: [...document.querySelectorAll(".scroll")].filter(box => box.scrollWidth > box.clientWidth).length,
+});
+</script>"""
+BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
+
+
+@pytest.fixture(scope="module")
+def browser():
+    found = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if found is None:
+        pytest.skip(f"needs a browser: none of {', '.join(BROWSERS)} is on PATH")
+    return found
+
+
+@pytest.mark.programs
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1200], ids=["phone", "desktop"])
+def test_in_a_browser(browser, width, dark, tmp_path):
+    """Nothing to complain of on the console; the page is as wide as its window, plots can be read, tables scroll within it."""
+    documents = bench._read(ROOT / "docs/benchmarks/2026-11-22-4xH200-third.json")
+    documents += bench._read(ROOT / "docs/benchmarks/2026-11-28-2xH200-legacy.json")
+    file = tmp_path / "page.html"
+    file.write_text(bench_page.page(documents).replace("</body>", LOOK + "</body>"), encoding="utf-8")
+    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", f"--user-data-dir={tmp_path}"]
+    command += [
+        f"--window-size={width},900",
+        f"--blink-settings=preferredColorScheme={0 if dark else 1}",
+        "--dump-dom",
+        str(file),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert "CONSOLE" not in done.stderr, done.stderr
+    seen = json.loads(html.unescape(re.findall(r"<title>(.*?)</title>", done.stdout)[0]))
+    assert seen["window"] == width and seen["wide"] <= width
+    assert seen["smallest"] >= 10 and seen["collide"] == 0 and seen["outside"] == 0
+    assert seen["tables"] > 0 or width > 1000
+    assert seen["dark"] == ("rgb(24, 24, 23)" if dark else "rgb(252, 252, 251)")

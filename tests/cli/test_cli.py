@@ -13,9 +13,10 @@ import torch
 import torch.distributed as dist
 from helpers import ROOT
 from helpers.fake_communicator import Fake
+from helpers.schemas import violations
 
 from allreduce_jit.bench import bench, competitors, table, timing
-from allreduce_jit.cli import doctor, norm_checks, selftest, warmup
+from allreduce_jit.cli import arguments, doctor, norm_checks, selftest, warmup
 from allreduce_jit.cli import main as cli
 from allreduce_jit.errors import CompileError
 from allreduce_jit.harness import ranks, report
@@ -237,7 +238,11 @@ class TestSelftest:
     def test_text_has_one_row_per_size(self, documents):
         text = selftest.render(documents["kernels"])
         lines = [line.split() for line in text.splitlines()]
-        assert ["size", "dtypes", "path", "algorithm", "checked", "#wrong", "eager", "µs", "graph", "µs"] in lines
+        headers = ["size", "dtypes", "path", "algorithm", "checked", "#wrong", "eager", "µs"]
+        assert headers in lines  # nothing can be captured here
+        row = documents["kernels"]["rows"][0] | {"graph_us": 1.5}
+        text = selftest.render(documents["kernels"] | {"rows": [row]})
+        assert [*headers, "graph", "µs"] in [line.split() for line in text.splitlines()]
         row = next(line for line in lines if line[:2] == ["17", "el"])
         assert row[2:7] == ["fp32", "fp16", "bf16", "v2", "fake"] and row[8] == "0"
         assert "cpu: rank 0 has its tensors on the CPU\n" in text
@@ -345,7 +350,7 @@ class TestBench:
         assert replaced(min_bytes=1 << 26, max_bytes=None).sizes(torch.device("cuda")) == [1 << 26]
 
     def test_the_command_line_knows_the_competitors(self):
-        assert cli.COMPETITORS == tuple(competitors.COMPETITORS)
+        assert arguments.COMPETITORS == tuple(competitors.COMPETITORS)
 
 
 class TestExitCodes:
@@ -644,6 +649,15 @@ class TestDoctor:
         assert "read-only" in document["problems"][0]
         assert f"would run    {path}, else torch.distributed over nccl, for 4 ranks" in doctor.render(document)
 
+    def test_what_it_finds_of_gpus_keeps_to_the_schema(self):
+        """But for the probe, of which the stand-in has not all."""
+        found = self.examine(), self.examine("legacy"), self.examine("torch.distributed", code="no-p2p")
+        for document in found:
+            engine = {"engine": "vLLM", "version": "1", "plug_in": False, "why": "off"}
+            document |= {"probe": [], "engines": [engine]}
+            assert violations("doctor", json.loads(json.dumps(document))) == []
+            assert violations("doctor", document | {"engines": [engine | {"why": 1}]})
+
     def test_gpus_that_cannot_run_the_kernels_are_1_with_the_reason(self):
         document = self.examine("torch.distributed", code="no-p2p")
         assert doctor.exit_code(document) == 1
@@ -753,6 +767,7 @@ class TestWarmup:
         assert code == 0 and built == [("v2_ws2", "sm_90"), ("shared", "sm_90"), ("legacy_ws2", "sm_90")]
         document = json.loads(out)
         assert (document["compiled"], document["cached"], document["failed"]) == (2, 1, 0)
+        assert violations("warmup", document) == []
 
     def test_calls_with_a_norm(self, capsys, monkeypatch):
         options = (

@@ -13,6 +13,7 @@ import torch
 from helpers.fake_engines import fake_gpus, suite
 from helpers.fakes import MACHINES, look
 from helpers.kept import FACTS, ODD, TABLES
+from helpers.schemas import violations
 
 pytest.importorskip("hypothesis")
 import hypothesis
@@ -389,6 +390,13 @@ def test_one_run_for_every_number_of_gpus(monkeypatch, capsys, tmp_path):
     assert cli.main(["tune", "--gpus", "2", "--json"]) == 0
     (document,) = json.loads(capsys.readouterr().out)
     assert document["ok"] and document["path"] == str(file) and started == [2, 3, 2]
+
+
+def test_what_is_printed_keeps_to_the_schema(monkeypatch, tmp_path):
+    monkeypatch.setenv(CACHE, str(tmp_path))
+    document, none = tune.work(alone(4), Clock), tune.work(alone(4), NoV2)
+    assert violations("tune", json.loads(json.dumps([document, none]))) == []
+    assert violations("tune", [none | {"ok": True}]) and violations("tune", [document | {"tables": {"float16": [{"up_to": 5}]}}])
 
 
 def test_torchruns_ranks_are_one_run(monkeypatch):

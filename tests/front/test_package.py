@@ -207,7 +207,7 @@ def tree(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tree")
     for name in ("allreduce_jit", "kernels"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md"):
+    for name in ("pyproject.toml", "setup.cfg", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder)
     return folder
 
@@ -349,7 +349,9 @@ def test_environment_document():
 OTHERS = {"SGLANG_PLUGINS"}  # not ours, and told of
 
 
-@pytest.mark.parametrize("document", ["README.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))])
+@pytest.mark.parametrize(
+    "document", [*(path.name for path in ROOT.glob("*.md")), *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
+)
 def test_documents_name_no_unknown_variable(document):
     names = set(re.findall(r"\bALLREDUCE_JIT_[A-Z_]*[A-Z]|\bSGLANG_[A-Z_0-9]*[A-Z0-9]", (ROOT / document).read_text()))
     assert names <= set(VARIABLES) | OTHERS
