@@ -209,9 +209,9 @@ def test_doctor_shows_the_lines_that_the_page_explains():
     printed = render(examine(gpu_count=0))
     shown = re.search(r"```text\n(.*?)```", page, re.S)[1]
     words = [line.split()[0] for line in shown.splitlines()]
-    assert words == ["versions", "driver", "host", "libraries", "cpu", "kernel", "would", "because", "no"]
+    assert words == ["versions", "driver", "host", "libraries", "cpu", "kernel", "would", "because", "no", "advice"]
     heads = {line.split()[0] for line in printed.splitlines()}
-    assert heads >= {"versions", "driver", "host", "libraries", "cpu", "kernel", "would", "because"}
+    assert heads >= {"versions", "driver", "host", "libraries", "cpu", "kernel", "would", "because", "advice"}
     source = inspect.getsource(sys.modules["allreduce_jit.cli.doctor"])
     explained = re.findall(r"^\| `(\w+)", page, re.M)
-    assert len(explained) == 12 and all(word == "cuda" or word in source for word in explained)
+    assert len(explained) == 13 and all(word == "cuda" or word in source for word in explained)
