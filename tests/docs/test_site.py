@@ -170,6 +170,23 @@ def test_start_with_sglang(tmp_path):
 
 
 @pytest.mark.programs
+def test_start_with_transformers(tmp_path):
+    """With a small model of random weights in place of the page's."""
+    transformers = pytest.importorskip("transformers", reason="needs transformers")
+    pytest.importorskip("accelerate", reason="needs accelerate, which transformers asks for where a model is split")
+    (program,), _ = examples("start/transformers.md")
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 2}
+    config = transformers.LlamaConfig(vocab_size=500, eos_token_id=None, **sizes)
+    transformers.LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    small = program.replace('"meta-llama/Llama-3.1-8B"', repr(str(tmp_path / "model")))
+    assert small != program
+    (tmp_path / "run").mkdir()
+    lines = torchrun(small, tmp_path / "run").strip().splitlines()
+    assert len(lines) == 2 and len(set(lines)) == 1 and lines[0].startswith("(1, 16) "), lines
+    assert ON_GPUS or re.fullmatch(r"\(1, 16\) torch.distributed {'eager': 0, 'functional': 0} {'no kernel': \d+}", lines[0]), lines
+
+
+@pytest.mark.programs
 def test_what_a_communicator_says(tmp_path):
     (program,), _ = examples("doctor.md")
     lines = torchrun(program, tmp_path).strip().splitlines()
@@ -192,9 +209,9 @@ def test_doctor_shows_the_lines_that_the_page_explains():
     printed = render(examine(gpu_count=0))
     shown = re.search(r"```text\n(.*?)```", page, re.S)[1]
     words = [line.split()[0] for line in shown.splitlines()]
-    assert words == ["versions", "driver", "host", "libraries", "cpu", "kernel", "would", "because", "no"]
+    assert words == ["versions", "driver", "host", "libraries", "cpu", "kernel", "would", "because", "no", "advice"]
     heads = {line.split()[0] for line in printed.splitlines()}
-    assert heads >= {"versions", "driver", "host", "libraries", "cpu", "kernel", "would", "because"}
+    assert heads >= {"versions", "driver", "host", "libraries", "cpu", "kernel", "would", "because", "advice"}
     source = inspect.getsource(sys.modules["allreduce_jit.cli.doctor"])
     explained = re.findall(r"^\| `(\w+)", page, re.M)
-    assert len(explained) == 12 and all(word == "cuda" or word in source for word in explained)
+    assert len(explained) == 13 and all(word == "cuda" or word in source for word in explained)
