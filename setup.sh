@@ -18,7 +18,8 @@ P
     "$venv/bin/python" -m pip install -q --no-build-isolation --no-deps -e .
     for package in triton:triton cuda.core:cuda-core cuda.bindings:cuda-bindings pytest:pytest numpy:numpy \
         pytest_timeout:pytest-timeout xdist:pytest-xdist hypothesis:hypothesis ruff:ruff "pyright:pyright[nodejs]" \
-        jsonschema:jsonschema build.env:build twine:twine; do
+        jsonschema:jsonschema build.env:build twine:twine material:mkdocs-material \
+        "mkdocstrings_handlers.python:mkdocstrings[python]"; do
         "$venv/bin/python" -c "import ${package%%:*}" 2>/dev/null ||
             "$venv/bin/python" -m pip install -q "${package##*:}" 2>/dev/null ||
             echo "setup: ${package##*:} is not installed and cannot be fetched; going on without it"
@@ -26,5 +27,5 @@ P
 else
     "$python" -m venv "$venv"
     "$venv/bin/python" -m pip install -q "torch==2.13.0"
-    "$venv/bin/python" -m pip install -q -e ".[test]"
+    "$venv/bin/python" -m pip install -q -e ".[test,docs]"
 fi

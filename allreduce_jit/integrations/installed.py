@@ -165,6 +165,7 @@ class Installation:
         torch.compile(self._eagerly, fullgraph=True)(x)
 
     def close(self) -> None:
+        """Release the communicator; idempotent, talks to nobody. ``uninstall`` does it."""
         self.matches, self._guards = never_matches, {}
         self.comm.close()
 

@@ -175,7 +175,13 @@ def test_start_with_transformers(tmp_path):
     transformers = pytest.importorskip("transformers", reason="needs transformers")
     pytest.importorskip("accelerate", reason="needs accelerate, which transformers asks for where a model is split")
     (program,), _ = examples("start/transformers.md")
-    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 2}
+    sizes = {
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+    }
     config = transformers.LlamaConfig(vocab_size=500, eos_token_id=None, **sizes)
     transformers.LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "model")
     small = program.replace('"meta-llama/Llama-3.1-8B"', repr(str(tmp_path / "model")))
@@ -183,7 +189,9 @@ def test_start_with_transformers(tmp_path):
     (tmp_path / "run").mkdir()
     lines = torchrun(small, tmp_path / "run").strip().splitlines()
     assert len(lines) == 2 and len(set(lines)) == 1 and lines[0].startswith("(1, 16) "), lines
-    assert ON_GPUS or re.fullmatch(r"\(1, 16\) torch.distributed {'eager': 0, 'functional': 0} {'no kernel': \d+}", lines[0]), lines
+    assert ON_GPUS or re.fullmatch(r"\(1, 16\) torch.distributed {'eager': 0, 'functional': 0} {'no kernel': \d+}", lines[0]), (
+        lines
+    )
 
 
 @pytest.mark.programs
