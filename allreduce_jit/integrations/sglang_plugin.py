@@ -151,7 +151,8 @@ def normed(
         held = getattr(coordinator, "ca_comm", None)
         group = _groups.get(held) if isinstance(held, AllReduceJit) else None
         if group is not None and _fits(group, input_tensor, weight) and group.takes(input_tensor):
-            return group.add_rms_norm(input_tensor, residual, weight, eps, rounding="U")
+            # Rounded as FlashInfer does, whose calls with more rows stay.
+            return group.add_rms_norm(input_tensor, residual, weight, eps)
     return original(input_tensor, residual, weight, eps, *args, **kwargs)
 
 
