@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -185,3 +186,16 @@ def raised(kind, call, *words):
         assert not missing, f"{e!r} does not say {missing}"
         return e
     raise AssertionError(f"no {kind.__name__} was raised")
+
+
+@contextmanager
+def logged():
+    """What the package says, at INFO and above."""
+    records, handler, logger = [], logging.Handler(), logging.getLogger("allreduce_jit")
+    handler.emit = lambda record: records.append((record.levelname, record.getMessage()))
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    yield records
+    logger.removeHandler(handler)
+    logger.setLevel(level)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from contextlib import contextmanager
 from unittest import mock
@@ -10,7 +9,7 @@ from unittest import mock
 import pytest
 import torch
 from helpers import fake_sglang, fake_vllm
-from helpers.fake_engines import MOST_ROWS, fake_gpus, raised, suite
+from helpers.fake_engines import MOST_ROWS, fake_gpus, logged, raised, suite
 
 from allreduce_jit.harness import ranks
 from allreduce_jit.integrations import sglang_plugin as plugin
@@ -22,18 +21,6 @@ HIDDEN = 64
 STATE = "sglang.srt.distributed.parallel_state"
 FUSION = "sglang.srt.layers.flashinfer_comm_fusion"
 CUSTOM = "sglang.srt.distributed.device_communicators.custom_all_reduce"
-
-
-@contextmanager
-def logged():
-    records, handler, logger = [], logging.Handler(), logging.getLogger("allreduce_jit")
-    handler.emit = lambda record: records.append((record.levelname, record.getMessage()))
-    level = logger.level
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    yield records
-    logger.removeHandler(handler)
-    logger.setLevel(level)
 
 
 def said(records, *words):

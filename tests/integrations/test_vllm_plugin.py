@@ -13,7 +13,7 @@ from unittest import mock
 
 import pytest
 import torch
-from helpers.fake_engines import MOST_ROWS, fake_gpus, raised, suite
+from helpers.fake_engines import MOST_ROWS, fake_gpus, logged, raised, suite
 from helpers.fake_vllm import SIGNATURES, CudaCommunicator, fake_vllm
 from helpers.fake_vllm import arguments as arguments_of
 
@@ -35,19 +35,6 @@ def environment(value, **others):
         if value is not None:
             os.environ["ALLREDUCE_JIT"] = value
         yield
-
-
-@contextmanager
-def logged():
-    """What the package says, at INFO and above."""
-    records, handler, logger = [], logging.Handler(), logging.getLogger("allreduce_jit")
-    handler.emit = lambda record: records.append((record.levelname, record.getMessage()))
-    level = logger.level
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    yield records
-    logger.removeHandler(handler)
-    logger.setLevel(level)
 
 
 def lines(records, level="INFO"):
