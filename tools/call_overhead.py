@@ -125,7 +125,7 @@ def _installed(place: Any, stack: Any, comm: Any, x: Any, times: int, turns: int
             "functional in place": lambda: functional(x, "sum", name),
         }
         found = {"left_before": before, "left": _idle(place, left, times, turns), "taken": _idle(place, taken, times, turns)}
-        counted = installation.describe()
+        counted = installation.describe().to_dict()
         installed.uninstall()
     finally:
         cell.cell.cell_contents = dist.all_reduce.__wrapped__ = original

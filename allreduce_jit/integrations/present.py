@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..errors import SettingsError
+from ..records import Record
 from ..settings import PLUGINS_SWITCH, parse_plugins
 
 NAME = "allreduce_jit"  # of the entry points
@@ -38,8 +39,25 @@ ENGINES = (
 )
 
 
-def engines(environ: Mapping[str, str] | None = None) -> list[dict[str, str | bool | None]]:
-    """Of each engine that is installed: name, version, whether the plug-in would work there, and if not, why; ready for JSON.
+@dataclass(frozen=True)
+class EngineReport(Record):
+    """An engine that is installed.
+
+    Attributes:
+        engine: vLLM or SGLang.
+        version: of its distribution.
+        plug_in: whether our plug-in would be loaded there.
+        why: why not, else None.
+    """
+
+    engine: str
+    version: str
+    plug_in: bool
+    why: str | None
+
+
+def engines(environ: Mapping[str, str] | None = None) -> tuple[EngineReport, ...]:
+    """What there is of each engine that is installed.
 
     Args:
         environ: instead of ``os.environ``.
@@ -50,8 +68,8 @@ def engines(environ: Mapping[str, str] | None = None) -> list[dict[str, str | bo
         version = next(filter(None, map(_version, engine.distributions)), None)
         if version is not None:
             why = _why_not(engine, env)
-            found.append({"engine": engine.title, "version": version, "plug_in": why is None, "why": why})
-    return found
+            found.append(EngineReport(engine.title, version, why is None, why))
+    return tuple(found)
 
 
 def _version(distribution: str) -> str | None:

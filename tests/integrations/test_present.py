@@ -47,24 +47,24 @@ def both():
     ],
 )
 def test_whether_the_plugin_would_be_loaded(both, env, vllm, sglang):
-    found = {engine["engine"]: engine for engine in present.engines(env)}
-    assert {name: engine["version"] for name, engine in found.items()} == {"vLLM": "0.32.0", "SGLang": "0.5.23"}
+    found = {engine.engine: engine for engine in present.engines(env)}
+    assert {name: engine.version for name, engine in found.items()} == {"vLLM": "0.32.0", "SGLang": "0.5.23"}
     for name, why in (("vLLM", vllm), ("SGLang", sglang)):
-        assert found[name]["plug_in"] is (why is None)
-        assert found[name]["why"] is None if why is None else found[name]["why"].startswith(why)
+        assert found[name].plug_in is (why is None)
+        assert found[name].why is None if why is None else found[name].why.startswith(why)
 
 
 def test_without_entry_points(both):
     none = importlib.metadata.EntryPoints(())
     with mock.patch.object(importlib.metadata, "entry_points", lambda group: none):
-        assert all("pip install it" in engine["why"] for engine in present.engines(ON))
+        assert all("pip install it" in engine.why for engine in present.engines(ON))
 
 
 def test_doctor_says_so(both):
     with mock.patch.dict(os.environ, ON | {"VLLM_PLUGINS": "other"}):
         document = doctor.examine()
         text = doctor.render(document)
-    assert document["environment"]["ALLREDUCE_JIT"] == "1" and "environment  ALLREDUCE_JIT=1" in text
+    assert document.environment["ALLREDUCE_JIT"] == "1" and "environment  ALLREDUCE_JIT=1" in text
     assert "engine       vLLM 0.32.0: VLLM_PLUGINS='other' does not name allreduce_jit" in text
     assert "engine       SGLang 0.5.23: " in text
 
@@ -74,4 +74,4 @@ def test_none_is_installed():
         raise importlib.metadata.PackageNotFoundError(name)
 
     with mock.patch.object(importlib.metadata, "version", version):
-        assert present.engines(ON) == []
+        assert present.engines(ON) == ()
