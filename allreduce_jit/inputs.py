@@ -15,6 +15,7 @@ from .torch_private import quick_empty, tensor_check, without_overrides
 # Below are offsets into storages that have been freed under their tensors, to which torch gives no address: tensors that are
 # like earlier ones in all else. The driver gives no memory there.
 NO_ADDRESS = 1 << 32
+_SUM = dist.ReduceOp.SUM
 
 
 def never_matches(x: torch.Tensor) -> bool:
@@ -77,7 +78,7 @@ def require_sum(op: object, rank: int) -> None:
 
     What another library calls its operations is not compared with anything: their ``==`` may mean anything.
     """
-    if op is None:
+    if op is None or op is _SUM:
         return
     kinds = dist.ReduceOp.RedOpType
     if isinstance(op, str):
