@@ -103,7 +103,7 @@ def installed(place):
             call(x)
             assert not reference.compare(x, want).wrong, dtype
         x = reference.values(seed, place.rank, 5000, dtype, device)
-        assert not reference.compare(funcol.all_reduce(x, "sum", dist.group.WORLD) + 0, want).wrong, dtype
+        assert not reference.compare(funcol.wait_tensor(funcol.all_reduce(x, "sum", dist.group.WORLD)), want).wrong, dtype
     assert installation.taken == {"eager": 6, "functional": 3} and not installation.describe().left
     # A handle orders any stream behind the call, which may wait for a late rank.
     side, x = torch.cuda.Stream(), torch.full((1 << 20,), 1.0, device=device)
