@@ -10,7 +10,6 @@ A machine that cannot run a path is no error: that is a ``Reason`` (see ``policy
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -194,6 +193,5 @@ if TYPE_CHECKING:
 def __getattr__(name: str) -> Any:
     if name not in RENAMED:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    if not sys._getframe(1).f_globals.get("__name__", "").startswith(_SILENT):
-        deprecated(f"the name {name}", f"the exception is called {RENAMED[name]}")
+    deprecated(f"the name {name}", f"the exception is called {RENAMED[name]}", silent=_SILENT)
     return globals()[RENAMED[name]]
