@@ -167,7 +167,8 @@ def render(document: dict[str, Any]) -> str:
     lines.append(f"kernel cache {cache['directory'] or '(none)'}: {cache['problem'] or state}")
     lines += [f"environment  {name}={value}" for name, value in document["environment"].items()]
     for found in document["engines"]:
-        lines.append(f"engine       {found['engine']} {found['version']}: " + (found["why"] or "its plug-in is on"))
+        on = "its plug-in is on; before us: " + ("; ".join(found["before_us"]) or "nothing")
+        lines.append(f"engine       {found['engine']} {found['version']}: " + (found["why"] or on))
     ranks = document["simulated_ranks"]
     who = f"{ranks} ranks, one per GPU" if ranks else "ranks on the CPU"
     if verdict:
