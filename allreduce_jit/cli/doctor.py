@@ -238,7 +238,8 @@ def render(found: DoctorReport) -> str:
     lines.append(f"kernel cache {cache.directory or '(none)'}: {cache.problem or state}")
     lines += [f"environment  {name}={value}" for name, value in found.environment.items()]
     for engine in found.engines:
-        lines.append(f"engine       {engine.engine} {engine.version}: " + (engine.why or "its plug-in is on"))
+        on = "its plug-in is on; before us: " + ("; ".join(engine.before_us) or "nothing")
+        lines.append(f"engine       {engine.engine} {engine.version}: " + (engine.why or on))
     ranks = found.simulated_ranks
     who = f"{ranks} ranks, one per GPU" if ranks else "ranks on the CPU"
     if verdict:

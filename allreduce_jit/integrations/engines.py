@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -38,12 +37,6 @@ def switch() -> str:
         SettingsError: it has another value.
     """
     return parse_plugins(PLUGINS_SWITCH, os.environ.get(PLUGINS_SWITCH, "off"))
-
-
-def release_of(text: str) -> tuple[int, int] | None:
-    """Major and minor version, as ``0.33.0+cpu`` has them; None of what says no release, as builds of a branch do."""
-    found = re.match(r"(\d+)\.(\d+)\.\d+", text)
-    return None if found is None or ".dev" in text else (int(found[1]), int(found[2]))
 
 
 class _Through(logging.Handler):

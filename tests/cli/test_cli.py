@@ -655,7 +655,7 @@ class TestDoctor:
         """But for the probe, of which the stand-in has not all."""
         found = self.examine(), self.examine("legacy"), self.examine("torch.distributed", code="no-p2p")
         for document in found:
-            engine = EngineReport("vLLM", "1", False, "off")
+            engine = EngineReport("vLLM", "1", False, "off", ())
             document = replace(document, probe=(), engines=(engine,)).to_dict()
             assert violations("doctor", json.loads(json.dumps(document))) == []
             assert violations("doctor", document | {"engines": [engine.to_dict() | {"why": 1}]})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 
+import compiled_decode
 import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
@@ -147,6 +148,28 @@ def installed(place):
     x = torch.ones(100, device=device)
     dist.all_reduce(x)
     assert bool((x == n).all()) and installation.taken["functional"] > 3
+
+
+def decoded(place):
+    """A compiled model, its CUDA graphs among them: the same tokens by functional collectives that are taken, and with fused calls."""
+    options = compiled_decode.Options(
+        batches=(1, 9),
+        layers=2,
+        hidden=1024,
+        heads=24,
+        kv_heads=24,
+        intermediate=1536,
+        context=16,
+        vocabulary=500,
+        steps=8,
+        turns=1,
+    )
+    document = compiled_decode.work(place, options)
+    assert document["ok"], document["rows"]
+    assert document["path"] == "v2" and document["installed"]["taken"]["functional"] > 0 and not document["installed"]["left"]
+    for row in document["rows"]:
+        assert {"torch.distributed", "installed", "fused"} <= row["tokens_per_s"].keys() and row["different_tokens"] > 3, row
+    return document["unavailable"]
 
 
 def transformers(place):

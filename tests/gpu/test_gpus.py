@@ -62,7 +62,9 @@ def test_norms(n):
 
 @pytest.mark.parametrize("path", [Path.V2, Path.LEGACY, Path.TORCH], ids=lambda path: path.short)
 @pytest.mark.parametrize("n", WORLDS)
-def test_bits_of_norms(n, path):
+def test_bits_of_norms(n, path, monkeypatch):
+    if path is Path.TORCH:
+        monkeypatch.setenv("ALLREDUCE_JIT_PATH", "torch")
     run(n, ("gpu_fused:bits", (path,)))
 
 
@@ -90,6 +92,11 @@ def test_tools_of_norms(n):
 @pytest.mark.parametrize("n", WORLDS)
 def test_operators_and_install(n):
     run(n, "gpu_install:operators", "gpu_install:installed")
+
+
+@pytest.mark.parametrize("n", WORLDS)
+def test_compiled_decode(n):
+    run(n, "gpu_install:decoded")
 
 
 @pytest.mark.parametrize("n", [WORLDS[0], *WORLDS[2:]])  # that divide the heads

@@ -19,7 +19,7 @@ from helpers.fake_vllm import arguments as arguments_of
 
 from allreduce_jit.errors import ClosedError, SettingsError, SetupError
 from allreduce_jit.harness import ranks
-from allreduce_jit.integrations import engines, vllm_fusion
+from allreduce_jit.integrations import engines, present, vllm_fusion
 from allreduce_jit.integrations import vllm as plugin
 from allreduce_jit.integrations.engines import Group, group_of
 from allreduce_jit.norms import add_rms_norm, add_rms_norm_fp8
@@ -363,7 +363,7 @@ def test_importing_the_plugins_imports_no_engine():
     ],
 )
 def test_releases(text, release):
-    assert engines.release_of(text) == release
+    assert present.release_of(text) == release
 
 
 def test_what_is_said_is_shown(capsys):
