@@ -164,7 +164,7 @@ def test_engines_are_those_that_their_page_has():
     for title, version, on_cpu in versions:
         assert told[title, version].startswith("on the CPU" if on_cpu == "yes" else "expected"), (title, version)
         assert (on_cpu == "yes") == (run[title.lower()] == version)
-    assert "**Nothing of it has run on a GPU.**" in PAGE and "**No line of this page has run on a GPU yet.**" in page
+    assert "**No plug-in has run in an engine on a GPU.**" in PAGE and "**No line of this page has run on a GPU yet.**" in page
 
 
 # -- tests that documents name
