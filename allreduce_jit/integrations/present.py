@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from ..errors import SettingsError
+from ..records import Record
 from ..settings import PLUGINS_SWITCH, parse_plugins
 
 NAME = "allreduce_jit"  # of the entry points
@@ -74,9 +75,27 @@ ENGINES = (
 )
 
 
-def engines(environ: Mapping[str, str] | None = None) -> list[dict[str, str | bool | list[str] | None]]:
-    """Of each engine that is installed: name, version, whether the plug-in would work there, if not, why, and what may take all-reduces
-    before it; ready for JSON.
+@dataclass(frozen=True)
+class EngineReport(Record):
+    """An engine that is installed.
+
+    Attributes:
+        engine: vLLM or SGLang.
+        version: of its distribution.
+        plug_in: whether our plug-in would be loaded there.
+        why: why not, else None.
+        before_us: what may take all-reduces before the plug-in.
+    """
+
+    engine: str
+    version: str
+    plug_in: bool
+    why: str | None
+    before_us: tuple[str, ...]
+
+
+def engines(environ: Mapping[str, str] | None = None) -> tuple[EngineReport, ...]:
+    """What there is of each engine that is installed.
 
     Args:
         environ: instead of ``os.environ``.
@@ -87,9 +106,9 @@ def engines(environ: Mapping[str, str] | None = None) -> list[dict[str, str | bo
         version = next(filter(None, map(_version, engine.distributions)), None)
         if version is not None:
             why = _why_not(engine, env)
-            known = {"engine": engine.title, "version": version, "plug_in": why is None, "why": why}
-            found.append(known | {"before_us": engine.before(version) if why is None else []})
-    return found
+            before = tuple(engine.before(version)) if why is None else ()
+            found.append(EngineReport(engine.title, version, why is None, why, before))
+    return tuple(found)
 
 
 def _version(distribution: str) -> str | None:

@@ -112,7 +112,7 @@ def bits(place, path):
                 for turn in range(3 if rows == 3 else 1):
                     call.check(call.run(comm), f"{path} turn {turn}")
             call = Call(case, 5, seed + 50, comm.world_size, comm.rank, place.device, kind)
-            if comm.describe()["backend"] != "gloo":
+            if comm.describe().backend != "gloo":
                 graph = torch.cuda.CUDAGraph()
                 with comm.capture(), torch.cuda.graph(graph):
                     captured = call.run(comm)
@@ -249,11 +249,11 @@ def ends(place):
             torch.cuda.synchronize()
             assert time.monotonic() - started < 4, trouble
             if place.rank < last or trouble != "missing":
-                with pytest.raises(allreduce_jit.CommunicatorFailed) as caught:
+                with pytest.raises(allreduce_jit.CommunicatorFailedError) as caught:
                     comm.check()
                     comm.all_reduce(call.x)
                 if trouble == "eps":
-                    assert isinstance(caught.value, allreduce_jit.CallMismatch) and "eps" in str(caught.value), caught.value
+                    assert isinstance(caught.value, allreduce_jit.CallMismatchError) and "eps" in str(caught.value), caught.value
                 else:
                     assert caught.value.ranks == (last,), caught.value
             if results is not None:

@@ -105,7 +105,7 @@ def installed(place):
             assert not reference.compare(x, want).wrong, dtype
         x = reference.values(seed, place.rank, 5000, dtype, device)
         assert not reference.compare(funcol.wait_tensor(funcol.all_reduce(x, "sum", dist.group.WORLD)), want).wrong, dtype
-    assert installation.taken == {"eager": 6, "functional": 3} and not installation.describe()["left"]
+    assert installation.taken == {"eager": 6, "functional": 3} and not installation.describe().left
     # A handle orders any stream behind the call, which may wait for a late rank.
     side, x = torch.cuda.Stream(), torch.full((1 << 20,), 1.0, device=device)
     side.wait_stream(torch.cuda.current_stream())
@@ -120,7 +120,7 @@ def installed(place):
         z = torch.full((100,), place.rank, dtype=dtype, device=device)
         dist.all_reduce(z, op=op)
         assert bool((z == result).all())
-    assert installation.describe()["left"] == {"dtype": 1, "op": 1}
+    assert installation.describe().left == {"dtype": 1, "op": 1}
     static, graph = torch.ones(3000, device=device), torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         dist.all_reduce(static)
@@ -138,7 +138,7 @@ def installed(place):
                 y = compiled(x)
             assert bool((x == n * turn).all()) and bool((y == 2 * n * n * turn + 1).all()), (mode, turn)
             del y
-        assert not {"mode", "kind of tensor", "layout"} & installation.describe()["left"].keys()
+        assert not {"mode", "kind of tensor", "layout"} & installation.describe().left.keys()
     torch.cuda.synchronize()
     installation.comm.check()
     del compiled, graph

@@ -172,7 +172,9 @@ def test_users_programs(n):
 @pytest.mark.parametrize("n", WORLDS[:2])
 @pytest.mark.parametrize("path", ["v2", "legacy", "torch.distributed"])
 def test_a_peer_that_dies_in_a_call_of_nccl(n, path, capfd):
-    with pytest.raises(ranks.RanksFailed) as caught:  # the survivors leave with exit code 0, once they have said what they saw
+    with pytest.raises(
+        ranks.RanksFailedError
+    ) as caught:  # the survivors leave with exit code 0, once they have said what they saw
         ranks.run(gpu_work.suite, [("gpu_users:nccl_and_a_dead_peer", (path,))], gpus=n, deadline=120)
     assert "SIGKILL" in caught.value.failed[n - 1], caught.value.failed
     said = capfd.readouterr().out

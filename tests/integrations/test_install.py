@@ -65,7 +65,7 @@ def total(place):
 def counted(installation, **more):
     """The counts since last time."""
     found = installation.describe()
-    news = {kind: n for kind, n in {**found["taken"], **found["left"]}.items() if n}
+    news = {kind: n for kind, n in {**found.taken, **found.left}.items() if n}
     for counts in (installation.taken, installation.left):
         counts.update(dict.fromkeys(counts, 0))
     return news
@@ -76,7 +76,7 @@ def eager(place):
     with taking(place) as (installation, engine):
         assert installation.routes == {"eager": "taken", "functional": "taken", "compiled": "not probed"}
         assert engine.sums == 0 and not counted(installation)  # probes are calls of nobody
-        assert allreduce_jit.install(group) is installation and json.dumps(installation.describe())
+        assert allreduce_jit.install(group) is installation and json.dumps(installation.describe().to_dict())
         for dtype in (torch.float32, torch.float16, torch.bfloat16):
             for call in (
                 lambda x: dist.all_reduce(x, group=group),
@@ -268,10 +268,10 @@ def groups_of_the_same_ranks(place):
         assert counted(own) == {"eager": 1} and not counted(installation)
         allreduce_jit.uninstall(late)
         dist.all_reduce(mine(place, 3), group=late)
-        assert not own.describe()["installed"] and counted(installation) == {"eager": 1} and not counted(own)
+        assert not own.describe().installed and counted(installation) == {"eager": 1} and not counted(own)
         place.barrier()
         dist.destroy_process_group(late)
-        assert installation.describe()["installed"]
+        assert installation.describe().installed
         with contextlib.suppress(RuntimeError):  # whatever torch makes of a group that it has destroyed
             dist.all_reduce(mine(place, 3), group=late)
         assert not counted(installation)
@@ -287,7 +287,7 @@ def destroyed_groups(place):
         dist.all_reduce(mine(place, 3), group=group)
         dist.barrier(group=group)
         dist.destroy_process_group(group)
-        assert built[0].closed and not installation.describe()["installed"] and torch_as_it_is() == before
+        assert built[0].closed and not installation.describe().installed and torch_as_it_is() == before
         assert counted(installation) == {"eager": 1}
         with contextlib.suppress(RuntimeError):
             dist.all_reduce(mine(place, 3), group=group)

@@ -47,12 +47,12 @@ def both():
     ],
 )
 def test_whether_the_plugin_would_be_loaded(both, env, vllm, sglang):
-    found = {engine["engine"]: engine for engine in present.engines(env)}
-    assert {name: engine["version"] for name, engine in found.items()} == {"vLLM": "0.32.0", "SGLang": "0.5.23"}
+    found = {engine.engine: engine for engine in present.engines(env)}
+    assert {name: engine.version for name, engine in found.items()} == {"vLLM": "0.32.0", "SGLang": "0.5.23"}
     for name, why in (("vLLM", vllm), ("SGLang", sglang)):
-        assert found[name]["plug_in"] is (why is None)
-        assert found[name]["why"] is None if why is None else found[name]["why"].startswith(why)
-        assert why is None or found[name]["before_us"] == []
+        assert found[name].plug_in is (why is None)
+        assert found[name].why is None if why is None else found[name].why.startswith(why)
+        assert why is None or found[name].before_us == ()
 
 
 FUSED = "FlashInfer, in layers whose norm it fuses"
@@ -81,13 +81,13 @@ def test_what_takes_calls_before_us(both, monkeypatch, tmp_path, flashinfer, vll
     package = tmp_path / "sglang/__init__.py"
     package.write_text("raise AssertionError('imported')\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    assert tuple(engine["before_us"] for engine in present.engines(ON)) == before
+    assert tuple(list(engine.before_us) for engine in present.engines(ON)) == before
 
 
 def test_without_entry_points(both):
     none = importlib.metadata.EntryPoints(())
     with mock.patch.object(importlib.metadata, "entry_points", lambda group: none):
-        assert all("pip install it" in engine["why"] for engine in present.engines(ON))
+        assert all("pip install it" in engine.why for engine in present.engines(ON))
 
 
 def test_doctor_says_so(both):
@@ -95,7 +95,7 @@ def test_doctor_says_so(both):
         document = doctor.examine()
         text = doctor.render(document)
     assert "its plug-in is on; before us: MSCCL++" in " ".join(text.split())
-    assert document["environment"]["ALLREDUCE_JIT"] == "1" and "environment  ALLREDUCE_JIT=1" in text
+    assert document.environment["ALLREDUCE_JIT"] == "1" and "environment  ALLREDUCE_JIT=1" in text
     assert "engine       vLLM 0.32.0: VLLM_PLUGINS='other' does not name allreduce_jit" in text
     assert "engine       SGLang 0.5.23: " in text
 
@@ -105,4 +105,4 @@ def test_none_is_installed():
         raise importlib.metadata.PackageNotFoundError(name)
 
     with mock.patch.object(importlib.metadata, "version", version):
-        assert present.engines(ON) == []
+        assert present.engines(ON) == ()
