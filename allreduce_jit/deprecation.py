@@ -10,19 +10,14 @@ _PACKAGE = __name__.partition(".")[0]
 _PASSED_THROUGH = (_PACKAGE, "importlib")  # on the way from who uses a name to where it was
 
 
-def deprecated(what: str, instead: str, silent: str | None = None) -> None:
+def deprecated(what: str, instead: str) -> None:
     """Warn of ``what``, at the line outside of this package that led here; ``instead`` says what to write there.
-
-    Args:
-        silent: a part of this package that still uses it itself, of which users are not to be warned.
 
     The filters of warnings decide whether it is seen: by default in ``__main__`` and under pytest, once for each line.
     """
     frame = inspect.currentframe()
     while frame is not None and frame.f_back is not None and _passed_through(frame):
         frame = frame.f_back
-        if silent is not None and frame.f_globals.get("__name__", "").startswith(silent):
-            return
     assert frame is not None, "CPython tells frames"
     warnings.warn_explicit(
         f"{what} is deprecated and will go in a later version: {instead}",

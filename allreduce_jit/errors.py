@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .deprecation import deprecated
 from .records import OPTIONAL, Record
@@ -179,19 +179,10 @@ RENAMED = {
         "PoisonedError",
     )
 }
-_SILENT = "allreduce_jit.engine"  # not renamed there yet: users are not to be warned of what we wrote
-
-if TYPE_CHECKING:
-    CommunicatorFailed = CommunicatorFailedError
-    PeerTimeout = PeerTimeoutError
-    PeerLost = PeerLostError
-    CallMismatch = CallMismatchError
-    ConcurrentUse = ConcurrentUseError
-    Poisoned = PoisonedError
 
 
 def __getattr__(name: str) -> Any:
     if name not in RENAMED:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    deprecated(f"the name {name}", f"the exception is called {RENAMED[name]}", silent=_SILENT)
+    deprecated(f"the name {name}", f"the exception is called {RENAMED[name]}")
     return globals()[RENAMED[name]]

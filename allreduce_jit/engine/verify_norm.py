@@ -28,7 +28,7 @@ def verify_norms(engine: KernelEngine, family: OpSpec) -> None:
     Collective.
 
     Raises:
-        SetupError: a result is wrong; CommunicatorFailed: a call did not complete.
+        SetupError: a result is wrong; CommunicatorFailedError: a call did not complete.
     """
     config, norm = engine.config, family.epilogue
     assert norm is not None, "a family with a norm"
