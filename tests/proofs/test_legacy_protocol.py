@@ -149,7 +149,7 @@ def test_calls_that_differ_are_named(stage, world, how):
         error = explained(outcome, rank)
         assert type(error) is CallMismatchError and 1 in error.ranks, error
         if error.report.found_by == rank:
-            mine, theirs = error.report.mine, error.report.theirs
+            mine, theirs = error.report.mine.to_dict(), error.report.theirs.to_dict()
             differing = {name for name in mine if mine[name] != theirs[name]}
             assert differing == set(how) and mine["dtype"] in ("float16", "bfloat16")
             assert str(how.get("numel", 40)) in str(error)
