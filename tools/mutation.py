@@ -1,6 +1,7 @@
 """Mutation testing of the CUDA kernels on the CPU: which small changes of the sources does some check of ``tests/proofs`` notice?
 
-Usage: python tools/mutation.py [--sample N] [--seed S] [--minutes M] [--only REGEX] [--jobs N] [--again] [--table] [--list]
+Usage: python tools/mutation.py [--sample N] [--seed S] [--minutes M] [--only REGEX] [--jobs N] [--again] [--fresh]
+       python tools/mutation.py --table | --list
 
 Every mutant (``tests/proofs/mutants.py``) is built as the CPU twin and run against the checks (``mutant_checks.py``), the cheapest first.
 Verdicts are kept in ``build/mutants/results.jsonl`` as they come: a run that was stopped goes on where it was. Exits with 1 if a mutant
@@ -14,6 +15,7 @@ import json
 import random
 import re
 import sys
+import tempfile
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -28,7 +30,7 @@ from mutants import KINDS, Mutant  # noqa: E402
 
 RESULTS = ROOT / "build/mutants/results.jsonl"
 EXPLAINED = ROOT / "tests/proofs/mutants_explained.json"
-LATER = "left by the quick checks"
+LATER = "left by the cheap checks"
 
 
 def explained() -> dict[str, str]:
@@ -82,11 +84,15 @@ def main() -> int:
     )
     parser.add_argument("--table", action="store_true", help="what is known, no run")
     parser.add_argument("--list", action="store_true", help="the mutants, no run")
+    parser.add_argument("--fresh", action="store_true", help="as if nothing were known, which is not kept either")
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
     if why := mutants.missing():
         print(f"mutants: {why}")
         return 2
+    if args.fresh:
+        folder = tempfile.TemporaryDirectory()
+        args.results = Path(folder.name, "results.jsonl")
 
     chosen = [mutant for mutant in mutants.every() if re.search(args.only, f"{mutant.id} {mutant}")]
     if args.sample:
@@ -110,7 +116,7 @@ def run(chosen: list[Mutant], args: argparse.Namespace, reasons: dict[str, str])
     import mutant_checks
 
     verdicts = known(args.results)
-    left = [m for m in chosen if m.id not in verdicts or verdicts[m.id]["outcome"] == LATER and not args.quick]
+    left = [m for m in chosen if m.id not in verdicts or verdicts[m.id]["outcome"] == LATER and args.depth != "quick"]
     left += [
         m
         for m in chosen
@@ -123,8 +129,8 @@ def run(chosen: list[Mutant], args: argparse.Namespace, reasons: dict[str, str])
     def one(mutant: Mutant):
         if time.monotonic() > until:
             return
-        verdict = mutant_checks.judge(mutant, objects, args.quick)
-        if args.quick and verdict.outcome == mutant_checks.SURVIVED:
+        verdict = mutant_checks.judge(mutant, objects, args.depth)
+        if args.depth != mutant_checks.FULL and verdict.outcome == mutant_checks.SURVIVED:
             verdict = replace(verdict, outcome=LATER)
         if verdict.outcome == mutant_checks.BROKEN:
             print(f"no verdict on {mutant.id} {mutant}: {verdict.how}", flush=True)

@@ -33,9 +33,11 @@ from allreduce_jit.policy.norm_catalogue import norm_module
 from allreduce_jit.policy.norm_forms import Form
 
 KILLED, SURVIVED, EQUIVALENT, INVALID = "killed", "survived", "equivalent", "does not compile"
+QUICK, LONGER, FULL = "quick", "longer", "full"
 BROKEN = "no verdict"  # the harness itself failed
 SECONDS = 400  # that a mutant may take in all: one whose threads spin without looking at memory is no hang to the twin
 ARCH = "sm_90"
+FAST = "-O0"  # of most mutants the compiler is what takes time
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,6 @@ def quick_bare() -> list[Check]:
     """Seconds."""
     return [
         *_of(test_twin, "mixed calls", [0]),
-        *_seeds("2 ranks", test_twin.run_mixed, [0], world_size=2),
         *_of(test_twin, "absent rank", [0]),
         *_of(test_twin, "host stops a rank", range(3)),
         *_of(test_twin, "calls differ", range(3)),
@@ -71,6 +72,7 @@ def quick_bare() -> list[Check]:
         *_of(test_twin, "special values", [0]),
         *_seeds("absent rank, two-shot", test_twin.absent, [0], algorithm="two_shot"),
         *_seeds("absent rank, streamed", test_twin.absent, [0], algorithm="two_shot_stream"),
+        *_seeds("2 ranks", test_twin.run_mixed, [0], world_size=2),
     ]
 
 
@@ -242,15 +244,13 @@ def same_machine_code(mutant: Mutant, real: dict[str, str], directory: Path) -> 
     return True
 
 
-def judge(
-    mutant: Mutant, directory: Path, only_quick: bool = False, only: list[Check] | None = None, limit: float = SECONDS
-) -> Verdict:
+def judge(mutant: Mutant, directory: Path, depth: str = FULL, only: list[Check] | None = None, limit: float = SECONDS) -> Verdict:
     """Run a mutant against its checks, in a process of its own.
 
     Args:
         mutant: the change.
         directory: objects of the real sources, which are used where they are the same.
-        only_quick: those that take seconds alone; who is left survived.
+        depth: how far to go, ``QUICK``, ``LONGER`` or ``FULL``: who is left survived.
         only: these checks instead, and no look at the machine code.
         limit: seconds; who takes longer is killed by that.
     """
@@ -261,7 +261,7 @@ def judge(
         if child == 0:
             try:
                 os.setsid()
-                verdict = _inside(mutant, directory, Path(folder), only_quick, only, said)
+                verdict = _inside(mutant, directory, Path(folder), depth, only, said)
                 said.write_text(json.dumps(verdict))
             except BaseException as error:
                 said.write_text(json.dumps([BROKEN, "", repr(error)[:300]]))
@@ -286,7 +286,7 @@ def judge(
 
 
 def _inside(
-    mutant: Mutant, directory: Path, folder: Path, only_quick: bool, only: list[Check] | None, said: Path
+    mutant: Mutant, directory: Path, folder: Path, depth: str, only: list[Check] | None, said: Path
 ) -> tuple[str, str, str]:
     real = source.files()
     changed = {**real, mutant.file: mutant.applied(real[mutant.file])}
@@ -295,9 +295,13 @@ def _inside(
     twin.WARNINGS = ["-w"]
     for built in directory.glob("*.o"):
         os.link(built, folder / built.name)
+    twin.OPTIMIZATION = FAST
     verdict = _killed(quick(mutant) if only is None else only, folder, said)
-    if verdict or only_quick or only is not None:
+    if not verdict and only is None and depth != QUICK:
+        verdict = _killed(longer(mutant), folder, said)
+    if verdict or only is not None or depth != FULL:
         return verdict or (SURVIVED, "", "")
+    twin.OPTIMIZATION = "-O1"
     if mutant.file != PTX:
         said.write_text("at machine code")
         try:
@@ -305,7 +309,7 @@ def _inside(
                 return EQUIVALENT, "machine code", "the same"
         except CompileError as error:
             return INVALID, "NVRTC", repr(error)[-300:]
-    return _killed(longer(mutant) + slow(mutant), folder, said) or (SURVIVED, "", "")
+    return _killed(slow(mutant), folder, said) or (SURVIVED, "", "")
 
 
 def _killed(checks: list[Check], folder: Path, said: Path) -> tuple[str, str, str] | None:
@@ -326,10 +330,13 @@ def _killed(checks: list[Check], folder: Path, said: Path) -> tuple[str, str, st
 
 def prepare(directory: Path) -> None:
     """Objects of the real sources, and the checks pass them: or no mutant could be said to be killed."""
+    import cuda.core  # noqa: F401  # once, not in each process
+
     twin.WARNINGS = ["-w"]
     directory.mkdir(parents=True, exist_ok=True)
-    for world_size in (2, 3, 5, 8):
-        twin.build(directory, world_size)
+    for twin.OPTIMIZATION in ("-O1", FAST):
+        for world_size in (2, 3):
+            twin.build(directory, world_size)
 
 
 def all_checks() -> list[Check]:

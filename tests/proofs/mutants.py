@@ -168,7 +168,7 @@ def _replace(kind: str, node, new: str) -> Change:
 
 def _of_statement(node) -> Iterator[Change]:
     if node.type == "expression_statement":
-        if re.match(rf"({'|'.join(_FOR_THE_COMPILER)})\(\w+(\.\w+)?\);", _text(node)):
+        if not _text(node).strip(";") or re.match(rf"({'|'.join(_FOR_THE_COMPILER)})\([\w.\[\]]+\);", _text(node)):
             return
         yield _replace(REMOVED, node, "{}" if node.parent.type != "compound_statement" else ";")
     elif node.type == "return_statement" and len(node.children) <= 2:

@@ -191,7 +191,9 @@ def the_first_cause_counts(objects, edits, seed, case: Case = Case()):  # noqa: 
         world.staging(stopped)[:4].view(torch.int32).copy_(torch.tensor([code], dtype=torch.int32))
         run(world, program, seed, skip=[rank for rank in range(case.world_size) if rank != stopped])
         need(world.steps < LONG_AGO, "slow", f"a stopped rank takes {world.steps} steps")
-        need(heard(world, stopped) == report(world, stopped).code == code, "report", f"{report(world, stopped).code:#x}")
+        seen = report(world, stopped)
+        need(heard(world, stopped) == seen.code == code, "report", f"{seen.code:#x}")
+        need(seen.buffer == seen.waited_ms == 0, "report", f"it waited {seen.waited_ms} ms for nothing, in buffer {seen.buffer}")
         for rank in range(case.world_size):
             need(rank == stopped or not heard(world, rank), "told", f"rank {rank} is told again what it is told by the host")
         all_nan(case, world, program, stopped, "stopped by its host")
@@ -287,9 +289,7 @@ def data_alone(objects, edits, seed, case: Case = Case(), lost: int = 1):  # noq
         world.set_deadlines(0)
         world.set_deadlines(LIMIT, 3 * LIMIT, ranks=others)
         program = case.program(seed)
-        world.arena(lost)[twin.ARENA // 2 :].fill_(0xFF)
-        away = world._offsets[0]["arena"] - world._offsets[0]["staging"] + twin.ARENA // 2  # behind the tensors
-        run(world, program, seed, told={lost: {"slots": world.layout.regions[_region(case, world, program)].offset + away}})
+        run(world, program, seed, told={lost: _data_astray(case, world, program, lost)})
         need(LIMIT <= world.steps < 2 * LIMIT, "report", f"waited for {world.steps} steps after the handshake, not {LIMIT}")
         for rank in others:
             code, seen = heard(world, rank), report(world, rank)
@@ -300,6 +300,13 @@ def data_alone(objects, edits, seed, case: Case = Case(), lost: int = 1):  # noq
             flags = list(world.control(rank).handshaken)
             need(flags == [1] + [0] * (MAX_SHAPES - 1), "handshake", f"rank {rank}: {sum(flags)} shapes")
             all_nan(case, world, program, rank, f"rank {lost} sent nothing")
+
+
+def _data_astray(case: Case, world: World, program: Program, rank: int) -> dict[str, int]:
+    """What that rank is told to have its slots, here and at its peers, behind everybody's tensors."""
+    world.arena(rank)[twin.ARENA // 2 :].fill_(0xFF)
+    away = world._offsets[0]["arena"] - world._offsets[0]["staging"] + twin.ARENA // 2
+    return {"slots": world.layout.regions[_region(case, world, program)].offset + away}
 
 
 def _region(case: Case, world: World, program: Program) -> str:
@@ -414,7 +421,9 @@ def concurrent(objects, edits, seed, case: Case = Case()):  # noqa: B008
             program = case.program(seed)
             for name, by in change.items():
                 setattr(world.control(rank), name, (start + by) & WORD)
-            run(world, program, seed)
+            # The guard may look when the call at hand has completed, which adds one: unless it cannot.
+            stuck = {rank: _data_astray(case, world, program, rank)} if change == {"completed": -1} else {}
+            run(world, program, seed, told=stuck)
             codes = [heard(world, r) for r in range(case.world_size)]
             if not wrong:
                 need(

@@ -50,7 +50,7 @@ PAGE = 4096
 Edit = tuple[str, str, str]  # file, old text, new text
 ARGS_BYTES = ctypes.sizeof(NormArgs)  # of a launch, whatever its kernel takes
 TOGETHER = 4  # modules of a source that are compiled as one file
-WARNINGS = ["-Wall", "-Wextra", "-Werror"]
+WARNINGS, OPTIMIZATION = ["-Wall", "-Wextra", "-Werror"], "-O1"
 
 
 class StaleEdit(Exception):
@@ -59,7 +59,7 @@ class StaleEdit(Exception):
 
 class Failed(Exception):
     """A run ended badly. ``kind``: overwritten, foreign poison, hang, early report, crash, race, bits, guard,
-    slots, report, in flight."""
+    slots, report, in flight, misaligned, scope, shared memory, apart."""
 
     def __init__(self, kind: str, text: str):
         super().__init__(f"{kind}: {text}")
@@ -162,7 +162,7 @@ def _included(texts: dict[str, str], text: str) -> dict[str, str]:
 
 
 def _compile(directory: Path, texts: dict[str, str], name: str, text: str, flags) -> Path:
-    command = [COMPILER, "-std=c++17", "-O1", *WARNINGS,
+    command = [COMPILER, "-std=c++17", OPTIMIZATION, *WARNINGS,
                "-Wno-unknown-pragmas", "-ffp-contract=off", "-fno-strict-aliasing", *flags]  # fmt: skip
     headers = _included(texts, text)
     key = digest(name, text, *command, *headers, *headers.values())
@@ -444,7 +444,7 @@ class World:
         slots = []
         for rank, offsets in enumerate(self._offsets):
             start, end = (self._base + offsets["staging"] + b for b in (HEADER_BYTES, self.layout.nbytes))
-            slots.append(struct.pack("QQII", start, end, rank, 0))
+            slots.append(struct.pack("QQII", start, end, rank, HEADER_BYTES))
         reports = [struct.pack("Q", self._base + offsets["report"]) for offsets in self._offsets]
         chances = (int(jitter * 65536), int(sleep * 65536))
         counts = (len(self._queue), len(slots), len(pokes), len(reports))

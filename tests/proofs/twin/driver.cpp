@@ -151,7 +151,7 @@ struct Sleeper {
 
 struct Slots {
     u64 begin, end;
-    u32 owner;
+    u32 owner, header;  // bytes before the slots, which peers write as well; first among them the word that stops the owner
 };
 
 struct Poke {  // the host writes a word
@@ -680,7 +680,9 @@ u32 *shared_at(u32 address, u32 words) {
     Driver driver;
     const Block *block = block_of(address);
     const u32 at = (address & 0xFFFFFF) - SHARED_AT;
-    if (at % 4 || at / 4 + words > block->words) fail("shared memory", "beside what there is: byte " + std::to_string(at));
+    for (const Mbarrier &barrier : block->mbarriers)
+        if (at + 4 * words > barrier.at - SHARED_AT && at < barrier.at - SHARED_AT + 8) fail("shared memory", "a word where a memory barrier is");
+    if (at % (4 * words) || at / 4 + words > block->words) fail("shared memory", "beside what there is: byte " + std::to_string(at));
     return block->shared + at / 4;
 }
 
@@ -789,6 +791,19 @@ void fence() {
     for (u32 i = 0; i < std::min(current->loads, LOOKBACK); i++) __tsan_acquire(reinterpret_cast<void *>(current->since_fence[i]));
     current->loads = 0;
     current->fenced = true;
+}
+
+// What PTX asks of an address, and the protocol of a scope: what a peer or the host writes or reads is for sys alone, but for a rank's
+// look at the word that stops it.
+void access(u64 address, u32 nbytes, Scope scope, bool write) {
+    Driver driver;
+    if (address % nbytes) fail("misaligned", std::to_string(nbytes) + " bytes at " + std::to_string(address % 16) + " modulo 16");
+    if (scope == SYS) return;
+    for (const Slots &s : slots)
+        if (address >= s.begin - s.header && address < s.end && (write || scope == WEAK || address != s.begin - s.header))
+            fail("scope", "an access to the staging memory of rank " + std::to_string(s.owner) + " that is not of system scope");
+    for (u64 report : report_addresses)
+        if (address >= report && address < report + 64) fail("scope", "an access to a report that is not of system scope");
 }
 
 void weak() { current->fenced = false; }
