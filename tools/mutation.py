@@ -11,6 +11,7 @@ survives that ``tests/proofs/mutants_explained.json`` does not explain. Needs g+
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import random
 import re
@@ -30,7 +31,7 @@ from mutants import KINDS, Mutant  # noqa: E402
 
 RESULTS = ROOT / "build/mutants/results.jsonl"
 EXPLAINED = ROOT / "tests/proofs/mutants_explained.json"
-LATER = "left by the cheap checks"
+LATER = "left by the quick checks"
 
 
 def explained() -> dict[str, str]:
@@ -46,7 +47,7 @@ def known(path: Path) -> dict[str, dict]:
 
 
 def outcome(verdict: dict, reasons: dict[str, str]) -> str:
-    return "explained" if verdict["outcome"] == "survived" and verdict["id"] in reasons else verdict["outcome"]
+    return "explained" if verdict["outcome"] in ("survived", LATER) and verdict["id"] in reasons else verdict["outcome"]
 
 
 def table(chosen: list[Mutant], verdicts: dict[str, dict], reasons: dict[str, str]) -> str:
@@ -80,7 +81,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=2, help="mutants at a time")
     parser.add_argument("--again", action="store_true", help="those that survived before, too")
     parser.add_argument(
-        "--quick", action="store_true", help="the checks alone that take seconds: who is left is run in full later"
+        "--depth", choices=["quick", "longer", "full"], default="full", help="no checks but those: who is left is no survivor yet"
     )
     parser.add_argument("--table", action="store_true", help="what is known, no run")
     parser.add_argument("--list", action="store_true", help="the mutants, no run")
@@ -98,7 +99,8 @@ def main() -> int:
     if args.sample:
         seed = random.randrange(1 << 30) if args.seed is None else args.seed
         print(f"{args.sample} of {len(chosen)} mutants, seed {seed}")
-        chosen = random.Random(seed).sample(chosen, len(chosen))[: args.sample]  # a longer one begins with a shorter one
+        # A longer one begins with a shorter one, and sources that change elsewhere leave it as it is.
+        chosen = sorted(chosen, key=lambda mutant: hashlib.sha256(f"{seed} {mutant.id}".encode()).digest())[: args.sample]
     reasons = explained()
     if args.list:
         print(*(f"{mutant.id} {mutant}" for mutant in chosen), sep="\n")
@@ -116,12 +118,8 @@ def run(chosen: list[Mutant], args: argparse.Namespace, reasons: dict[str, str])
     import mutant_checks
 
     verdicts = known(args.results)
-    left = [m for m in chosen if m.id not in verdicts or verdicts[m.id]["outcome"] == LATER and args.depth != "quick"]
-    left += [
-        m
-        for m in chosen
-        if args.again and m.id in verdicts and outcome(verdicts[m.id], reasons) in ("survived", LATER) and m not in left
-    ]
+    again = (LATER, "survived") if args.again else (LATER,) if args.depth != "quick" else ()
+    left = [m for m in chosen if m.id not in reasons and (m.id not in verdicts or verdicts[m.id]["outcome"] in again)]
     objects = args.results.parent / "objects"
     mutant_checks.prepare(objects)
     until = time.monotonic() + 60 * args.minutes if args.minutes else float("inf")

@@ -260,12 +260,10 @@ def _of_loop(node) -> Iterator[Change]:
             name, value = declarator.child_by_field_name("declarator"), declarator.child_by_field_name("value")
             turn = "* 2" if "*=" in _text(node.child_by_field_name("update")) else "+ 1"
             yield _replace(TURN, value, f"({_text(value)}) {turn}")
-            if (
-                condition is not None
-                and (left := condition.child_by_field_name("left")) is not None
-                and _text(left) == _text(name)
-            ):
-                yield _replace(TURN, left, f"{_text(left)} {turn}")
+            for part in () if condition is None else _walk(condition):
+                left = part.child_by_field_name("left") if part.type == "binary_expression" else None
+                if left is not None and _text(left) == _text(name):
+                    yield _replace(TURN, left, f"{_text(left)} {turn}")
     elif node.type == "do_statement":
         condition = node.child_by_field_name("condition")
         yield _replace(TURN, condition, "(false)")

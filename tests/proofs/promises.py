@@ -204,6 +204,21 @@ def the_first_cause_counts(objects, edits, seed, case: Case = Case()):  # noqa: 
         )
 
 
+def a_stopped_rank_believes_nothing(objects, edits, seed, case: Case = Case()):  # noqa: B008
+    """A rank that was stopped before a call yields NaN, though all its peers come to it; and so do they, whom it sends nothing."""
+    stopped = seed % case.world_size
+    with case.world(objects, edits) as world:
+        world.set_deadlines(LIMIT)
+        program = case.program(seed)
+        code = abort_code(Kind.ABORTED, stopped, stopped)
+        world.staging(stopped)[:4].view(torch.int32).copy_(torch.tensor([code], dtype=torch.int32))
+        run(world, program, seed)
+        for rank in range(case.world_size):
+            all_nan(case, world, program, rank, f"rank {stopped} was stopped")
+            signs = rank == stopped or not any(world.control(rank).handshaken)  # to itself it may be alive
+            need(signs, "handshake", f"rank {rank} with rank {stopped}, which was stopped")
+
+
 # -- "The limit depends on the phase: until a shape of call is handshaken [...]; from then on ALLREDUCE_JIT_TIMEOUT, counted from that
 # -- moment. Both limits live in device memory." 0: for ever.
 
@@ -296,7 +311,7 @@ def data_alone(objects, edits, seed, case: Case = Case(), lost: int = 1):  # noq
             need(code & 0xFFFF == abort_code(Kind.TIMEOUT, lost, 0) and code >> 16 in others, "told", f"rank {rank}: {code:#x}")
             need(seen.code & 0xFFFF == code & 0xFFFF, "report", f"rank {rank}: {seen.code:#x}")
             need(not seen.sequence and not any((*seen.mine, *seen.theirs)), "report", f"rank {rank} tells what it does not know")
-            need(seen.buffer in _buffers(case, world, program), "report", f"rank {rank}: buffer {seen.buffer}")
+            need(seen.buffer == _buffer(case, world, program), "report", f"rank {rank}: buffer {seen.buffer}")
             flags = list(world.control(rank).handshaken)
             need(flags == [1] + [0] * (MAX_SHAPES - 1), "handshake", f"rank {rank}: {sum(flags)} shapes")
             all_nan(case, world, program, rank, f"rank {lost} sent nothing")
@@ -314,10 +329,9 @@ def _region(case: Case, world: World, program: Program) -> str:
     return plan.algorithm.removesuffix("_norm") if plan.algorithm not in world.layout.regions else plan.algorithm
 
 
-def _buffers(case: Case, world: World, program: Program) -> set[int]:
-    """What the first launch may be found waiting in, in epoch 0."""
-    name = _region(case, world, program)
-    return {0} if not NVLINK_ALGORITHMS[name].stream else {2, 0, 3}
+def _buffer(case: Case, world: World, program: Program) -> int:
+    """What the first launch waits in: that of the epoch's parity; of a stream, one of the last two."""
+    return (case.epoch & 1) + 2 * NVLINK_ALGORITHMS[_region(case, world, program)].stream
 
 
 # -- Signature: "Sequence number, number of elements, dtype and algorithm (and of a norm its parameters) [...] A difference stops the

@@ -66,6 +66,12 @@ def test_signatures_alone_go_astray(objects, case):
 
 
 @pytest.mark.parametrize("case", of_all(FEW), ids=name)
+def test_a_stopped_rank_believes_nothing(objects, case):
+    for seed in range(case.world_size):
+        promises.a_stopped_rank_believes_nothing(objects, (), seed, case)
+
+
+@pytest.mark.parametrize("case", [*of_all(FEW), *(Case(each, epoch=5) for each in promises.ALGORITHMS)], ids=name)
 def test_data_alone_go_astray(objects, case):
     for lost in range(case.world_size):
         promises.data_alone(objects, (), lost, case, lost)
@@ -125,6 +131,8 @@ BUGS = {
     "calls that are not signed are overlooked": (promises.concurrent, {"told", "hang"}, [("guard.cuh", "u32(signed_completed) == sequence - 1 &&", "sequence &&")]),
     "a call that ended before its guard looks is one too many": (promises.concurrent, {"report", "hang"}, [("guard.cuh", ">> 32) - (sequence - 1)) >= 0", ">> 32) - (sequence - 1)) == 0")]),
     "a rank blames its neighbour for its own two calls": (promises.concurrent, {"told"}, [("guard.cuh", "kind = CONCURRENT, culprit = a.rank;", "kind = CONCURRENT;")]),
+    "a stopped rank receives on": (promises.a_stopped_rank_believes_nothing, {"bits"}, [
+        ("one_shot.cu", "if (!epoch.alive) return give_up<Config, Epilogue, typename Partition::Share>(a, partition, Wait());", "")]),
     "NaN for the first packet of a thread alone": (promises.everybody_hears, {"bits"}, [("epilogue/store.cuh", "part < Share::COUNT && share.has(k)", "part < 1 && share.has(k)")]),
 }  # fmt: skip
 

@@ -70,6 +70,7 @@ struct Barrier {
     const char *what = nullptr;                  // in which operation threads meet
     bool all = true, outcome[2] = {true, true};  // votes
     u32 word[2][WARP], told[2] = {0, 0};         // of each lane that has told one
+    u32 count[2] = {0, 0};                       // of those that met
     std::vector<Fiber *> arrived;
     char order[2] = {0, 0};
 };
@@ -396,6 +397,7 @@ void sleep() {
 
 void open(Barrier &barrier) {
     barrier.outcome[barrier.turn] = barrier.all;
+    barrier.count[barrier.turn] = barrier.arrived.size();
     barrier.all = true;
     barrier.turn ^= 1;
     barrier.told[barrier.turn] = 0;
@@ -627,13 +629,23 @@ void syncthreads() {
     meet(current->block->all, "__syncthreads");
 }
 
-bool all(bool vote) {
-    pause();
-    Driver driver;
-    return meet(current->block->warps[current->lane.thread.x / WARP], "all_sync", vote);
+// Whether those are the lanes of `mask`.
+static void met(const Barrier &barrier, u32 turn, u32 mask, const char *what) {
+    const bool in = mask >> current->lane.thread.x % WARP & 1;
+    if (!in || u32(__builtin_popcount(mask)) != barrier.count[turn]) fail("apart", std::string("other lanes than those of the mask: ") + what);
 }
 
-static u32 exchange(u32 v, u32 from, const char *what) {
+bool all(bool vote, u32 mask) {
+    pause();
+    Driver driver;
+    Barrier &warp = current->block->warps[current->lane.thread.x / WARP];
+    const u32 turn = warp.turn;
+    const bool outcome = meet(warp, "all_sync", vote);
+    met(warp, turn, mask, "all_sync");
+    return outcome;
+}
+
+static u32 exchange(u32 v, u32 from, const char *what, u32 mask) {
     pause();
     Driver driver;
     const u32 lane = current->lane.thread.x % WARP;
@@ -642,12 +654,13 @@ static u32 exchange(u32 v, u32 from, const char *what) {
     warp.word[turn][lane] = v;
     warp.told[turn] |= 1u << lane;
     meet(warp, what);
+    met(warp, turn, mask, what);
     if (!(warp.told[turn] >> from & 1)) fail("apart", std::string("a lane wants the word of one that has ended: ") + what);
     return warp.word[turn][from];
 }
 
-u32 broadcast(u32 v) { return exchange(v, 0, "broadcast"); }
-u32 shuffle(u32 v, u32 from) { return exchange(v, from, "a shuffle"); }
+u32 broadcast(u32 v, u32 mask) { return exchange(v, 0, "broadcast", mask); }
+u32 shuffle(u32 v, u32 from) { return exchange(v, from, "a shuffle", ~0u); }
 
 u32 shared(u32 words) {
     pause();
