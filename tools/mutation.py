@@ -1,6 +1,6 @@
 """Mutation testing of the CUDA kernels on the CPU: which small changes of the sources does some check of ``tests/proofs`` notice?
 
-Usage: python tools/mutation.py [--sample N] [--seed S] [--minutes M] [--only REGEX] [--jobs N] [--again] [--fresh]
+Usage: python tools/mutation.py [--known] [--sample N] [--seed S] [--minutes M] [--only REGEX] [--jobs N] [--again] [--fresh]
        python tools/mutation.py --table | --list
 
 Every mutant (``tests/proofs/mutants.py``) is built as the CPU twin and run against the checks (``mutant_checks.py``), the cheapest first.
@@ -31,6 +31,7 @@ from mutants import KINDS, Mutant  # noqa: E402
 
 RESULTS = ROOT / "build/mutants/results.jsonl"
 EXPLAINED = ROOT / "tests/proofs/mutants_explained.json"
+KILLERS = ROOT / "tests/proofs/mutants_killed.json"  # of mutants that were killed: by which check
 LATER = "left by the quick checks"
 
 
@@ -85,6 +86,10 @@ def main() -> int:
     )
     parser.add_argument("--table", action="store_true", help="what is known, no run")
     parser.add_argument("--list", action="store_true", help="the mutants, no run")
+    parser.add_argument(
+        "--known", action="store_true", help="of those alone that were killed before, by the same check if it still does"
+    )
+    parser.add_argument("--keep", action="store_true", help="write down who was killed by what, for --known")
     parser.add_argument("--fresh", action="store_true", help="as if nothing were known, which is not kept either")
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
@@ -96,6 +101,9 @@ def main() -> int:
         args.results = Path(folder.name, "results.jsonl")
 
     chosen = [mutant for mutant in mutants.every() if re.search(args.only, f"{mutant.id} {mutant}")]
+    killers = json.loads(KILLERS.read_text()) if KILLERS.exists() else {}
+    if args.known:
+        chosen = [mutant for mutant in chosen if mutant.id in killers]
     if args.sample:
         seed = random.randrange(1 << 30) if args.seed is None else args.seed
         print(f"{args.sample} of {len(chosen)} mutants, seed {seed}")
@@ -106,15 +114,18 @@ def main() -> int:
         print(*(f"{mutant.id} {mutant}" for mutant in chosen), sep="\n")
         return 0
     if not args.table:
-        run(chosen, args, reasons)
+        run(chosen, args, reasons, killers)
     verdicts = known(args.results)
+    if args.keep:
+        killers |= {m.id: verdicts[m.id]["check"] for m in chosen if m.id in verdicts and verdicts[m.id]["outcome"] == "killed"}
+        KILLERS.write_text(json.dumps(dict(sorted(killers.items())), indent=0) + "\n")
     survivors = [m for m in chosen if m.id in verdicts and outcome(verdicts[m.id], reasons) == "survived"]
     print(table(chosen, verdicts, reasons))
     print(*(f"survived: {mutant.id} {mutant}" for mutant in survivors), sep="\n")
     return 1 if survivors else 0
 
 
-def run(chosen: list[Mutant], args: argparse.Namespace, reasons: dict[str, str]) -> None:
+def run(chosen: list[Mutant], args: argparse.Namespace, reasons: dict[str, str], killers: dict[str, str]) -> None:
     import mutant_checks
 
     verdicts = known(args.results)
@@ -127,7 +138,10 @@ def run(chosen: list[Mutant], args: argparse.Namespace, reasons: dict[str, str])
     def one(mutant: Mutant):
         if time.monotonic() > until:
             return
-        verdict = mutant_checks.judge(mutant, objects, args.depth)
+        same = [check for check in mutant_checks.every_check(mutant) if args.known and check[0] == killers[mutant.id]]
+        verdict = mutant_checks.judge(mutant, objects, only=same) if same else None
+        if verdict is None or verdict.outcome == mutant_checks.SURVIVED:
+            verdict = mutant_checks.judge(mutant, objects, args.depth)
         if args.depth != mutant_checks.FULL and verdict.outcome == mutant_checks.SURVIVED:
             verdict = replace(verdict, outcome=LATER)
         if verdict.outcome == mutant_checks.BROKEN:

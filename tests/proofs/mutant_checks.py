@@ -182,6 +182,11 @@ def slow(mutant: Mutant) -> list[Check]:
     return slow_bare() * (mutant.file not in NORM) + slow_norm() * (mutant.file not in BARE_ALONE)
 
 
+def every_check(mutant: Mutant) -> list[Check]:
+    """All that it may be killed by."""
+    return quick(mutant) + longer(mutant) + slow(mutant)
+
+
 def _machine_code(name: str) -> None:
     spec = cuda_module(name, 4)
     with tempfile.TemporaryDirectory() as folder:
