@@ -29,7 +29,7 @@ proofs: $(VENV)/ready
 	@export LONG=1 TWIN_COLLECTIVES=50000; $(call pytest,worksteal) -m long tests/proofs
 
 mutants: $(VENV)/ready
-	$(VENV)/bin/python tools/mutation.py $(if $(SAMPLE),--sample $(SAMPLE)) $(if $(MINUTES),--minutes $(MINUTES)) $(if $(KNOWN),--known --fresh)
+	$(VENV)/bin/python tests/proofs/mutation.py $(if $(SAMPLE),--sample $(SAMPLE)) $(if $(MINUTES),--minutes $(MINUTES)) $(if $(KNOWN),--known --fresh)
 
 engines: $(VENV)/ready
 	PYTHON=$(VENV)/bin/python tools/engines.sh $(VENV)/engines

@@ -351,7 +351,7 @@ def test_the_next_call_raises_the_cause_if_nobody_has(one):
 
 @pytest.mark.parametrize("own", [True, False])
 def test_their_signature_is_read_from_the_header_where_the_report_lacks_it(one, own):
-    """A thread that was told to stop may take the report before the one that has compared signatures (test_promises.py: it does)."""
+    """A thread that was told to stop may take the report before the one that has compared signatures (test_failure_promises.py: it does)."""
     for memory, source, numel in ((one.side.peers, 1, 12), (one.side.signatures, 2, 10)):
         struct.pack_into("<4I", memory, (8 + source) * 16, numel, 7, tag("one_shot", "float32"), 7)
     stopped(one, Kind.MISMATCH, 2)

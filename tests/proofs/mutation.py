@@ -1,7 +1,7 @@
 """Mutation testing of the CUDA kernels on the CPU: which small changes of the sources does some check of ``tests/proofs`` notice?
 
-Usage: python tools/mutation.py [--known] [--sample N] [--seed S] [--minutes M] [--only REGEX] [--jobs N] [--again] [--fresh]
-       python tools/mutation.py --table | --list
+Usage: python tests/proofs/mutation.py [--known] [--sample N] [--seed S] [--minutes M] [--only REGEX] [--jobs N] [--again] [--fresh]
+       python tests/proofs/mutation.py --table | --list
 
 Every mutant (``tests/proofs/mutants.py``) is built as the CPU twin and run against the checks (``mutant_checks.py``), the cheapest first.
 Verdicts are kept in ``build/mutants/results.jsonl`` as they come: a run that was stopped goes on where it was. Exits with 1 if a mutant
@@ -23,8 +23,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests/proofs")]
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tools")]
 
 import mutants  # noqa: E402
 from mutants import KINDS, Mutant  # noqa: E402
