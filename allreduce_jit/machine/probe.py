@@ -13,6 +13,7 @@ from typing import Any
 from ..errors import InputError
 from .sources import Sources
 
+_HOST_MEMORY = "host_register_supported", "can_map_host_memory"
 _COMPUTE_MODES = {0: "default", 1: "exclusive-thread", 2: "prohibited", 3: "exclusive-process"}
 
 
@@ -20,7 +21,8 @@ _COMPUTE_MODES = {0: "default", 1: "exclusive-thread", 2: "prohibited", 3: "excl
 class Gpu:
     """One GPU. Its name in the world is ``uuid``; ordinals depend on ``CUDA_VISIBLE_DEVICES``.
 
-    ``virtualization``: none, passthrough, vgpu, host-vgpu, host-vsga or unknown.
+    ``virtualization``: none, passthrough, vgpu, host-vgpu, host-vsga or unknown. ``maps_host_memory``: host memory that is registered
+    with the driver can be read and written by kernels; None: unknown.
     """
 
     uuid: str
@@ -32,6 +34,7 @@ class Gpu:
     mig: bool
     virtualization: str
     compute_mode: str
+    maps_host_memory: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -51,13 +54,17 @@ class Link:
 
 @dataclass(frozen=True)
 class Host:
-    """The kernel (``host_id``: its boot id, which containers of one host share) and the namespaces; None: unknown."""
+    """The kernel (``host_id``: its boot id, which containers of one host share) and the namespaces; None: unknown.
+
+    ``memfd``: this process can make memory that others can map through a file descriptor.
+    """
 
     host_id: str | None
     hostname: str
     pid_namespace: str | None
     ipc_namespace: str | None
     shm_bytes: int | None
+    memfd: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -181,6 +188,7 @@ class _Probe:
         major, minor, sms, mode = (self.ask("driver", "attribute", ordinal, name) for name in names)
         if None in facts.values() or None in (major, minor, sms):
             return None
+        maps = [self.ask("driver", "attribute", ordinal, name) for name in _HOST_MEMORY]
         # The names betray slices and vGPUs ("A100 MIG 3g.20gb", "NVIDIA A40-48Q") where NVML cannot be asked.
         by_name = "vgpu" if re.search(r"-\d+[ABCQ]$", facts["name"]) else "unknown"
         return Gpu(
@@ -190,6 +198,7 @@ class _Probe:
             mig=bool(self.ask("nvml", "is_mig", facts["uuid"])) or " MIG " in facts["name"],
             virtualization=self.ask("nvml", "virtualization", facts["uuid"]) or by_name,
             compute_mode=_COMPUTE_MODES.get(mode, "unknown"),
+            maps_host_memory=both(*(None if one is None else bool(one) for one in maps)),
         )
 
     def _links(self, ordinal: int, gpu: Gpu, seen: dict[str, int]) -> tuple[Link, ...]:
@@ -224,7 +233,7 @@ class _Probe:
     def _host(self) -> Host:
         name = self.ask("host", "hostname") or "unknown"
         pid, ipc = (self.ask("host", "namespace", kind) for kind in ("pid", "ipc"))
-        return Host(self.ask("host", "boot_id"), name, pid, ipc, self.ask("host", "shm_bytes"))
+        return Host(self.ask("host", "boot_id"), name, pid, ipc, self.ask("host", "shm_bytes"), self.ask("host", "memfd"))
 
     def _software(self, cuda_driver: str | None) -> Software:
         return Software(

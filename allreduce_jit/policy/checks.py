@@ -209,6 +209,26 @@ def peer_access(group: Group) -> Reason | None:
     return Reason("no-p2p", text, rank)
 
 
+def host_memory(group: Group) -> Reason | None:
+    """That a GPU can read and write memory of this process which is pinned after it was allocated."""
+
+    def text(gpu: Gpu) -> str:
+        if gpu.maps_host_memory is None:
+            return f"cannot tell whether {gpu.name} can map host memory that is registered with it"
+        return f"has a GPU or a driver that cannot map host memory which is registered with it ({gpu.name})"
+
+    return first_rank(group.gpus, "no-host-memory", text, lambda gpu: not gpu.maps_host_memory)
+
+
+def shared_memory(group: Group) -> Reason | None:
+    """Ranks of one host and PID namespace (``COMMON``) share memory through /proc. How much is left, only trying tells."""
+
+    def text(c: Capabilities) -> str:
+        return f"cannot make memory to share (memfd_create){problem(c, 'host.memfd')}"
+
+    return first_rank(group.caps, "no-shared-memory", text, lambda c: not c.host.memfd)
+
+
 def _differs(group: Group, code: str, what: str, key: Callable[[Capabilities], str | None], source: str) -> Reason | None:
     """The first rank whose ``key`` is unknown (no ground to assume the best) or not that of rank 0.
 

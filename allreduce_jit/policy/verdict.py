@@ -30,6 +30,8 @@ CODES = {
     "no-nvlink": "no two GPUs of the group are joined by NVLink",
     "partial-nvlink": "some pairs of GPUs are joined by NVLink and some are not",
     "no-p2p": "some GPU cannot access the memory of another, or nobody could tell",
+    "no-host-memory": "a GPU, or its driver, cannot map pinned host memory",
+    "no-shared-memory": "a rank cannot make memory that others can map",
     "no-nvrtc": "NVRTC is missing, or cuda-core, through which it is called",
     "no-triton": "Triton is missing",
     "build-failed": "a rank could not build the path",

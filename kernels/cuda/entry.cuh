@@ -1,5 +1,6 @@
 // Kernel entry points, which the compiler front appends to a source: ENTRY(NAME, body). The names show in profilers. `Config` is
-// the front's, too: a struct of the compile-time constants WORLD_SIZE, PACKETS (of a thread), STREAM, GUARDED, VIRTUAL_RANKS.
+// the front's, too: a struct of the compile-time constants WORLD_SIZE, PACKETS (of a thread), STREAM, GUARDED, VIRTUAL_RANKS, HOST
+// (staging memory is on the host), and what else a source takes.
 //
 // With VIRTUAL_RANKS the kernels take an array of Args and blockIdx.y is the rank: all ranks of a world in one cooperative
 // launch on one GPU, for tests and compute-sanitizer.

@@ -633,7 +633,8 @@ bool all(bool vote) {
     return meet(current->block->warps[current->lane.thread.x / WARP], "all_sync", vote);
 }
 
-static u32 exchange(u32 v, u32 from, const char *what) {
+// What each lane of the warp has told, and which have.
+static const u32 *exchange(u32 v, const char *what, u32 &told) {
     pause();
     Driver driver;
     const u32 lane = current->lane.thread.x % WARP;
@@ -642,12 +643,26 @@ static u32 exchange(u32 v, u32 from, const char *what) {
     warp.word[turn][lane] = v;
     warp.told[turn] |= 1u << lane;
     meet(warp, what);
-    if (!(warp.told[turn] >> from & 1)) fail("apart", std::string("a lane wants the word of one that has ended: ") + what);
-    return warp.word[turn][from];
+    told = warp.told[turn];
+    return warp.word[turn];
 }
 
-u32 broadcast(u32 v) { return exchange(v, 0, "broadcast"); }
-u32 shuffle(u32 v, u32 from) { return exchange(v, from, "a shuffle"); }
+static u32 word_of(u32 v, u32 from, const char *what) {
+    u32 told;
+    const u32 *words = exchange(v, what, told);
+    if (!(told >> from & 1)) fail("apart", std::string("a lane wants the word of one that has ended: ") + what);
+    return words[from];
+}
+
+u32 broadcast(u32 v) { return word_of(v, 0, "broadcast"); }
+u32 shuffle(u32 v, u32 from) { return word_of(v, from, "a shuffle"); }
+
+u32 ballot(bool p) {
+    u32 told, found = 0;
+    const u32 *words = exchange(p, "a ballot", told);
+    for (u32 lane = 0; lane < WARP; lane++) found |= (told >> lane & words[lane] & 1) << lane;
+    return found;
+}
 
 u32 shared(u32 words) {
     pause();

@@ -61,6 +61,7 @@ void syncthreads();
 bool all(bool vote);    // of a warp
 u32 broadcast(u32 v);   // what the warp's lane 0 has
 u32 shuffle(u32 v, u32 from);  // what that lane has
+u32 ballot(bool p);     // a bit of each lane
 u32 shared(u32 words);  // address of the block's shared memory
 u32 *shared_at(u32 address, u32 words);  // of the block, or another one of its cluster
 void cluster_arrive();
@@ -257,6 +258,8 @@ inline void opaque(Packet &) {}
 inline bool all_sync(u32, bool p) { return twin::all(p); }
 inline bool any_sync(u32, bool p) { return !twin::all(!p); }
 inline u32 broadcast(u32, u32 v) { return twin::broadcast(v); }
+inline u32 shfl(u32 v, u32 lane) { return twin::shuffle(v, lane); }
+inline u32 ballot(bool p) { return twin::ballot(p); }
 inline u32 shfl_xor(u32 v, u32 lanes) { return twin::shuffle(v, threadIdx.x % 32 ^ lanes); }
 inline float shfl_xor(float v, u32 lanes) { return twin::value(shfl_xor(twin::bits(v), lanes)); }
 inline u32 warp_max(u32 v) {
