@@ -9,7 +9,7 @@ from typing import Any
 from ..abi import Args, Channel, Control, Header
 from ..jit.cache import Artifact
 from ..policy import host
-from ..policy.catalogue import HOST_ALGORITHMS, KernelSpec, entry, host_modules
+from ..policy.catalogue import KernelSpec, entry, host_modules
 from ..policy.host import HOST_TABLES
 from ..policy.operation import ITEMSIZE, OpSpec, all_reduce
 from ..policy.plan import PACKET, Plan
@@ -47,14 +47,13 @@ class HostEngine(KernelEngine):
 
     def full_plans(self) -> Iterator[tuple[OpSpec, Plan]]:
         for name, region in self.layout.regions.items():
-            if HOST_ALGORITHMS[name].shares_slots_with is None:
-                nbytes = region.channels * region.capacity * host.CHUNK_BYTES
-                spec = all_reduce("float32", nbytes // ITEMSIZE["float32"])
-                yield spec, self._plan_of(name, spec)
+            packets = region.channels * region.capacity * host.chunk_packets(name)
+            spec = all_reduce("float32", packets * PACKET // ITEMSIZE["float32"])
+            yield spec, self._plan_of(name, spec)
 
     def _plan_of(self, name: str, spec: OpSpec) -> Plan:
         config = self.config
-        return host.plan_of(name, _BLOCK, host.CHANNELS, spec, config.world_size, self.layout, config.max_ctas)
+        return host.plan_of(name, _BLOCK, host.CHANNELS[name], spec, config.world_size, self.layout, config.max_ctas)
 
     def prepare(self, spec: OpSpec, plan: Plan, shape_id: int) -> PreparedCall:
         config, region = self.config, self.layout.regions[plan.algorithm]

@@ -81,24 +81,27 @@ class HostAlgorithm:
         number: its name in signatures and reports.
         parts: whether a rank sums a part of its own, or all.
         gathers: numbers of the phases in which sums come in.
+        packets: packets of a lane in a chunk, 1 or 2.
         ahead: chunks that a channel stores before it has received the first one; of algorithms without parts.
         patient: whether a warp asks for its slot by one lane, once it was too early.
-        shares_slots_with: the algorithm whose slots and counts are this one's, too.
     """
 
     source: str
     number: int
     parts: bool = False
     gathers: tuple[int, ...] = ()
+    packets: int = 1
     ahead: int = 1
     patient: bool = False
-    shares_slots_with: str | None = None
+
+    def slots(self, world_size: int) -> int:
+        """Of a channel."""
+        return world_size if self.parts else 2 * self.ahead
 
 
-HOST_RING = 8  # slots of a channel, where each rank sums all: twice what any of these algorithms has ahead
 HOST_ALGORITHMS = {
     "host_one_shot": HostAlgorithm("host_one_shot.cu", 48),
-    "host_stream": HostAlgorithm("host_one_shot.cu", 49, ahead=4, patient=True, shares_slots_with="host_one_shot"),
+    "host_stream": HostAlgorithm("host_one_shot.cu", 49, packets=2, ahead=2, patient=True),
     "host_two_shot": HostAlgorithm("host_two_shot.cu", 50, parts=True, gathers=(1,), patient=True),
 }
 
@@ -171,13 +174,13 @@ def host_module(algorithm: str, world_size: int, virtual_ranks: bool = False, gu
     what = HOST_ALGORITHMS[algorithm]
     constants: tuple[tuple[str, object], ...] = (
         ("WORLD_SIZE", world_size),
-        ("PACKETS", 1),
+        ("PACKETS", what.packets),
         ("STREAM", 0),
         ("GUARDED", int(guarded)),
         ("VIRTUAL_RANKS", int(virtual_ranks)),
         ("HOST", 1),
         ("AHEAD", what.ahead),
-        ("RING", HOST_RING),
+        ("RING", what.slots(world_size)),
         ("PATIENT", int(what.patient)),
     )
     return _cuda_module(algorithm, world_size, what.source, constants)

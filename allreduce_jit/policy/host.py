@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .catalogue import HOST_ALGORITHMS, HOST_RING, host_algorithms
+from .catalogue import HOST_ALGORITHMS, host_algorithms
 from .operation import ITEMSIZE, OpSpec
 from .plan import HEADER_BYTES, PACKET, WARP, Launch, Layout, Plan, Region, ceil_div
 from .tables import KIB, NEVER
 
-DATA = WARP - 1  # packets of a chunk, which a warp sends through one slot (kernels/cuda/wire/phase.cuh)
-CHUNK_BYTES = DATA * PACKET
-SLOT_BYTES = WARP * PACKET
-CHANNELS = 1024  # of an algorithm
+CHANNELS = {"host_one_shot": 1024, "host_stream": 512, "host_two_shot": 512}  # of each algorithm
 LAUNCH_BYTES = 1 << 30  # of one launch, which counts elements and packets in 32 bits
 
 
@@ -30,12 +27,12 @@ HostBands = tuple[HostBand, ...]  # by growing size; the last one has no end
 
 
 def _bands(one_shot_up_to: int) -> HostBands:
-    return HostBand(one_shot_up_to, "host_one_shot", 64, CHANNELS), HostBand(NEVER, "host_two_shot", 128, 512)
+    return HostBand(one_shot_up_to, "host_one_shot", 64, 1024), HostBand(NEVER, "host_two_shot", 128, 512)
 
 
 # Of two ranks: measured. Of more: estimated. One-shot reads (n-1) S bytes, two-shot 2 (n-1) / n S in one hop (2 us) more, at 50 GB/s.
 HOST_TABLES: dict[int, HostBands] = {
-    2: (HostBand(96 * KIB, "host_one_shot", 64, CHANNELS), HostBand(NEVER, "host_stream", 128, 512)),
+    2: (HostBand(96 * KIB, "host_one_shot", 64, 1024), HostBand(NEVER, "host_stream", 128, 512)),
     3: _bands(128 * KIB),
     4: _bands(64 * KIB),
     5: _bands(40 * KIB),
@@ -45,18 +42,29 @@ HOST_TABLES: dict[int, HostBands] = {
 }
 
 
+def chunk_packets(algorithm: str) -> int:
+    """Packets of data that a warp sends at once; one more of its slot is the wire's (kernels/cuda/wire/phase.cuh)."""
+    return WARP * HOST_ALGORITHMS[algorithm].packets - 1
+
+
+def channel_bytes(algorithm: str, world_size: int) -> int:
+    """Of a channel's slots in an outbox."""
+    what = HOST_ALGORITHMS[algorithm]
+    return what.slots(world_size) * WARP * what.packets * PACKET
+
+
 def make_layout(world_size: int, staging_bytes: int) -> Layout:
-    """A region for every algorithm that has slots of its own; ``Region.capacity`` is the slots of a channel."""
-    owners = [name for name in host_algorithms(world_size) if HOST_ALGORITHMS[name].shares_slots_with is None]
-    slots = {name: world_size if HOST_ALGORITHMS[name].parts else HOST_RING for name in owners}
-    channels = min(CHANNELS, (staging_bytes - HEADER_BYTES) // (sum(slots.values()) * SLOT_BYTES))
-    regions, offset = {}, HEADER_BYTES
-    for number, name in enumerate(owners):
-        regions[name] = Region(offset, slots[name], channels, number * channels)
-        offset += channels * slots[name] * SLOT_BYTES
-    for name in host_algorithms(world_size):
-        regions.setdefault(name, regions.get(HOST_ALGORITHMS[name].shares_slots_with or name))
-    return Layout({name: regions[name] for name in host_algorithms(world_size)}, offset, len(owners) * channels)
+    """A region for every algorithm; ``Region.capacity`` is the slots of a channel."""
+    names = host_algorithms(world_size)
+    wanted = sum(CHANNELS[name] * channel_bytes(name, world_size) for name in names)
+    share = min(1.0, (staging_bytes - HEADER_BYTES) / wanted)
+    regions, offset, first = {}, HEADER_BYTES, 0
+    for name in names:
+        channels = int(CHANNELS[name] * share)
+        regions[name] = Region(offset, HOST_ALGORITHMS[name].slots(world_size), channels, first)
+        offset += channels * channel_bytes(name, world_size)
+        first += channels
+    return Layout(regions, offset, first)
 
 
 def make_plan(spec: OpSpec, world_size: int, bands: HostBands, layout: Layout, max_ctas: int | None = None) -> Plan:
@@ -76,7 +84,7 @@ def plan_of(
     parts = world_size if HOST_ALGORITHMS[algorithm].parts else 1
     per_launch = LAUNCH_BYTES // PACKET // parts * parts * PACKET // ITEMSIZE[spec.dtype]
     chunk = min(spec.numel, per_launch)
-    chunks = ceil_div(ceil_div(chunk * ITEMSIZE[spec.dtype], PACKET * parts), DATA)
+    chunks = ceil_div(ceil_div(chunk * ITEMSIZE[spec.dtype], PACKET * parts), chunk_packets(algorithm))
     warps = block // WARP
     blocks = min(ceil_div(chunks, warps), min(channels, layout.regions[algorithm].channels) // warps)
     if max_ctas is not None:

@@ -18,25 +18,28 @@
 template <class Config, class T, bool WHOLE>
 __device__ inline void host_two_shot(const Args &a) {
     constexpr u32 WORLD_SIZE = Config::WORLD_SIZE, SCATTER = 0, GATHER = 1;
+    static_assert(Config::PACKETS == 1, "a lane has one packet of a chunk");
     if (Config::GUARDED && blockIdx.x == 0) return guard<Config>(a);
     griddepcontrol_launch_dependents();
     const u32 thread = (blockIdx.x - Config::GUARDED) * blockDim.x + threadIdx.x, lane = thread % WARP;
-    const Chunks<WORLD_SIZE> chunks(packets_of<T>(a.numel), thread / WARP, (gridDim.x - Config::GUARDED) * blockDim.x / WARP, lane);
+    const Chunks<Config, WORLD_SIZE> chunks(packets_of<T>(a.numel), thread / WARP, (gridDim.x - Config::GUARDED) * blockDim.x / WARP, lane);
     const u32 count = chunks.count();
     if (count == 0) return;
     const Tensor<T, WHOLE> in(a.input, a.numel), out(a.output, a.numel);
-    const Outbox<Config, WORLD_SIZE> outbox(a, chunks.channel, lane);
+    typedef Outbox<Config, WORLD_SIZE> Channel;
+    const Channel outbox(a, chunks.channel, lane);
     Uses<Config> uses(a, chunks.channel);
     CompletionCounter<Config> counter(a, chunks.last_channel());
     const bool aborted = stopped<Config>(a);
     // Before this, an earlier kernel of the stream may still be writing the input, the count or the slots.
     griddepcontrol_wait();
 
-    Packet own, theirs[PEERS<Config>];  // of the chunk that is stored next
+    typename Channel::Packets own;  // of the chunk that is stored next
+    typename Channel::Peers theirs;
     const auto load = [&](u32 i) {
-        own = in.load(chunks.at(i, a.rank));
+        own[0] = in.load(chunks.at(i, 0, a.rank));
 #pragma unroll
-        for (u32 j = 0; j < PEERS<Config>; j++) theirs[j] = in.load(chunks.at(i, target<Config>(a, j)));
+        for (u32 j = 0; j < PEERS<Config>; j++) theirs[j][0] = in.load(chunks.at(i, 0, target<Config>(a, j)));
     };
     load(0);
     uses.load(aborted);
@@ -47,21 +50,24 @@ __device__ inline void host_two_shot(const Args &a) {
         if (lane == 0) uses.advance(count);
 #pragma unroll 1
         for (; done < count; done++) {
-            const u32 phase = Phase::of(uses.number + done);
+            const u32 phase = Channel::Wire::of(uses.number + done);
 #pragma unroll
             for (u32 j = 0; j < PEERS<Config>; j++) outbox.store(target<Config>(a, j), theirs[j], phase);
-            const Packet mine = own;
+            const Packet mine = own[0];
             load(done + 1);  // on its way while the peers are waited for
-            Packet peers[PEERS<Config>];
+            typename Channel::Peers peers;
             came = outbox.template receive<false>(a.rank, peers, phase, SCATTER);
             if (!came) break;
-            const Packet result = sum<T, Plain>(peers, mine, a.rank);
+            Packet addends[PEERS<Config>];
+#pragma unroll
+            for (u32 j = 0; j < PEERS<Config>; j++) addends[j] = peers[j][0];
+            const Packet result[1] = {sum<T, Plain>(addends, mine, a.rank)};
             outbox.store(a.rank, result, phase);
-            out.store(chunks.at(done, a.rank), result);
+            out.store(chunks.at(done, 0, a.rank), result[0]);
             came = outbox.template receive<true>(0, peers, phase, GATHER);
             if (!came) break;
 #pragma unroll
-            for (u32 j = 0; j < PEERS<Config>; j++) out.store(chunks.at(done, source_at(j, a.rank)), peers[j]);
+            for (u32 j = 0; j < PEERS<Config>; j++) out.store(chunks.at(done, 0, source_at(j, a.rank)), peers[j][0]);
         }
     } else {
         stop<Config>(a, TIMEOUT, a.rank, 0, 0);  // for the report alone: there is a code
@@ -69,6 +75,6 @@ __device__ inline void host_two_shot(const Args &a) {
 #pragma unroll 1
     for (; done < count; done++)
 #pragma unroll 1
-        for (u32 rank = 0; rank < WORLD_SIZE; rank++) out.store(chunks.at(done, rank), splat(0xFFFFFFFFu));
+        for (u32 rank = 0; rank < WORLD_SIZE; rank++) out.store(chunks.at(done, 0, rank), splat(0xFFFFFFFFu));
     if (came && lane == 0) counter.publish();
 }

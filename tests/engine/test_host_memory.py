@@ -21,9 +21,7 @@ NBYTES = HEADER_BYTES + 5000
 @pytest.fixture
 def cuda(monkeypatch):
     """A GPU that sees host memory where the host does."""
-    return FakeDriver(
-        monkeypatch, host_memory, cuMemHostGetDevicePointer=lambda address, flags: driver.CUdeviceptr(address)
-    )
+    return FakeDriver(monkeypatch, host_memory, cuMemHostGetDevicePointer=lambda address, flags: driver.CUdeviceptr(address))
 
 
 def group(n):
@@ -40,7 +38,9 @@ def maps():
 
 
 def files():
-    return sorted(os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{fd}"))
+    return sorted(
+        os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{fd}")
+    )
 
 
 def test_all_ranks_see_one_memory_each(cuda):

@@ -16,7 +16,7 @@ from allreduce_jit.engine.host import HostEngine
 from allreduce_jit.policy import host
 from allreduce_jit.policy.catalogue import HOST_ALGORITHMS, host_algorithms, host_module
 from allreduce_jit.policy.operation import DTYPES
-from allreduce_jit.policy.plan import HEADER_BYTES, Layout, Plan
+from allreduce_jit.policy.plan import HEADER_BYTES, Layout, Plan, Region
 
 CHANNELS = 3  # few, so that a channel has many chunks
 
@@ -51,26 +51,18 @@ def algorithms(world_size: int) -> list[str]:
     return list(dict.fromkeys([*host_algorithms(world_size), "host_stream"]))
 
 
-def all_algorithms(layout: Layout, world_size: int) -> Layout:
-    regions = dict(layout.regions)
-    regions.setdefault("host_stream", regions["host_one_shot"])
-    return replace(layout, regions=regions)
-
-
 def narrow(layout: Layout, world_size: int, channels: int = CHANNELS) -> Layout:
-    """With few channels, and no byte between two algorithms."""
-    regions, offset = {}, HEADER_BYTES
-    for name, region in all_algorithms(layout, world_size).regions.items():
-        owner = HOST_ALGORITHMS[name].shares_slots_with or name
-        if owner == name:
-            regions[name] = replace(region, offset=offset, channels=channels)
-            offset += channels * region.capacity * host.SLOT_BYTES
-        else:
-            regions[name] = regions[owner]
-    return replace(layout, regions=regions)
+    """Of all of ``algorithms``, with few channels, and no byte between two of them."""
+    regions, offset, first = {}, HEADER_BYTES, 0
+    for name in algorithms(world_size):
+        regions[name] = Region(offset, HOST_ALGORITHMS[name].slots(world_size), channels, first)
+        offset, first = offset + channels * host.channel_bytes(name, world_size), first + channels
+    return Layout(regions, offset, first)
 
 
-def world(objects: Path, world_size: int, *, tsan: bool = False, edits: Sequence[Edit] = (), relayout=narrow, **options) -> HostWorld:
+def world(
+    objects: Path, world_size: int, *, tsan: bool = False, edits: Sequence[Edit] = (), relayout=narrow, **options
+) -> HostWorld:
     built = [host_module(name, world_size) for name in algorithms(world_size)]
     return HostWorld(twin.build(objects, world_size, tsan, edits, built), world_size, modules=built, relayout=relayout, **options)
 
