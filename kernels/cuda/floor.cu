@@ -72,35 +72,3 @@ extern "C" __global__ void __launch_bounds__(512) floor_store(const __grid_const
         for (u32 k = 1; k < WORLD_SIZE; k++) st_relaxed_sys_v4(to[k] + u64(i) * 16, p);
     }
 }
-
-// Packets of all ranks through memory that each rank writes for all: stored there by their rank, polled by the peers. A packet is its sender's
-// epoch, four times; what flags are to it, above, holds here. `state` is an array, a FloorState for each block.
-extern "C" __global__ void __launch_bounds__(512) floor_packets(const __grid_constant__ FloorArgs a) {
-    griddepcontrol_launch_dependents();
-    const u64 own_state = a.state + blockIdx.x * sizeof(FloorState);
-    const u32 first = blockIdx.x * blockDim.x + threadIdx.x, step = gridDim.x * blockDim.x;
-    griddepcontrol_wait();
-    const u64 state = ld_relaxed_gpu_u64(own_state);
-    if (state >> 32) return;
-    const u32 epoch = u32(state) + 1;
-    for (u32 i = first; i < a.packets; i += step) st_relaxed_sys_v4(a.data[a.rank] + u64(i) * 16, splat(epoch));
-    u64 started = 0;
-    for (u32 i = first; i < a.packets; i += step)
-#pragma unroll
-        for (u32 k = 1; k < Config::WORLD_SIZE; k++) {
-            const u32 peer = (a.rank + k) % Config::WORLD_SIZE;
-            for (u32 polls = 1;; polls++) {
-                const Packet p = ld_relaxed_sys_v4(a.data[peer] + u64(i) * 16);
-                if (int(p.w[0] - epoch) >= 0 && int(p.w[1] - epoch) >= 0 && int(p.w[2] - epoch) >= 0 && int(p.w[3] - epoch) >= 0) break;
-                if (polls % POLLS) continue;
-                const u64 now = globaltimer();
-                if (started == 0) started = now;
-                if (now - started > a.timeout_ns) {
-                    st_relaxed_gpu_u32(own_state + offsetof(FloorState, expired), peer + 1);
-                    return;
-                }
-            }
-        }
-    __syncthreads();
-    if (threadIdx.x == 0) st_relaxed_gpu_u32(own_state + offsetof(FloorState, epoch), epoch);
-}
