@@ -127,7 +127,7 @@ BACKENDS: tuple[Backend, ...] = (
     Backend(
         name="host",
         path=Path.HOST,
-        requires=(checks.host_memory, checks.shared_memory),
+        requires=(checks.no_better_way, checks.host_memory, checks.shared_memory),
         toolchain=NVRTC,
         modules=host_modules,
         engine="allreduce_jit.engine.host:HostEngine",

@@ -30,6 +30,7 @@ CODES = {
     "no-nvlink": "no two GPUs of the group are joined by NVLink",
     "partial-nvlink": "some pairs of GPUs are joined by NVLink and some are not",
     "no-p2p": "some GPU cannot access the memory of another, or nobody could tell",
+    "has-p2p": "the GPUs can reach each other's memory, and NCCL does: host memory would be slower for large messages",
     "no-host-memory": "a GPU, or its driver, cannot map pinned host memory",
     "no-shared-memory": "a rank cannot make memory that others can map",
     "no-nvrtc": "NVRTC is missing, or cuda-core, through which it is called",
