@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from .catalogue import HOST_ALGORITHMS, host_algorithms
 from .operation import ITEMSIZE, OpSpec
 from .plan import HEADER_BYTES, PACKET, WARP, Launch, Layout, Plan, Region, ceil_div
-from .tables import KIB, NEVER
+from .tables import KIB, MIB, NEVER
 
 CHANNELS = {"host_one_shot": 1024, "host_stream": 512, "host_two_shot": 512}  # of each algorithm
 LAUNCH_BYTES = 1 << 30  # of one launch, which counts elements and packets in 32 bits
@@ -32,7 +32,11 @@ def _bands(one_shot_up_to: int) -> HostBands:
 
 # Of two ranks: measured. Of more: estimated. One-shot reads (n-1) S bytes, two-shot 2 (n-1) / n S in one hop (2 us) more, at 50 GB/s.
 HOST_TABLES: dict[int, HostBands] = {
-    2: (HostBand(96 * KIB, "host_one_shot", 64, 1024), HostBand(NEVER, "host_stream", 128, 512)),
+    2: (
+        HostBand(256 * KIB, "host_one_shot", 64, 1024),
+        HostBand(1 * MIB, "host_stream", 128, 128),
+        HostBand(NEVER, "host_stream", 128, 256),
+    ),
     3: _bands(128 * KIB),
     4: _bands(64 * KIB),
     5: _bands(40 * KIB),
