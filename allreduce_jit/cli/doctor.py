@@ -13,6 +13,7 @@ from typing import Any
 
 from ..harness import report, terminal
 from ..integrations.present import engines
+from ..paths import Path as Rung
 from ..policy import backends
 from ..settings import PLUGINS_SWITCH, PREFIX, V2_SWITCH, Settings, misread_switch
 from . import advice
@@ -174,11 +175,22 @@ def render(document: dict[str, Any]) -> str:
         kernels = f"{verdict['path']}, else " if verdict["path"] in backends.names() else ""
         lines.append(f"would run    {kernels}torch.distributed over {verdict['backend']}, for {who}")
         lines += [f"  because    {line}" for line in report.reasons(verdict["reasons"])]
+    lines += [f"note         {estimate}" for estimate in _estimates(verdict, ranks)]
     notes = dict.fromkeys(" ".join(note.split()) for facts in probes for note in facts.get("problems", ()))
     lines += [f"note         {note}" for note in notes]
     lines += [f"PROBLEM      {problem}" for problem in document["problems"]] or ["no problems"]
     lines.append(f"advice       {document['advice']}")
     return terminal.painted(terminal.wrapped("\n".join(lines), _LABEL), _COLOURS)
+
+
+def _estimates(verdict: dict[str, Any] | None, ranks: int) -> list[str]:
+    """What the tables of the path that would run were not measured for."""
+    path = verdict and verdict["path"]
+    if path == Rung.LEGACY.value and not (verdict or {})["full_nvlink"]:
+        return ["from which size on calls go to NCCL is an estimate on PCIe: allreduce-jit bench compares the two"]
+    if path == Rung.HOST.value and ranks > 2:
+        return [f"which algorithm runs which size is an estimate for {ranks} ranks: it was measured for 2"]
+    return []
 
 
 def _host_lines(facts: dict[str, Any]) -> list[str]:

@@ -23,33 +23,33 @@ def run(n, *names):
 
 
 @pytest.mark.parametrize("n", WORLDS)
-def test_bits(n):
+def test_host_bits(n):
     run(n, ("sizes", (Path.HOST, 1 << 26)), "host_algorithms", ("graphs", (Path.HOST,)), ("gpu_fused:bits", (Path.HOST,)))
 
 
 @pytest.mark.parametrize("n", WORLDS)
-def test_calls_that_come_again(n):
+def test_host_calls_that_come_again(n):
     run(n, ("repeated", (Path.HOST,)), ("gpu_streams:every_form", (Path.HOST,)))
 
 
 @pytest.mark.parametrize("n", WORLDS)
-def test_ends_and_new_beginnings(n):
+def test_host_ends_and_new_beginnings(n):
     names = ("aborted", "aborted_by_an_exception", "concurrent", "recovery", "skipped_and_extra_calls", "captures")
     run(n, *((f"gpu_life:{name}", ONLY) for name in names), ("late_peer", ONLY), ("mismatch", ONLY), "nothing_is_left")
 
 
 @pytest.mark.parametrize("n", WORLDS)
-def test_without_dependent_launches(n, monkeypatch):
+def test_host_without_dependent_launches(n, monkeypatch):
     monkeypatch.setenv("ALLREDUCE_JIT_PDL", "off")
     run(n, "host_algorithms", ("graphs", (Path.HOST,)))
 
 
 @pytest.mark.parametrize("n", WORLDS)
-def test_bench_and_soak(n):
+def test_host_bench_and_soak(n):
     run(n, "bench", "soaked")
 
 
 @pytest.mark.parametrize("n", WORLDS)
-def test_kills(n):
+def test_host_kills(n):
     found = kill_matrix.matrix(n, 15, 2.0, watcher=True, seed=0, jobs=3)
     assert found["ok"], [row["problems"] for row in found["rows"]] or found
