@@ -62,6 +62,7 @@ class HostStaging:
         self._mappings: dict[int, _Mapping] = {}
         self._fd = os.memfd_create("allreduce_jit", os.MFD_CLOEXEC)
         try:
+            os.fchmod(self._fd, 0o600)  # whoever else may look into /proc
             with running_near(near):
                 os.posix_fallocate(self._fd, 0, self.nbytes)  # here, rather than a fault when there is no memory
             self._mappings[rank] = _Mapping(self._fd, self.nbytes)

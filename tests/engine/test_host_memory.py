@@ -45,6 +45,7 @@ def files():
 
 def test_all_ranks_see_one_memory_each(cuda):
     ranks = group(3)
+    assert all(os.fstat(one._fd).st_mode & 0o777 == 0o600 and not os.get_inheritable(one._fd) for one in ranks)
     assert all(one.nbytes % GRANULARITY == 0 and one.nbytes >= NBYTES for one in ranks)
     for rank, one in enumerate(ranks):
         assert len(set(one.addresses)) == 3 and one.peek(rank, 0, one.nbytes) == bytes(one.nbytes)
