@@ -13,7 +13,8 @@ from .version import __version__
 
 _HOMES = {
     "communicator": ("Communicator", "init"),
-    "integrations.installed": ("Installation", "install", "uninstall"),
+    "describe": ("Band", "CommunicatorReport", "FusedFamily"),
+    "integrations.installed": ("Installation", "InstallationReport", "install", "uninstall"),
     "integrations.operators": ("register_communicator",),
     "integrations.sglang": (
         "CustomAllReduceV2",
@@ -28,19 +29,22 @@ _HOMES = {
     "policy.dispatch": ("apply_multi_node_policy", "decide"),
     "errors": (
         "AllReduceError",
-        "CallMismatch",
+        "CallMismatchError",
         "ClosedError",
-        "CommunicatorFailed",
+        "CommunicatorFailedError",
         "CompileError",
-        "ConcurrentUse",
+        "ConcurrentUseError",
+        "FailureReport",
         "InputError",
         "InputTypeError",
         "NotDeterministicError",
-        "PeerLost",
-        "PeerTimeout",
-        "Poisoned",
+        "PeerLostError",
+        "PeerTimeoutError",
+        "PoisonedError",
+        "RankReport",
         "SettingsError",
         "SetupError",
+        "SignedCall",
     ),
     "machine.probe": ("Capabilities",),
     "policy.verdict": ("Path", "Reason", "Verdict"),
@@ -53,23 +57,27 @@ logging.getLogger("allreduce_jit").addHandler(logging.NullHandler())
 
 if TYPE_CHECKING:
     from .communicator import Communicator, init
+    from .describe import Band, CommunicatorReport, FusedFamily
     from .errors import (
         AllReduceError,
-        CallMismatch,
+        CallMismatchError,
         ClosedError,
-        CommunicatorFailed,
+        CommunicatorFailedError,
         CompileError,
-        ConcurrentUse,
+        ConcurrentUseError,
+        FailureReport,
         InputError,
         InputTypeError,
         NotDeterministicError,
-        PeerLost,
-        PeerTimeout,
-        Poisoned,
+        PeerLostError,
+        PeerTimeoutError,
+        PoisonedError,
+        RankReport,
         SettingsError,
         SetupError,
+        SignedCall,
     )
-    from .integrations.installed import Installation, install, uninstall
+    from .integrations.installed import Installation, InstallationReport, install, uninstall
     from .integrations.operators import register_communicator
     from .integrations.sglang import (
         THRESHOLD_2_SHOT_MAP,
@@ -87,6 +95,9 @@ if TYPE_CHECKING:
 
 def __getattr__(name: str):
     if name not in _HOME:
+        errors = importlib.import_module(".errors", __name__)
+        if name in errors.RENAMED:
+            return getattr(errors, name)  # with a warning
         raise AttributeError(f"module 'allreduce_jit' has no attribute {name!r}")
     return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
 

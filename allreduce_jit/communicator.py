@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
-from .describe import LARGEST, describe, reasons
+from .describe import LARGEST, CommunicatorReport, describe, reasons
 from .engine.bounded import within
 from .errors import ClosedError, InputError, NotDeterministicError
 from .fused import NormCalls, Norms, check_operations
-from .inputs import accepted, as_device, plain
+from .inputs import accepted, as_device, plain, require_sum
 from .policy.operation import OpSpec
 from .policy.plan import Plan
 from .policy.verdict import Path
@@ -33,8 +33,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("allreduce_jit")
 
 LOCAL_CLOSE_S = 3.0
-_STRIDED = torch.strided
-_Tensor = torch.Tensor
+_Tensor, _STRIDED = torch.Tensor, torch.strided
 
 
 def init(
@@ -111,8 +110,7 @@ class Communicator(NormCalls):
                 require_cpu_group(group)
             self.group = groups.gloo_sibling(group)
         self._ladder = climb(self.group, device, deterministic, highest, lowest, max_ctas, operations=operations)
-        self._engine = self._ladder.engine
-        self.path = self._ladder.verdict.path
+        self._engine, self.path = self._ladder.engine, self._ladder.verdict.path
         may_have_nccl = create_groups or groups.has_backend(group, "cuda:nccl")
         self._torch = torch_engine(self.group, device, self._ladder, deterministic=deterministic, may_have_nccl=may_have_nccl)
         if deterministic and self._engine is None and self.world_size > 1:
@@ -133,21 +131,25 @@ class Communicator(NormCalls):
 
     # -- calls
 
-    def all_reduce(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    # ``op`` may be passed by position, for calls of functions with arguments by name alone take longer.
+    def all_reduce(self, x: torch.Tensor, out: torch.Tensor | None = None, op: object = None) -> torch.Tensor:
         """The sum of ``x`` over all ranks, in ``out`` or a new tensor; ``out=x`` works in place.
 
         Args:
             x: any shape, on this communicator's device; fp32, fp16 and bf16 take the kernels, other dtypes
                 torch.distributed. Contiguous tensors at any address are used as they are, others copied.
             out: same shape, dtype and device; either ``x`` itself or memory that does not overlap it.
+            op: for programs that name it: None, ``"sum"`` or ``torch.distributed.ReduceOp.SUM``; others are an ``InputError``.
 
         Returns:
             ``out``, or a new tensor shaped like ``x``. Enqueued on the current stream, like any CUDA op.
 
         Raises:
             ClosedError, InputError, InputTypeError, NotDeterministicError: nothing was launched.
-            CommunicatorFailed: an earlier call did not complete, or a peer has died; nothing was launched.
+            CommunicatorFailedError: an earlier call did not complete, or a peer has died; nothing was launched.
         """
+        if op is not None:
+            require_sum(op, self.rank)
         if self._current() != self._index:
             with torch.cuda.device(self.device):
                 return self.all_reduce(x, out)
@@ -163,6 +165,10 @@ class Communicator(NormCalls):
             return self._all_reduce(x, out)
         route.call(x, out)
         return out
+
+    def all_reduce_(self, x: torch.Tensor, op: object = None) -> torch.Tensor:
+        """``all_reduce`` in place: the sum replaces ``x``, which is returned."""
+        return self.all_reduce(x, x, op)
 
     def _all_reduce(self, x: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
         """``all_reduce`` with every check."""
@@ -193,12 +199,12 @@ class Communicator(NormCalls):
             self._torch.connect()
 
     def check(self) -> None:
-        """Raise what kept a call from completing, with the culprit: ``PeerLost``, ``PeerTimeout``, ``CallMismatch``,
-        ``ConcurrentUse`` or ``Poisoned``. A call of a peer, too, that this rank never made. Calls in flight have yet to
+        """Raise what kept a call from completing, with the culprit: ``PeerLostError``, ``PeerTimeoutError``, ``CallMismatchError``,
+        ``ConcurrentUseError`` or ``PoisonedError``. A call of a peer, too, that this rank never made. Calls in flight have yet to
         end; costs a copy of four bytes from the device.
 
         On path torch.distributed, where nothing tells which calls have completed, any death of a peer that the watcher
-        knows of is raised; and ``CallMismatch`` and ``ConcurrentUse`` are not found out."""
+        knows of is raised; and ``CallMismatchError`` and ``ConcurrentUseError`` are not found out."""
         self._check_open()
         for engine in self._engines():
             engine.check()
@@ -221,8 +227,7 @@ class Communicator(NormCalls):
             return
         engines = self._engines()
         if local:
-            for engine in engines:
-                engine.abort()
+            self.abort()
         self._closed, self._last = True, NO_ROUTE
         if self._watch is not None:
             self._watch.close()
@@ -275,16 +280,11 @@ class Communicator(NormCalls):
         spec = spec_of(numel, dtype)
         return self._routes.engine(spec).plan(spec)
 
-    def describe(self) -> dict:
-        """Path and reasons, what runs per dtype and size, memory and set-up times, ready for JSON.
-
-        ``tuning`` is V2's table: ``package``, or the file that ``allreduce-jit tune`` wrote. ``kernels_of``: what the path is inside.
-        """
+    def describe(self) -> CommunicatorReport:
+        """Path and reasons, what runs per dtype and size, memory and set-up times. ``to_dict()`` makes it ready for JSON."""
         self._check_open()
-        watched = self._watch.watched if self._watch else ()
-        who = {"rank": self.rank, "world_size": self.world_size, "device": str(self.device)}
-        about = {"operations": self._norms.describe()} | who
-        return describe(self._ladder, self._torch, self._routes, watched, self.deterministic) | about
+        about = self._watch.watched if self._watch else (), self.deterministic, self._norms.describe(), self.rank, self.device
+        return describe(self._ladder, self._torch, self._routes, *about)
 
     # -- internals
 

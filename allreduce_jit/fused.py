@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from .describe import FusedFamily
 from .errors import InputError, InputTypeError
 from .known_norms import KnownNorms
 from .norms import quant_of, run_local
@@ -94,11 +95,11 @@ class Norms:
         bare = spec_of(spec.numel, getattr(torch, spec.dtype))
         return replace(self._routes.engine(bare).plan(bare), algorithm=APART)
 
-    def describe(self) -> list[dict[str, object]]:
+    def describe(self) -> tuple[FusedFamily, ...]:
         """The families of which there are kernels, or should be."""
         built = [] if self._ladder.engine is None else self._ladder.engine.families
         families = [(family, None) for family in built if family.epilogue is not None]
-        return [self._described(family, reason) for family, reason in (*families, *self._failed.items())]
+        return tuple(self._described(family, reason) for family, reason in (*families, *self._failed.items()))
 
     def note_failed(self, families: Sequence[OpSpec]) -> None:
         """Say so of ``families`` that the ladder had to leave away."""
@@ -114,13 +115,22 @@ class Norms:
 
     # -- internals
 
-    def _described(self, family: OpSpec, reason: str | None) -> dict[str, object]:
+    def _described(self, family: OpSpec, reason: str | None) -> FusedFamily:
         norm = family.epilogue
         assert norm is not None
-        about = {"operation": family.operation, "dtype": family.dtype, "hidden": family.hidden, "rounding": norm.rounding}
-        about |= {"quantization": norm.quant, "residual": norm.residual, "weight": norm.weight, "weight_bias": norm.weight_bias}
-        path = APART if reason else self._ladder.verdict.path.value
-        return about | {"norm": norm.quant == "none" or norm.keep_norm, "path": path, "reason": reason}
+        return FusedFamily(
+            operation=family.operation,
+            dtype=family.dtype,
+            hidden=family.hidden,
+            rounding=norm.rounding,
+            quantization=norm.quant,
+            residual=norm.residual,
+            weight=norm.weight,
+            weight_bias=norm.weight_bias,
+            norm=norm.quant == "none" or norm.keep_norm,
+            path=APART if reason else self._ladder.verdict.path.value,
+            reason=reason,
+        )
 
     def _may_fuse(self, spec: OpSpec) -> bool:
         """Whether there is, or can be, a kernel that runs calls of ``spec``; the same on all ranks."""
@@ -206,7 +216,7 @@ class NormCalls:
             (norm, sum with the residual), like ``x``; on the current stream.
 
         Raises:
-            ClosedError, InputError, InputTypeError, NotDeterministicError, CommunicatorFailed: as ``all_reduce``.
+            ClosedError, InputError, InputTypeError, NotDeterministicError, CommunicatorFailedError: as ``all_reduce``.
         """
         self._check_open()
         norm, total = self._norms(

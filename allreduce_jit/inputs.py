@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 import torch
+import torch.distributed as dist
 
 from .errors import InputError, InputTypeError
 from .torch_private import quick_empty, tensor_check, without_overrides
@@ -14,6 +15,7 @@ from .torch_private import quick_empty, tensor_check, without_overrides
 # Below are offsets into storages that have been freed under their tensors, to which torch gives no address: tensors that are
 # like earlier ones in all else. The driver gives no memory there.
 NO_ADDRESS = 1 << 32
+_SUM = dist.ReduceOp.SUM
 
 
 def never_matches(x: torch.Tensor) -> bool:
@@ -69,6 +71,30 @@ def memory_problem(x: torch.Tensor) -> str | None:
             known, f"a {type(x).__name__} without storage of its own, as wrappers and tracers make: pass the tensor inside"
         )
     return None
+
+
+def require_sum(op: object, rank: int) -> None:
+    """Refuse an ``op`` that is not the sum. The sum is None, ``"sum"`` in any case, and torch's ``ReduceOp.SUM``.
+
+    What another library calls its operations is not compared with anything: their ``==`` may mean anything.
+    """
+    if op is None or op is _SUM:
+        return
+    kinds = dist.ReduceOp.RedOpType
+    if isinstance(op, str):
+        name = str.upper(op)  # a plain one, also of an enumeration's member
+    elif isinstance(op, kinds):
+        name = op.name
+    elif isinstance(op, dist.ReduceOp):  # made of a kind, maybe with a factor
+        name = next((name for name, kind in kinds.__members__.items() if op == kind), "?")
+    else:
+        raise InputTypeError(
+            f"rank {rank}: op must be None, 'sum' or torch.distributed.ReduceOp.SUM, not {type(op).__name__}: leave it away"
+        )
+    if name == "SUM":
+        return
+    instead = "divide the sum by world_size" if name == "AVG" else "use torch.distributed.all_reduce for it"
+    raise InputError(f"rank {rank}: op={name[:40]}: these kernels sum and do nothing else: {instead}")
 
 
 def said_by(rank: int | None) -> str:
@@ -189,7 +215,9 @@ def check_output(x: torch.Tensor, out: torch.Tensor, dense: bool, rank: int) -> 
 
 def _refuse_output(x: torch.Tensor, out: object, rank: int) -> NoReturn:
     if not isinstance(out, torch.Tensor):
-        raise InputTypeError(f"rank {rank}: out must be a torch.Tensor, not {type(out).__name__}")
+        operation = isinstance(out, (str, dist.ReduceOp, dist.ReduceOp.RedOpType))
+        hint = ": an operation is passed by name, op=" if operation else ""
+        raise InputTypeError(f"rank {rank}: out must be a torch.Tensor, not {type(out).__name__}{hint}")
     if out.requires_grad and torch.is_grad_enabled():
         raise InputError(f"rank {rank}: out requires grad: detach it, or call under torch.no_grad()")
     raise InputError(

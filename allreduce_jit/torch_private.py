@@ -217,6 +217,14 @@ def functional_collective(name: str) -> Any:
 FUNCTIONAL_COLLECTIVES = "_c10d_functional"
 """Their namespace."""
 
+BEFORE_BACKENDS = "BackendSelect"
+"""The dispatch key of kernels that calls of any device come to, after autograd and before the device's own kernel."""
+
+
+def to_backends(keys: Any) -> Any:
+    """Of the dispatch keys of a call, those behind ``BEFORE_BACKENDS``."""
+    return keys & _C._dispatch_keyset_full_after(_C.DispatchKey.BackendSelect)
+
 
 # -- for measurements
 

@@ -3,8 +3,8 @@
 Usage: python tools/call_overhead.py [--gpus N | --cpu N] [--numel 4096] [--calls 2000] [--turns 20]
 
 Prints JSON: µs of host time a call, each figure the least of ``turns`` that are measured in turn, on rank 0:
- - ``operators``: ``comm.all_reduce`` and the operator over it, in place and not, and an operator that does nothing: torch's
-   dispatcher, which is most of the difference;
+ - ``operators``: ``comm.all_reduce``, in place and with ``op=``, and the operator over it, in place and not, and an operator that does
+   nothing: torch's dispatcher, which is most of the difference;
  - ``install``: ``dist.all_reduce`` taken by us over ``comm.all_reduce``, and left (another dtype, another operation) before and after
    ``install``; the same of the functional operator.
 On a machine without kernels no call is taken. Then (``"stand_in": true``) the communicator is one that copies nothing and sums nothing,
@@ -82,6 +82,8 @@ def work(place: Any, numel: int, times: int, turns: int) -> dict[str, Any]:
                 "comm.all_reduce(x)": lambda: comm.all_reduce(x),
                 "all_reduce": lambda: op(x, name),
                 "comm.all_reduce(x, out=x)": lambda: comm.all_reduce(x, x),
+                "comm.all_reduce_(x)": lambda: comm.all_reduce_(x),
+                "comm.all_reduce(x, op=SUM)": lambda: comm.all_reduce(x, op=dist.ReduceOp.SUM),
                 "all_reduce_": lambda: op_(x, name),
                 "nothing": lambda: nothing(x, name),
             },
@@ -125,7 +127,7 @@ def _installed(place: Any, stack: Any, comm: Any, x: Any, times: int, turns: int
             "functional in place": lambda: functional(x, "sum", name),
         }
         found = {"left_before": before, "left": _idle(place, left, times, turns), "taken": _idle(place, taken, times, turns)}
-        counted = installation.describe()
+        counted = installation.describe().to_dict()
         installed.uninstall()
     finally:
         cell.cell.cell_contents = dist.all_reduce.__wrapped__ = original

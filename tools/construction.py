@@ -28,12 +28,12 @@ def build(place, norms=False):
     again = time.perf_counter()
     allreduce_jit.init(device=place.device, operations=operations).close()
     return {
-        "path": described["path"],
-        "kernels": described["kernels"],
+        "path": described.path.value,
+        "kernels": described.kernels.to_dict(),
         "seconds": round(max(place.gather(seconds)), 3),
         "second_in_process_seconds": round(time.perf_counter() - again, 3),
-        "timings": described["timings"],
-        "device_bytes": described["device_bytes"],
+        "timings": described.timings,
+        "device_bytes": described.device_bytes,
     }
 
 

@@ -178,7 +178,7 @@ def work(place: Any, options: Options, init: Callable[..., Any] | None = None) -
         return {
             "ok": all(row["fused_differs"] == 0 and row["finite"] and row["same_on_all_ranks"] for row in rows),
             "machine": report.machine(),
-            "path": communicator.describe()["path"],
+            "path": communicator.describe().path.value,
             "world_size": place.world_size,
             "options": dataclasses.asdict(options),
             "fused_calls": 2 * options.layers,

@@ -116,7 +116,7 @@ def work(place: Any, options: Options) -> dict[str, Any]:
         made, took = generate(place, model, prompt, options.new_tokens)
         tokens.append(made)
         seconds["installed"].append(took)
-        counts = installation.describe()
+        counts = installation.describe().to_dict()
         place.synchronize()
         place.barrier()
         allreduce_jit.uninstall()

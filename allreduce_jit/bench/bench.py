@@ -135,7 +135,7 @@ def work(place: Place, options: Options, init: Callable[..., Any] | None) -> dic
         return {
             "ok": wrong == 0,
             "machine": report.machine(),
-            "communicator": communicator.describe(),
+            "communicator": communicator.describe().to_dict(),
             "options": asdict(options),
             "unit": "µs per call: p50 and p99 over bursts on each rank, then the slowest rank; 1 GB = 1e9 bytes",
             "multicast": "off",

@@ -101,7 +101,7 @@ def work(place: Place, options: Options, init: Callable[..., Any] | None) -> dic
             "ok": wrong == 0,
             "op": OPERATION,
             "machine": report.machine(),
-            "communicator": communicator.describe(),
+            "communicator": communicator.describe().to_dict(),
             "options": asdict(options),
             "unit": "µs per call: p50 and p99 over bursts on each rank, then the slowest rank",
             "multicast": "off",

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..abi import FloorArgs
-from ..errors import PeerTimeout
+from ..errors import PeerTimeoutError
 from ..harness.place import Place
 from ..policy.catalogue import KernelSpec
 from . import timing
@@ -130,7 +130,7 @@ class _Probe:
             self.place.synchronize()  # whatever happened: nothing of ours may be in flight when others free memory
         expired = [int(state[1::2].max()) for state in self.states]
         if any(expired):
-            raise PeerTimeout(f"no packet from rank {max(expired) - 1} within {TIMEOUT_S:g} s")
+            raise PeerTimeoutError(f"no packet from rank {max(expired) - 1} within {TIMEOUT_S:g} s")
         return [flag, both, *packets]
 
     def _median(self, name: str, data: int, grid: int, block: int, packets: int, calls: int) -> float:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from ..abi import FloorArgs
-from ..errors import PeerTimeout, SetupError
+from ..errors import PeerTimeoutError, SetupError
 from ..harness.place import Place
 from ..policy.catalogue import KernelSpec
 from . import host_floor, timing
@@ -79,7 +79,7 @@ def measure(place: Place, communicator: Any) -> tuple[Floor | host_floor.HostFlo
     """
     if place.device.type != "cuda":
         return None, "the ranks are on the CPU"
-    path = communicator.describe()["path"]
+    path = communicator.path
     if path == "host":
         return host_floor.measure(place, communicator)
     if path != "v2":
@@ -177,7 +177,7 @@ class _Probe:
             self.place.synchronize()  # whatever happened: nothing of ours may be in flight when others free memory
         epoch, expired = self.state.tolist()
         if expired:
-            raise PeerTimeout(f"no flag from rank {expired - 1} within {TIMEOUT_S:g} s")
+            raise PeerTimeoutError(f"no flag from rank {expired - 1} within {TIMEOUT_S:g} s")
         replays = WARMUP + REPLAYS + timing.PRIMING
         if epoch != 2 * FLAGS * replays:
             raise SetupError(f"{epoch} exchanges counted, {2 * FLAGS * replays} launched")

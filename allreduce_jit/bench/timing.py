@@ -68,7 +68,7 @@ class Workload:
 
 def capturable(place: Place, communicator: Any) -> bool:
     """Whether calls can be captured into a CUDA graph: gloo passes through the host and cannot."""
-    return place.device.type == "cuda" and communicator.describe()["backend"] != "gloo"
+    return place.device.type == "cuda" and communicator.describe().backend != "gloo"
 
 
 def device_barrier(place: Place, communicator: Any) -> Callable[[], None]:

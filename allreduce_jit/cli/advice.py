@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .doctor import DoctorReport
 
 # Reasons that somebody can remove, by code, with how; and those that are what the machine is, with what that means.
 _REMEDIES = {
@@ -42,19 +44,19 @@ _FACTS = {
 }
 
 
-def next_step(document: Mapping[str, Any], settings_valid: bool) -> str:
-    """One sentence for a document of ``doctor``; what can be mended goes before what cannot."""
-    problems, verdict = document["problems"], document["verdict"]
+def next_step(report: DoctorReport, settings_valid: bool) -> str:
+    """One sentence for what ``doctor`` found; what can be mended goes before what cannot."""
+    problems, verdict = report.problems, report.verdict
     if not settings_valid:
         return "Correct the variable that the first problem names (docs/environment.md lists all), and run doctor again."
     if verdict is None:
         return "Mend what the first problem names, which kept doctor from a decision, and run it again."
-    if document["gpu_present"] and not document["simulated_ranks"]:
+    if report.gpu_present and not report.simulated_ranks:
         return "Install a CUDA build of torch, or let this process see the GPUs (CUDA_VISIBLE_DEVICES)."
-    codes = [reason["code"] for reason in verdict["reasons"]]
+    codes = [reason.code for reason in verdict.reasons]
     found = next((_REMEDIES[code] for code in codes if code in _REMEDIES), None)
-    if found is None and problems and document["gpu_present"]:
-        found = f"all-reduces would run on path {verdict['path']}, but mend what the first problem names"
+    if found is None and problems and report.gpu_present:
+        found = f"all-reduces would run on path {verdict.path}, but mend what the first problem names"
     if found is None:
         found = next(_FACTS[code] for code in (*codes, "full-nvlink") if code in _FACTS)
         found += "; allreduce-jit selftest checks every bit"

@@ -7,14 +7,18 @@ import importlib
 import importlib.util
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ..harness import report, terminal
-from ..integrations.present import engines
+from ..integrations.present import EngineReport, engines
+from ..machine.probe import Capabilities
 from ..paths import Path as Rung
 from ..policy import backends
+from ..policy.verdict import Reason
+from ..records import Record, plain
 from ..settings import PLUGINS_SWITCH, PREFIX, V2_SWITCH, Settings, misread_switch
 from . import advice
 
@@ -33,14 +37,79 @@ _PROC_GPUS = Path("/proc/driver/nvidia/gpus")
 
 def run(args: argparse.Namespace) -> int:
     """Examine, print, and return the exit code: 1 if there is a GPU and something keeps the kernels from it."""
-    document = examine()
-    print(json.dumps(document, indent=2) if args.json else render(document))
-    return exit_code(document)
+    found = examine()
+    print(json.dumps(found.to_dict(), indent=2) if args.json else render(found))
+    return exit_code(found)
 
 
-def exit_code(document: dict[str, Any]) -> int:
-    runs_kernels = (document["verdict"] or {}).get("path") in backends.names()
-    harmless = runs_kernels or not document["gpu_present"] or not document["problems"]
+@dataclass(frozen=True)
+class VerdictReport(Record):
+    """What would run, as ``Verdict`` has it, with every path by its name.
+
+    Attributes:
+        path, backend, full_nvlink: as of ``Verdict``.
+        reasons: one for each step down.
+    """
+
+    path: str
+    backend: str
+    full_nvlink: bool | None
+    reasons: tuple[Reason, ...]
+
+
+@dataclass(frozen=True)
+class CacheReport(Record):
+    """The compiled kernels on disk.
+
+    Attributes:
+        directory: where they are; None: nowhere.
+        entries: how many.
+        norms: those of them with a norm.
+        bytes: of all of them.
+        problem: why none are kept, else None.
+    """
+
+    directory: str | None
+    entries: int
+    norms: int
+    bytes: int
+    problem: str | None
+
+
+@dataclass(frozen=True)
+class DoctorReport(Record):
+    """What ``allreduce-jit doctor`` says.
+
+    Attributes:
+        gpu_present: whether the process or the driver has a GPU.
+        simulated_ranks: how many ranks the verdict is for, one for each GPU; 0: ranks on the CPU.
+        verdict: what would run; None: something kept doctor from a decision.
+        problems: what is in the way.
+        probe: what each rank would see.
+        versions: by distribution; None: not installed.
+        driver: the kernel driver's version; None: there is none.
+        cache: compiled kernels.
+        engines: those that are installed.
+        environment: our variables that are set.
+        advice: what to do next.
+    """
+
+    gpu_present: bool
+    simulated_ranks: int
+    verdict: VerdictReport | None
+    problems: tuple[str, ...]
+    probe: tuple[Capabilities, ...]
+    versions: Mapping[str, str | None]
+    driver: str | None
+    cache: CacheReport
+    engines: tuple[EngineReport, ...]
+    environment: Mapping[str, str]
+    advice: str = ""
+
+
+def exit_code(found: DoctorReport) -> int:
+    runs_kernels = found.verdict is not None and found.verdict.path in backends.names()
+    harmless = runs_kernels or not found.gpu_present or not found.problems
     return 0 if harmless else 1
 
 
@@ -50,8 +119,8 @@ def examine(
     open_cache: Callable[[Path | None], Any] | None = None,
     gpu_count: int | None = None,
     proc_gpus: Path = _PROC_GPUS,
-) -> dict[str, Any]:
-    """Everything ``doctor`` says, JSON-able. Nothing on the machine makes it raise.
+) -> DoctorReport:
+    """Everything ``doctor`` says. Nothing on the machine makes it raise.
 
     The GPUs that this process sees stand in for the ranks of a group, one each. The arguments replace the
     package's own functions and the machine's own answers.
@@ -70,19 +139,19 @@ def examine(
     if settings and None not in caps:
         verdict = look.verdict(decide or _imported("policy.dispatch", "decide"), caps if visible else caps * 2, settings)
     cache = look.cache(open_cache or _imported("jit.cache", "KernelCache"), settings or Settings())
-    document = {
-        "gpu_present": bool(visible or installed),
-        "simulated_ranks": len(caps) if visible else 0,
-        "verdict": verdict,
-        "problems": look.problems,
-        "probe": [found.to_json() for found in caps if found is not None],
-        "versions": report.versions(),
-        "driver": report.driver_version(),
-        "cache": cache,
-        "engines": engines(),
-        "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith(PREFIX) or k in (PLUGINS_SWITCH, V2_SWITCH)},
-    }
-    return document | {"advice": advice.next_step(document, settings is not None)}
+    found = DoctorReport(
+        gpu_present=bool(visible or installed),
+        simulated_ranks=len(caps) if visible else 0,
+        verdict=verdict,
+        problems=tuple(look.problems),
+        probe=tuple(one for one in caps if one is not None),
+        versions=report.versions(),
+        driver=report.driver_version(),
+        cache=cache,
+        engines=engines(),
+        environment={k: v for k, v in sorted(os.environ.items()) if k.startswith(PREFIX) or k in (PLUGINS_SWITCH, V2_SWITCH)},
+    )
+    return replace(found, advice=advice.next_step(found, settings is not None))
 
 
 def _needed() -> list[tuple[str, str, str]]:
@@ -129,22 +198,20 @@ class _Look:
         devices = [f"cuda:{i}" for i in range(gpus)] or ["cpu"]
         found = [self.attempt(f"probe of {device}", lambda device=device: probe(device)) for device in devices]
         for device, facts in zip(devices, found):
-            if gpus and facts is not None and facts.to_json().get("gpu") is None:
+            if gpus and facts is not None and facts.gpu is None:
                 self.problems.append(f"{device}: no usable GPU")
         return found
 
-    def verdict(self, decide: Callable[..., Any], caps: list[Any], settings: Settings) -> dict[str, Any] | None:
+    def verdict(self, decide: Callable[..., Any], caps: list[Any], settings: Settings) -> VerdictReport | None:
         found = self.attempt("decision", lambda: decide(caps, [settings] * len(caps)))
         if found is None:
             return None
         path = report.word(found.path)
-        reasons = [{"code": report.word(r.code), "text": r.text, "rank": r.rank} for r in found.reasons]
         if path not in backends.names():
-            hindrances = [reason for reason in reasons if reason["code"] not in _NO_HINDRANCE]
-            self.problems += report.reasons(hindrances)
-        return {"path": path, "backend": found.backend, "full_nvlink": found.full_nvlink, "reasons": reasons}
+            self.problems += _said(reason for reason in found.reasons if reason.code not in _NO_HINDRANCE)
+        return VerdictReport(path, found.backend, found.full_nvlink, tuple(found.reasons))
 
-    def cache(self, open_cache: Callable[[Path | None], Any], settings: Settings) -> dict[str, Any]:
+    def cache(self, open_cache: Callable[[Path | None], Any], settings: Settings) -> CacheReport:
         opened = self.attempt("kernel cache", lambda: open_cache(settings.cache_dir))
         entries = opened and self.attempt("kernel cache", opened.entries) or []
         problem = opened and opened.problem
@@ -153,40 +220,47 @@ class _Look:
         total = sum(size for _, size in entries)
         norms = sum("norm_" in name for name, _ in entries)
         directory = settings.cache_dir and str(settings.cache_dir)
-        return {"directory": directory, "entries": len(entries), "norms": norms, "bytes": total, "problem": problem}
+        return CacheReport(directory, len(entries), norms, total, problem)
 
 
-def render(document: dict[str, Any]) -> str:
+def _said(reasons: Iterable[Reason]) -> list[str]:
+    return report.reasons([plain(reason) for reason in reasons])
+
+
+def render(found: DoctorReport) -> str:
     """The examination as text."""
-    verdict, cache, probes = document["verdict"], document["cache"], document["probe"]
-    lines = ["versions     " + ", ".join(f"{k} {v or 'missing'}" for k, v in document["versions"].items())]
-    lines.append(f"driver       {document['driver'] or 'none'}")
+    verdict, cache, probes = found.verdict, found.cache, [one.to_dict() for one in found.probe]
+    lines = ["versions     " + ", ".join(f"{k} {v or 'missing'}" for k, v in found.versions.items())]
+    lines.append(f"driver       {found.driver or 'none'}")
     lines += _host_lines(probes[0]) if probes else []
     for facts in probes:
         lines += _gpu_lines(facts)
-    state = f"{cache['entries']} kernels ({cache['norms']} with a norm), {cache['bytes']} bytes"
-    lines.append(f"kernel cache {cache['directory'] or '(none)'}: {cache['problem'] or state}")
-    lines += [f"environment  {name}={value}" for name, value in document["environment"].items()]
-    for found in document["engines"]:
-        lines.append(f"engine       {found['engine']} {found['version']}: " + (found["why"] or "its plug-in is on"))
-    ranks = document["simulated_ranks"]
+    state = f"{cache.entries} kernels ({cache.norms} with a norm), {cache.bytes} bytes"
+    lines.append(f"kernel cache {cache.directory or '(none)'}: {cache.problem or state}")
+    lines += [f"environment  {name}={value}" for name, value in found.environment.items()]
+    for engine in found.engines:
+        on = "its plug-in is on; before us: " + ("; ".join(engine.before_us) or "nothing")
+        lines.append(f"engine       {engine.engine} {engine.version}: " + (engine.why or on))
+    ranks = found.simulated_ranks
     who = f"{ranks} ranks, one per GPU" if ranks else "ranks on the CPU"
     if verdict:
-        kernels = f"{verdict['path']}, else " if verdict["path"] in backends.names() else ""
-        lines.append(f"would run    {kernels}torch.distributed over {verdict['backend']}, for {who}")
-        lines += [f"  because    {line}" for line in report.reasons(verdict["reasons"])]
+        kernels = f"{verdict.path}, else " if verdict.path in backends.names() else ""
+        lines.append(f"would run    {kernels}torch.distributed over {verdict.backend}, for {who}")
+        lines += [f"  because    {line}" for line in _said(verdict.reasons)]
     lines += [f"note         {estimate}" for estimate in _estimates(verdict, ranks)]
     notes = dict.fromkeys(" ".join(note.split()) for facts in probes for note in facts.get("problems", ()))
     lines += [f"note         {note}" for note in notes]
-    lines += [f"PROBLEM      {problem}" for problem in document["problems"]] or ["no problems"]
-    lines.append(f"advice       {document['advice']}")
+    lines += [f"PROBLEM      {problem}" for problem in found.problems] or ["no problems"]
+    lines.append(f"advice       {found.advice}")
     return terminal.painted(terminal.wrapped("\n".join(lines), _LABEL), _COLOURS)
 
 
-def _estimates(verdict: dict[str, Any] | None, ranks: int) -> list[str]:
+def _estimates(verdict: VerdictReport | None, ranks: int) -> list[str]:
     """What the tables of the path that would run were not measured for."""
-    path = verdict and verdict["path"]
-    if path == Rung.LEGACY.value and not (verdict or {})["full_nvlink"]:
+    if verdict is None:
+        return []
+    path = str(verdict.path)
+    if path == Rung.LEGACY.value and not verdict.full_nvlink:
         return ["from which size on calls go to NCCL is an estimate on PCIe: allreduce-jit bench compares the two"]
     if path == Rung.HOST.value and ranks > 2:
         return [f"which algorithm runs which size is an estimate for {ranks} ranks: it was measured for 2"]

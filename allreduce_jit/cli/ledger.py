@@ -98,7 +98,7 @@ def document(
     return {
         "ok": not wrong and not errors and calls > 0,
         "machine": report.machine(),
-        "communicator": communicator.describe(),
+        "communicator": communicator.describe().to_dict(),
         "options": options,
         "calls": {"total": calls, **counts.calls},
         "kinds": dict(sorted(counts.kinds.items())),

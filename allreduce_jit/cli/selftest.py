@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ..bench import timing
+from ..describe import Band
 from ..engine import reference
 from ..harness import ranks, report, terminal
 from ..harness.place import Place
@@ -73,7 +74,7 @@ def work(place: Place, options: Options, init: Callable[..., Any] | None) -> dic
         return {
             "ok": not failures and not counted["wrong"],
             "machine": report.machine(),
-            "communicator": communicator.describe(),
+            "communicator": communicator.describe().to_dict(),
             "options": asdict(options),
             **counted,
             "failures": failures,
@@ -83,10 +84,10 @@ def work(place: Place, options: Options, init: Callable[..., Any] | None) -> dic
         }
 
 
-def sizes(max_bytes: int, bands: Iterable[dict[str, Any]]) -> list[Size]:
+def sizes(max_bytes: int, bands: Iterable[Band]) -> list[Size]:
     """Element counts, powers of 4 from 1 KB on, the maximum, and both sides of every change of algorithm."""
     counts = [Size(count, False) for count in _COUNTS if count * 4 <= max_bytes]
-    edges = {edge for band in bands for edge in (band["from_bytes"], band["to_bytes"]) if edge and edge > 64}
+    edges = {edge for band in bands for edge in (band.from_bytes, band.to_bytes) if edge and edge > 64}
     amounts = {near // 4 * 4 for edge in edges for near in (edge - 4, edge, edge + 4)}
     amounts |= {1 << shift for shift in range(10, max_bytes.bit_length(), 2)} | {max_bytes}
     return counts + [Size(amount, True) for amount in sorted(amounts) if 4 <= amount <= max_bytes]
@@ -99,7 +100,7 @@ class _Checker:
         self.place, self.communicator, self.seed = place, communicator, options.seed
         on_gpu = place.device.type == "cuda"
         self.largest = options.max_bytes if options.max_bytes is not None else (64 if on_gpu else 1) << 20
-        self.sizes = sizes(self.largest, communicator.describe()["bands"])
+        self.sizes = sizes(self.largest, communicator.describe().bands)
         self.graphs = timing.capturable(place, communicator)
         self.bursts = (5, 1) if on_gpu else (1, 0)
         self.failures: list[str] = []

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from ..abi import MAX_SHAPES, Header
-from ..errors import CommunicatorFailed, Poisoned, SetupError
+from ..errors import CommunicatorFailedError, PoisonedError, SetupError
 from ..jit.cache import Artifact, KernelCache, decode, encode
 from ..jit.compiler import build_all
 from ..policy.catalogue import KernelSpec
@@ -77,9 +77,9 @@ class KernelEngine:
         self.compiled = self.cached = 0
         self.dead: list[int] = []  # ranks whose process has ended, the first one first
         self.watched: tuple[int, ...] = ()  # ranks whose end would be noticed
-        self._failure: CommunicatorFailed | None = None
+        self._failure: CommunicatorFailedError | None = None
         self._stopped = False  # nothing is launched any more
-        self._raised: CommunicatorFailed | None = None  # the failure, once a caller has been told
+        self._raised: CommunicatorFailedError | None = None  # the failure, once a caller has been told
         self._verified = False  # staging memory, streams and slots are
         self.hands_over = not config.deterministic  # calls for which torch.distributed is expected to be faster
         self._graph_cache = GraphCache()
@@ -151,7 +151,7 @@ class KernelEngine:
 
     def check(self) -> None:
         """Raise what kept a call from completing, here or on a peer that stopped this rank for it: a subclass of
-        ``CommunicatorFailed`` that names the culprit."""
+        ``CommunicatorFailedError`` that names the culprit."""
         if self._failure is None and (code := self.state.words[0] or self._peer_abort_code()):
             self._fail(code)
         if self._failure is not None:
@@ -188,7 +188,7 @@ class KernelEngine:
 
     def _refuse(self) -> None:
         if failure := self._raised:
-            raise Poisoned(str(failure), failure.ranks, failure.report) from failure
+            raise PoisonedError(str(failure), failure.ranks, failure.report) from failure
         if not self.state.words[0]:  # nothing was hurt so far
             self._fail(abort_code(Kind.LOST, self.dead[0], self.config.rank))
         self.check()

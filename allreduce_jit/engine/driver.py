@@ -132,6 +132,7 @@ class KernelLaunch:
     Attributes:
         node: the same for a graph, as the driver takes it, but for what says when it may start.
         pdl: whether it is a dependent launch.
+        cluster: blocks of a cluster, as the kernel was compiled.
     """
 
     def __init__(
@@ -143,6 +144,7 @@ class KernelLaunch:
         shared_bytes: int = 0,
         pdl: bool = False,
         ranks: int = 1,
+        cluster: int = 1,
     ):
         attributes = []
         if pdl:
@@ -151,7 +153,7 @@ class KernelLaunch:
             attributes.append(driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_COOPERATIVE)
         table = (_Attribute * len(attributes))(*(_Attribute(int(a), 0, (ctypes.c_int * 16)(1)) for a in attributes))
         pointers = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(a) for a in arguments))
-        self.arguments, self.grid, self.pdl = arguments, grid, pdl
+        self.arguments, self.grid, self.pdl, self.cluster = arguments, grid, pdl, cluster
         self._config = _Config((grid, ranks, 1), (block, 1, 1), shared_bytes, None, table, len(attributes))
         self._keep = (kernel, table, pointers)
         self._stream: int | None = None
@@ -175,7 +177,8 @@ class Graph:
     at once.
 
     ``launches`` are what it begins with, ``stream`` holds the one to launch it on. Those that are dependent are so in the graph,
-    but for the first. No cooperative launches: that attribute is left behind.
+    but for the first. No cooperative launches: that attribute is left behind. A node that was updated to a kernel with clusters keeps
+    them: a kernel without, later, would run with these (seen on sm_90, CUDA 13.0).
 
     Attributes:
         launch: the driver's own call, which returns its error.

@@ -8,7 +8,14 @@ from dataclasses import asdict, dataclass, replace
 
 from .. import abi
 from ..abi import CULPRIT_SHIFT, DTYPE_SHIFT, FINDER_SHIFT, IN_PLACE, NUMEL_SHIFT, Kind
-from ..errors import CallMismatch, CommunicatorFailed, ConcurrentUse, PeerLost, PeerTimeout, Poisoned
+from ..errors import (
+    CallMismatchError,
+    CommunicatorFailedError,
+    ConcurrentUseError,
+    PeerLostError,
+    PeerTimeoutError,
+    PoisonedError,
+)
 from ..policy.catalogue import HOST_ALGORITHMS, NVLINK_ALGORITHMS
 from ..policy.norm import read_signed
 from ..policy.norm_forms import NORM_ALGORITHMS
@@ -114,7 +121,7 @@ def explain(
     signed: Sequence[tuple[int, Signature] | None],
     alive: Callable[[int], bool | None],
     told: tuple[int | None, int | None] = (None, None),
-) -> CommunicatorFailed:
+) -> CommunicatorFailedError:
     """The exception for an abort ``code``.
 
     Args:
@@ -145,16 +152,16 @@ def explain(
     where = f" in call {seen.sequence} ({call.algorithm}, {call.dtype}, {phase})" if call and by == rank else ""
     hearsay = "" if by == rank else f" (rank {by} told rank {rank})"
     lives = {True: "lives", False: "is dead", None: "may live or not"}[alive(culprit)]
-    error: type[CommunicatorFailed] = PeerTimeout
+    error: type[CommunicatorFailedError] = PeerTimeoutError
     if kind is Kind.TIMEOUT:
         waited = f" after {seen.waited_ms / 1000:.1f} s" if by == rank else ""
         text = f"rank {by} timed out{waited} waiting for rank {culprit}{where}; its process {lives}"
         if alive(culprit) is False:
-            error = PeerLost
+            error = PeerLostError
     elif kind is Kind.LOST:
-        error, text = PeerLost, f"the process of rank {culprit} has ended{where}"
+        error, text = PeerLostError, f"the process of rank {culprit} has ended{where}"
     elif kind is Kind.MISMATCH:
-        error, text = CallMismatch, f"rank {by} and rank {culprit} came to one call with different signatures"
+        error, text = CallMismatchError, f"rank {by} and rank {culprit} came to one call with different signatures"
         if by == rank:
             both = zip((seen.mine, seen.theirs), told)
             mine, theirs = (with_parameters(Signature.decode(*words), word) for words, word in both)
@@ -162,10 +169,10 @@ def explain(
             text = f"call {seen.sequence} is {mine.told_apart(theirs)} on rank {rank}, "
             text += f"but {theirs.told_apart(mine)} on rank {culprit}"
     elif kind is Kind.CONCURRENT:
-        error = ConcurrentUse
+        error = ConcurrentUseError
         text = f"rank {culprit} had two calls of one communicator in flight at once: order their streams, or use two"
     else:
-        error, text = Poisoned, f"rank {by} aborted this communicator"
+        error, text = PoisonedError, f"rank {by} aborted this communicator"
     last = "".join(f" Rank {r} last signed call {s[0]}: {s[1]}." for r, s in enumerate(signed) if s)
     text = f"rank {rank}: {text}{hearsay}.{last} Results since then are NaN; close this communicator and build a new one."
     ranks = (culprit, by) if kind is Kind.MISMATCH else (culprit,)

@@ -12,7 +12,7 @@ from typing import NoReturn
 import torch
 import torch.distributed as dist
 
-from ..errors import ClosedError, CommunicatorFailed, InputError, PeerLost, PeerTimeout, Poisoned
+from ..errors import ClosedError, CommunicatorFailedError, InputError, PeerLostError, PeerTimeoutError, PoisonedError
 from ..inputs import memory_problem, raise_no_memory
 from ..policy.operation import OpSpec
 from ..policy.plan import Plan
@@ -64,8 +64,8 @@ class TorchEngine:
         self._connect = connect
         self._nccl: Nccl | None = None
         self._hurt = False  # a call may have been in flight when a peer died
-        self._failure: CommunicatorFailed | None = None
-        self._raised: CommunicatorFailed | None = None  # the failure, once a caller has been told
+        self._failure: CommunicatorFailedError | None = None
+        self._raised: CommunicatorFailedError | None = None  # the failure, once a caller has been told
 
     def takes(self, spec: OpSpec) -> bool:
         return spec.operation == "all_reduce"
@@ -80,7 +80,7 @@ class TorchEngine:
         """Sum ``x`` over the ranks into ``out`` (may be ``x``), any dtype that the backend takes.
 
         Raises:
-            CommunicatorFailed: a peer's process has ended, or the connection to it is lost.
+            CommunicatorFailedError: a peer's process has ended, or the connection to it is lost.
         """
         if memory_problem(x) or (out is not x and memory_problem(out)):  # freed since a tensor like it was accepted
             raise_no_memory((x, out), self.rank)
@@ -141,7 +141,7 @@ class TorchEngine:
     def abort(self) -> None:
         """End the calls in flight on this rank, and refuse new ones."""
         if self.world_size > 1:
-            self._fail(Poisoned(f"rank {self.rank} aborted this communicator", (self.rank,)))
+            self._fail(PoisonedError(f"rank {self.rank} aborted this communicator", (self.rank,)))
             if self._nccl is not None:
                 self._nccl.abort()
 
@@ -178,20 +178,20 @@ class TorchEngine:
             self._raised = self._fail(self._death() if self.dead else self._unknown(str(e)))
             raise self._raised from e
 
-    def _death(self) -> PeerLost:
+    def _death(self) -> PeerLostError:
         text = f"rank {self.rank}: the process of rank {self.dead[0]} has ended. {_AFTERWARDS}"
-        return PeerLost(text, (self.dead[0],), self._report("lost", self.dead[0]))
+        return PeerLostError(text, (self.dead[0],), self._report("lost", self.dead[0]))
 
-    def _unknown(self, text: str) -> CommunicatorFailed:
-        kind = PeerTimeout if re.search("timed? ?out", text, re.I) else CommunicatorFailed
+    def _unknown(self, text: str) -> CommunicatorFailedError:
+        kind = PeerTimeoutError if re.search("timed? ?out", text, re.I) else CommunicatorFailedError
         return kind(f"rank {self.rank}: torch.distributed lost a rank, which it does not name: {text}. {_AFTERWARDS}",
-                    (), self._report("timeout" if kind is PeerTimeout else "connection", None))  # fmt: skip
+                    (), self._report("timeout" if kind is PeerTimeoutError else "connection", None))  # fmt: skip
 
     def _report(self, kind: str, culprit: int | None) -> dict:
         ranks = [{"rank": r, "alive": False if r in self.dead else None, "last_call": None} for r in range(self.world_size)]
         return {"kind": kind, "culprit": culprit, "found_by": self.rank, "rank": self.rank, "ranks": ranks}
 
-    def _fail(self, failure: CommunicatorFailed) -> CommunicatorFailed:
+    def _fail(self, failure: CommunicatorFailedError) -> CommunicatorFailedError:
         """The first failure: this one, unless there was another."""
         self._failure = self._failure or failure
         return self._failure
@@ -199,7 +199,7 @@ class TorchEngine:
     def _refuse(self) -> NoReturn:
         """The cause once, from then on that there was one."""
         if failure := self._raised:
-            raise Poisoned(str(failure), failure.ranks, failure.report) from failure
+            raise PoisonedError(str(failure), failure.ranks, failure.report) from failure
         self._raised = self._failure or self._fail(self._death())
         raise self._raised
 

@@ -23,7 +23,7 @@ log = logging.getLogger("allreduce_jit")
 
 LARGEST = 1 << 20  # bytes of a call of one launch
 FEWEST, MOST = 16, 48  # launches of a call of several; with fewer there was little to gain, and on 2 GPUs something to lose
-SHORTS, LONGS = 64, 8  # graphs of one kernel and of MOST, of a communicator
+SHORTS, LONGS = 64, 8  # graphs of one kernel, of each size of clusters, and of MOST, of a communicator
 
 Call: TypeAlias = "tuple[PreparedCall, *tuple[int, ...]]"  # what is called, and the address of each of its pointers
 
@@ -53,30 +53,39 @@ class GraphCache:
     def __init__(self) -> None:
         self.ready: dict[Call | None, Graph] = {}
         self.stream = ctypes.c_void_p()
-        self._made = False
-        self._short, self._long = _Ring(), _Ring()
+        self._refused = False
+        self._short: dict[int, _Ring] = {}  # by the blocks of a cluster, which a graph keeps
+        self._long = _Ring()  # without clusters
         self._seen: set[Call] = set()
 
     def make(self, launch: KernelLaunch) -> None:
-        """Make all graphs, once, of any launch; none is run. Later the driver would wait for all that is in flight on this GPU."""
-        if self._made:
+        """Make all graphs for launches with clusters like those of ``launch``, once; none is run. Later the driver would wait for all
+        that is in flight on this GPU."""
+        if self._refused or launch.cluster in self._short:
             return
-        self._made = True
+        short = self._short[launch.cluster] = _Ring()
         try:
-            for ring, graphs, kernels in ((self._short, SHORTS, 1), (self._long, LONGS, MOST)):
-                for _ in range(graphs):
-                    ring.graphs.append(Graph([launch] * kernels, self.stream))
-                    ring.calls.append(None)
+            self._fill(short, SHORTS, [launch])
+            if launch.cluster == 1:
+                self._fill(self._long, LONGS, [launch] * MOST)
         except AllReduceError as e:
             self._refuse(e)
 
-    def __bool__(self) -> bool:
-        return bool(self._short.graphs)
+    def _fill(self, ring: _Ring, graphs: int, launches: list[KernelLaunch]) -> None:
+        for _ in range(graphs):
+            ring.graphs.append(Graph(launches, self.stream))
+            ring.calls.append(None)
+
+    def _ring(self, launches: list[KernelLaunch]) -> _Ring | None:
+        clusters = launches[0].cluster
+        if len(launches) == 1:
+            return self._short.get(clusters)
+        return self._long if clusters == 1 and self._long.graphs else None
 
     def assign(self, call: Call) -> Graph | None:
         """A graph for ``call``, taken from the call that has had one for longest. None if the call has not come before, or if
         the driver refuses."""
-        if not self:
+        if not self._short:
             return None
         if call not in self._seen:
             # So short a memory that many calls in turn do not take the graphs from each other.
@@ -87,7 +96,9 @@ class GraphCache:
         self._seen.remove(call)
         prepared, *addresses = call
         launches = [launch for launch, *_ in prepared.bind(addresses)]
-        ring = self._short if len(launches) == 1 else self._long
+        ring = self._ring(launches)
+        if ring is None:
+            return None
         turn = ring.next
         ring.next = (turn + 1) % len(ring.graphs)
         graph = ring.graphs[turn]
@@ -102,11 +113,14 @@ class GraphCache:
         return graph
 
     def _refuse(self, error: AllReduceError) -> None:
+        self._refused = True
         self.close()
         log.warning("eager calls are launched as kernels, which takes longer: %s", error)
 
     def close(self) -> None:
         self.ready.clear()
-        for ring in (self._short, self._long):
+        rings = [*self._short.values(), self._long]
+        self._short.clear()
+        for ring in rings:
             while ring.graphs:
                 ring.graphs.pop().close()

@@ -34,7 +34,7 @@ def prepare(engine: NvlinkEngine, spec: OpSpec, plan: NormPlan, shape_id: int) -
             scale_group=norm.scale_strides[1],
             parameters=signed(norm, spec.hidden),
         )
-        launch = KernelLaunch(kernel, [args], piece.grid, plan.block, pdl=engine._pdl)
+        launch = KernelLaunch(kernel, [args], piece.grid, plan.block, pdl=engine._pdl, cluster=plan.form.cluster)
         pointers = [
             (ctypes.c_uint64.from_buffer(args, _OFFSETS[pointer.name]), pointer.offset(piece.start)) for pointer in spec.pointers
         ]

@@ -54,7 +54,7 @@ class PreparedCall:
             x, out, others: one tensor per pointer of the operation, contiguous; ``out`` may be ``x``.
 
         Raises:
-            CommunicatorFailed: an earlier call did not complete; nothing was launched.
+            CommunicatorFailedError: an earlier call did not complete; nothing was launched.
             InputError: a tensor has no memory any more.
         """
         engine = self.engine

@@ -42,7 +42,7 @@ class Engine(Protocol):
         ...
 
     def check(self) -> None:
-        """Raise what kept a call from completing: a subclass of ``CommunicatorFailed``."""
+        """Raise what kept a call from completing: a subclass of ``CommunicatorFailedError``."""
         ...
 
     def abort(self) -> None:

@@ -36,7 +36,7 @@ def verify(engine: KernelEngine, families: Sequence[OpSpec], memory: bool) -> No
     slots take.
 
     Raises:
-        SetupError: a sum is wrong; CommunicatorFailed: a call did not complete.
+        SetupError: a sum is wrong; CommunicatorFailedError: a call did not complete.
     """
     for family in families:
         if family.epilogue is None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,32 +20,34 @@ if TYPE_CHECKING:
 ROWS = 3
 EPS = 1e-5
 SEED = 2026
-_REPEATED = 3  # calls as callers make them: as kernels, by graphs that are updated, and by those that are ready
+_REPEATED = 3  # as kernels, by graphs that are updated, and by those that are ready
 
 
 def verify_norms(engine: KernelEngine, family: OpSpec) -> None:
-    """A few rows through every kernel of ``family``, then as callers have it, all twice: both parities. Collective.
+    """A few rows through every kernel of ``family``, as a launch and from graphs, then as callers have it, all twice: both parities.
+    Collective.
 
     Raises:
-        SetupError: a result is wrong; CommunicatorFailed: a call did not complete.
+        SetupError: a result is wrong; CommunicatorFailedError: a call did not complete.
     """
     config, norm = engine.config, family.epilogue
     assert norm is not None, "a family with a norm"
     strides = (family.hidden // GROUP, 1) if norm.quant == "group" else (0, 0)
     spec = replace(family, shape=(ROWS, family.hidden), epilogue=replace(norm, eps=EPS, scale_strides=strides))
-    runs: list[tuple[str, Callable[..., None], int]] = [
-        (f"{plan.algorithm} in blocks of {plan.block} threads", partial(engine.run, spec, plan), 1)
-        for plan in engine.verification_plans(spec)
-    ]
+    runs: list[tuple[str, Callable[..., None]]] = []
+    for plan in engine.verification_plans(spec):
+        kernel = engine.prepare(spec, plan, shape_id=0)
+        engine._graph_cache.make(kernel.aligned[0][0])
+        runs.append((f"{plan.algorithm} in blocks of {plan.block} threads", kernel))
     if engine.plan(spec).algorithm != APART:
-        runs.append(("a call", engine.prepared(spec), _REPEATED))
+        runs.append(("a call", engine.prepared(spec)))
     inputs = [_input(spec, rank) for rank in range(config.world_size)]
     mine, want = _tensors(spec, inputs[config.rank]), _tensors(spec, reference.ordered_sum(inputs))
     norm_reference.run(replace(spec, operation="norm"), want)
-    for turn, (what, run, times) in enumerate(runs * 2):
+    for turn, (what, run) in enumerate(runs * 2):
         # Rows in turn, so that what an earlier round left behind is not taken for this one's.
         tensors = [tensor.to(config.device, copy=True) for tensor in turned(spec, mine, turn)]
-        for _ in range(times):
+        for _ in range(_REPEATED):
             run(*tensors)
         torch.cuda.synchronize(config.device)
         engine.check()

@@ -32,7 +32,7 @@ _FILES, _FILES_PER_RANK = 64, 8  # that a process opens, rounded up: its own, an
 _LIMITS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.ENOSPC)
 
 
-class RanksFailed(AllReduceError):
+class RanksFailedError(AllReduceError):
     """Not every rank came to its end; all of them were stopped.
 
     Attributes:
@@ -90,7 +90,7 @@ def run(
         deadline: seconds until every process is killed.
 
     Raises:
-        RanksFailed: a rank raised, died, or did not finish in time; the message names it.
+        RanksFailedError: a rank raised, died, or did not finish in time; the message names it.
         InputError: there are not that many GPUs, or torchrun's variables do not fit.
         SetupError: a limit of the system does not let so many ranks start.
     """
@@ -242,7 +242,7 @@ def _collect(children: list[_Child], end: float, deadline: float) -> dict[int, A
                 end = min(end, time.monotonic() + _GRACE_S)
     if failed or pending:
         unfinished = sorted(child.rank for child in pending.values())
-        raise RanksFailed(_message(failed, unfinished, deadline), failed, unfinished)
+        raise RanksFailedError(_message(failed, unfinished, deadline), failed, unfinished)
     return values
 
 

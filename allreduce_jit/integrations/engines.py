@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import weakref
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from ..communicator import Communicator
+from ..describe import CommunicatorReport
 from ..errors import ClosedError, InputError
 from ..inputs import as_device
 from ..norms import add_rms_norm, add_rms_norm_fp8, norm_family
 from ..policy.nvlink_norm import APART
 from ..policy.operation import DTYPES, OpSpec
+from ..records import Record
 from ..settings import PLUGINS_SWITCH, parse_plugins
 from ..version import __version__
 
@@ -34,12 +37,6 @@ def switch() -> str:
         SettingsError: it has another value.
     """
     return parse_plugins(PLUGINS_SWITCH, os.environ.get(PLUGINS_SWITCH, "off"))
-
-
-def release_of(text: str) -> tuple[int, int] | None:
-    """Major and minor version, as ``0.33.0+cpu`` has them; None of what says no release, as builds of a branch do."""
-    found = re.match(r"(\d+)\.(\d+)\.\d+", text)
-    return None if found is None or ".dev" in text else (int(found[1]), int(found[2]))
 
 
 class _Through(logging.Handler):
@@ -66,6 +63,27 @@ def speak_through(name: str) -> None:
         log.addHandler(_Through(name))
     if log.level == logging.NOTSET:
         log.setLevel(logging.INFO)
+
+
+@dataclass(frozen=True)
+class GroupReport(Record):
+    """What a group of an engine has made of its calls.
+
+    Attributes:
+        group: as the engine calls it.
+        taken: calls that ours ran, by kind.
+        left: calls that the engine ran, by reason.
+        communicator: what that says of itself; None once it is closed, which is ``{}`` in JSON.
+    """
+
+    group: str
+    taken: Mapping[str, int]
+    left: Mapping[str, int]
+    communicator: CommunicatorReport | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Ready for ``json.dumps``."""
+        return super().to_dict() | ({"communicator": {}} if self.communicator is None else {})
 
 
 class Group:
@@ -105,7 +123,7 @@ class Group:
         """With a communicator of its own, over ``cpu_group``, which has a CPU backend. Collective.
 
         Raises:
-            SettingsError, InputError, PeerTimeout: as ``allreduce_jit.init``.
+            SettingsError, InputError, PeerTimeoutError: as ``allreduce_jit.init``.
         """
         # NCCL is the engine's own business: calls without a kernel are left to it.
         return cls(name, Communicator(cpu_group, as_device(device), create_groups=False, operations=operations), theirs)
@@ -162,10 +180,10 @@ class Group:
             found = add_rms_norm_fp8(self.theirs(x.clone()), residual, weight, eps, scale=scale)
         return found[0], found[2]
 
-    def describe(self) -> dict:
-        """Ready for JSON: the group, calls taken and left, and what the communicator says of itself."""
-        about = {} if self.comm.closed else self.comm.describe()
-        return {"group": self.name, "taken": dict(self.taken), "left": dict(self.left), "communicator": about}
+    def describe(self) -> GroupReport:
+        """The group, calls taken and left, and what the communicator says of itself."""
+        about = None if self.comm.closed else self.comm.describe()
+        return GroupReport(self.name, dict(self.taken), dict(self.left), about)
 
     def close(self) -> None:
         """Release everything; idempotent, talks to nobody."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ import torch.distributed as dist
 from ..communicator import Communicator
 from ..errors import SetupError
 from ..inputs import as_device, never_matches, tensor_guard
+from ..paths import Path
+from ..records import Record
 from ..routes import DTYPE_NAMES, remember
 from ..settings import Settings
 from ..setup import groups
@@ -48,6 +51,28 @@ class _Reached(BaseException):
     def __init__(self, why: str | None):
         super().__init__(why)
         self.why = why
+
+
+@dataclass(frozen=True)
+class InstallationReport(Record):
+    """What became of ``install``; ``Installation.describe`` makes it.
+
+    Attributes:
+        group: name of the program's group, as torch has it.
+        path, reason: of the communicator behind it, and why.
+        installed: False once it is uninstalled.
+        routes: eager, functional and compiled → whether calls on that way are ours, as ``Installation.routes``.
+        taken: calls that ran in our kernels, by route.
+        left: calls that went where they would have gone, by the kinds of ``LEFT``, those that came at least once.
+    """
+
+    group: str
+    path: Path
+    reason: str
+    installed: bool
+    routes: Mapping[str, str]
+    taken: Mapping[str, int]
+    left: Mapping[str, int]
 
 
 class Installation:
@@ -104,14 +129,10 @@ class Installation:
         plain = x.detach() if x.requires_grad else x
         return self.all_reduce(plain, plain if out is x else None)
 
-    def describe(self) -> dict[str, Any]:
-        """What was found at installation and what calls came since, ready for JSON."""
-        about = {"group": self.name, "path": self.path.value, "reason": self.reason, "installed": not self.comm.closed}
-        return about | {
-            "routes": dict(self.routes),
-            "taken": dict(self.taken),
-            "left": {kind: n for kind, n in self.left.items() if n},
-        }
+    def describe(self) -> InstallationReport:
+        """What was found at installation and what calls came since."""
+        calls = dict(self.taken), {kind: n for kind, n in self.left.items() if n}
+        return InstallationReport(self.name, self.path, self.reason, not self.comm.closed, dict(self.routes), *calls)
 
     # -- internals
 
@@ -240,7 +261,7 @@ def install(
         _forget()
     if installation.comm.rank == 0:
         off = [route for route, told in installation.routes.items() if told.startswith("off")]
-        log.log(logging.WARNING if off else logging.INFO, "installed: %s", installation.describe())
+        log.log(logging.WARNING if off else logging.INFO, "installed: %s", installation.describe().to_dict())
     return installation
 
 

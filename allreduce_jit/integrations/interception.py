@@ -2,7 +2,7 @@
 
 ``dist.all_reduce`` stays the function that it is, for those who imported it long ago, and for ``torch.compile``, which knows it by its
 identity. torch wraps it to log exceptions, and what it wraps is in a cell of that closure: there goes our function. Operators get a
-kernel for CPU and CUDA tensors through ``torch.library``, which calls the one that was there for all that is not ours.
+kernel before those of the devices through ``torch.library``, which sends on to those whatever is not ours.
 
 Both are there while a group is installed; they ask ``by_group`` and ``by_name`` and leave everything else as it was.
 """
@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 from ..routes import DTYPE_NAMES
 from ..torch_private import (
+    BEFORE_BACKENDS,
     FUNCTIONAL_COLLECTIVES,
     coalescing,
     default_group,
@@ -29,6 +30,7 @@ from ..torch_private import (
     group_named,
     knows_calls,
     operator_modes,
+    to_backends,
 )
 
 if TYPE_CHECKING:
@@ -36,7 +38,6 @@ if TYPE_CHECKING:
 
 _SUM = dist.ReduceOp.SUM
 _Tensor, _STRIDED = torch.Tensor, torch.strided
-KEYS = ("CPU", "CUDA")
 
 _NEW: Any = object()
 
@@ -158,18 +159,24 @@ class _Cell:
             self.cell.cell_contents, self.original = self.original, None
 
 
-def _functional(name: str, key: str, met: Callable[[dist.ProcessGroup], Installation | None]) -> Callable[..., Any]:
-    """The kernel of operator ``name``: ``all_reduce`` or, in place, ``all_reduce_``."""
-    before = torch.library.get_kernel(functional_collective(name), key)
+def _functional(name: str, met: Callable[[dist.ProcessGroup], Installation | None]) -> Callable[..., Any]:
+    """The kernel of operator ``name``: ``all_reduce`` or, in place, ``all_reduce_``.
+
+    What is not ours is dispatched again, which releases the GIL. ``torch.library.get_kernel(...).call_boxed`` does not, and a backend
+    may wait there for a thread of its own that wants the GIL to free a tensor (seen with gloo and two groups, torch 2.13).
+    """
+    operator = functional_collective(name)
     in_place = name.endswith("_")
 
     def kernel(keys: Any, x: torch.Tensor, op: str, group_name: str) -> torch.Tensor:
+        if x.is_meta:  # what is traced comes here, too
+            return operator.redispatch(to_backends(keys), x, op, group_name)
         here, group = by_name.get(group_name, (_NEW, None))
         if group is None or group_name_of(group) != group_name:
             group = group_named(group_name)
             here, _ = by_name[group_name] = met(group), group
         if here is None:
-            return before.call_boxed(keys, x, op, group_name)
+            return operator.redispatch(to_backends(keys), x, op, group_name)
         if op != "sum":
             why = "op"
         elif type(x) is not _Tensor or x.layout is not _STRIDED or x.is_nested:
@@ -181,7 +188,7 @@ def _functional(name: str, key: str, met: Callable[[dist.ProcessGroup], Installa
                 made = here.all_reduce_any(x, x if in_place else None)
                 return x if in_place else made
         here.left[why] += 1
-        return before.call_boxed(keys, x, op, group_name)
+        return operator.redispatch(to_backends(keys), x, op, group_name)
 
     return kernel
 
@@ -249,13 +256,13 @@ class Interception:
         self._cell.open(functools.partial(met, "eager"))
         try:
             ours = functools.partial(met, "functional")
-            kernels = {(name, key): _functional(name, key, ours) for name in ("all_reduce", "all_reduce_") for key in KEYS}
+            kernels = {name: _functional(name, ours) for name in ("all_reduce", "all_reduce_")}
         except (AttributeError, RuntimeError) as e:
             self.problems["functional"] = f"torch {torch.__version__}: {e}"
             return
         library = self._library = torch.library.Library(FUNCTIONAL_COLLECTIVES, "IMPL")
-        for (name, key), kernel in kernels.items():
-            library.impl(name, kernel, key, with_keyset=True, allow_override=True)
+        for name, kernel in kernels.items():
+            library.impl(name, kernel, BEFORE_BACKENDS, with_keyset=True)
 
     def close(self) -> None:
         if self._cell is not None:

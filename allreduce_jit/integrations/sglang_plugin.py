@@ -22,12 +22,13 @@ import torch.distributed as dist
 from ..errors import SettingsError
 from ..settings import V2_SWITCH
 from .engines import Group, line, switch
+from .present import SGLANG_FUSION as FUSION
+from .present import SGLANG_GROUP
 from .sglang import AllReduceJit
 
 ENGINE = "SGLang"
 DISPATCH = "sglang.srt.distributed.device_communicators.custom_all_reduce.dispatch_custom_allreduce"
 COORDINATOR = "sglang.srt.distributed.parallel_state.GroupCoordinator"
-FUSION = "sglang.srt.layers.flashinfer_comm_fusion"
 NORM = "flashinfer_allreduce_residual_rmsnorm"
 NORM_TAKES = ("input_tensor", "residual", "weight", "eps")  # in this order, and use_attn_tp_group by any place
 
@@ -188,8 +189,8 @@ def _fuse() -> str | None:
         return f"not ours, as {target} is not there: {e}"
     if tuple(found)[: len(NORM_TAKES)] != NORM_TAKES or "use_attn_tp_group" not in found:
         return f"not ours, as {NORM} takes ({', '.join(found)})"
-    if not callable(getattr(module, "resolve_fusion_group", None)):
-        return f"not ours, as {FUSION} has no resolve_fusion_group()"
+    if not callable(getattr(module, SGLANG_GROUP, None)):
+        return f"not ours, as {FUSION} has no {SGLANG_GROUP}()"
     if target not in hooks.HookRegistry._patched:
         hooks.HookRegistry.register(target, normed, hooks.HookType.AROUND)
         hooks.HookRegistry.apply_hooks()  # those that were applied already are left alone

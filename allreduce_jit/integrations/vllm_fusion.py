@@ -20,9 +20,10 @@ from ..errors import InputError
 from ..norms import norm_family
 from ..paths import Path
 from ..version import __version__
-from .engines import Group, group_of, log, release_of
+from .engines import Group, group_of, log
+from .present import VLLM_READ as READ
+from .present import release_of
 
-READ = ((0, 32), (0, 33))  # releases whose pass and patterns are those above
 EPSILONS = (1e-5, 1e-6)  # those that vLLM's own pass looks for
 
 _library = torch.library.Library("allreduce_jit_vllm", "DEF")

@@ -7,10 +7,12 @@ or ``unknown`` and has an entry in ``problems``. It states facts; ``dispatch.dec
 from __future__ import annotations
 
 import re
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
+from ..deprecation import deprecated
 from ..errors import InputError
+from ..records import Record
 from .sources import Sources
 
 _HOST_MEMORY = "host_register_supported", "can_map_host_memory"
@@ -18,11 +20,18 @@ _COMPUTE_MODES = {0: "default", 1: "exclusive-thread", 2: "prohibited", 3: "excl
 
 
 @dataclass(frozen=True)
-class Gpu:
-    """One GPU. Its name in the world is ``uuid``; ordinals depend on ``CUDA_VISIBLE_DEVICES``.
+class Gpu(Record):
+    """One GPU.
 
-    ``virtualization``: none, passthrough, vgpu, host-vgpu, host-vsga or unknown. ``maps_host_memory``: host memory that is registered
-    with the driver can be read and written by kernels; None: unknown.
+    Attributes:
+        uuid: its name in the world; ordinals depend on ``CUDA_VISIBLE_DEVICES``.
+        pci_bus_id, name: as the driver has them.
+        compute_capability: (major, minor).
+        sm_count, memory_bytes: what it has.
+        mig: whether it is a slice.
+        virtualization: none, passthrough, vgpu, host-vgpu, host-vsga or unknown.
+        compute_mode: default, exclusive-thread, prohibited, exclusive-process or unknown.
+        maps_host_memory: whether kernels can read and write host memory that is registered with the driver; None: unknown.
     """
 
     uuid: str
@@ -38,10 +47,14 @@ class Gpu:
 
 
 @dataclass(frozen=True)
-class Link:
+class Link(Record):
     """From this rank's GPU to another one. None: neither NVML nor the driver could tell.
 
-    ``source`` says who answered: ``nvml+driver``, ``nvml``, ``driver`` or ``none``.
+    Attributes:
+        peer_uuid: the other one.
+        nvlink, p2p_access, native_atomics: what there is between them.
+        performance_rank: the driver's, 0 the best.
+        source: who answered: ``nvml+driver``, ``nvml``, ``driver`` or ``none``.
     """
 
     peer_uuid: str
@@ -53,10 +66,15 @@ class Link:
 
 
 @dataclass(frozen=True)
-class Host:
-    """The kernel (``host_id``: its boot id, which containers of one host share) and the namespaces; None: unknown.
+class Host(Record):
+    """Where the process is; None: unknown.
 
-    ``memfd``: this process can make memory that others can map through a file descriptor.
+    Attributes:
+        host_id: the kernel's boot id, which containers of one host share.
+        hostname: which they do not.
+        pid_namespace, ipc_namespace: which ranks have to share.
+        shm_bytes: size of /dev/shm.
+        memfd: whether this process can make memory that others can map through a file descriptor.
     """
 
     host_id: str | None
@@ -68,8 +86,17 @@ class Host:
 
 
 @dataclass(frozen=True)
-class Software:
-    """Versions; None where missing. Without ``triton`` or ``nvrtc`` that compiler cannot be used."""
+class Software(Record):
+    """Versions; None where missing. Without ``triton`` or ``nvrtc`` that compiler cannot be used.
+
+    Attributes:
+        package: this one.
+        python, torch, triton, cuda_bindings, cuda_core: what it stands on.
+        hip: of a torch for ROCm.
+        nvrtc, nvml: of the libraries.
+        driver: the kernel driver's.
+        cuda_driver: the CUDA version that it supports.
+    """
 
     package: str | None
     python: str | None
@@ -85,8 +112,19 @@ class Software:
 
 
 @dataclass(frozen=True)
-class Capabilities:
-    """All that one rank knows. ``fabric`` is the NVSwitch fabric's state, ``mps`` whether MPS serves the GPU."""
+class Capabilities(Record):
+    """All that one rank can see of the machine; ``from_dict`` gives back what ``to_dict`` made.
+
+    Attributes:
+        device: ``cuda:<ordinal>`` or ``cpu``.
+        gpu: None: there is none, or the driver cannot identify it.
+        links: to each other GPU.
+        fabric: the NVSwitch fabric's state.
+        mps: whether MPS serves the GPU.
+        host: kernel and namespaces.
+        software: versions; None where missing.
+        problems: what could not be found out, and why.
+    """
 
     device: str
     gpu: Gpu | None
@@ -101,11 +139,19 @@ class Capabilities:
         return next((link for link in self.links if link.peer_uuid == peer_uuid), None)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain dicts, lists, strings and numbers; ``from_json`` gives the equal value back."""
-        return asdict(self)
+        """Deprecated: ``to_dict``."""
+        deprecated("Capabilities.to_json()", "it is called to_dict()")
+        return self.to_dict()
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Capabilities:
+        """Deprecated: ``from_dict``."""
+        deprecated("Capabilities.from_json()", "it is called from_dict()")
+        return cls.from_dict(data)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Capabilities:
+        """What ``to_dict`` made, as the equal value."""
         gpu = data["gpu"]
         if gpu is not None:
             gpu = Gpu(**{**gpu, "compute_capability": tuple(gpu["compute_capability"])})

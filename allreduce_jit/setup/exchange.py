@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from ..errors import InputError, InputTypeError, PeerTimeout
+from ..errors import InputError, InputTypeError, PeerTimeoutError
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -81,7 +81,7 @@ def all_gather_json(group: Any, payload: Any, timeout_s: float = TIMEOUT_S) -> l
 
     Raises:
         InputError: see ``require_cpu_group``; or some rank's payload is not JSON, and then on all ranks.
-        PeerTimeout: a rank is gone, or did not answer in time; ``ranks`` names all that are known to be missing
+        PeerTimeoutError: a rank is gone, or did not answer in time; ``ranks`` names all that are known to be missing
             by then, those among them that gave up earlier and left. The group cannot be used any more.
     """
     import torch
@@ -191,12 +191,12 @@ class _Exchange:
             raise missing(self.rank, self.problems, self.timeout_s if expired else None)
 
 
-def missing(me: int, problems: Mapping[int, Exception], waited_s: float | None) -> PeerTimeout:
+def missing(me: int, problems: Mapping[int, Exception], waited_s: float | None) -> PeerTimeoutError:
     """What to raise on rank ``me``: ``problems`` by rank, known at once (None) or after ``waited_s`` seconds."""
     ranks = tuple(sorted(problems))
     names = ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(map(str, ranks)) if ranks else "some rank"
     how = "lost the connection to" if waited_s is None else f"waited {waited_s:g} s (ALLREDUCE_JIT_SETUP_TIMEOUT) for"
-    error = PeerTimeout(
+    error = PeerTimeoutError(
         f"rank {me} {how} {names} while ranks were agreeing: killed, stuck, or gone its own way? "
         "This process group cannot be used any more: start again with a new one.",
         ranks,

@@ -27,7 +27,7 @@ def gloo_sibling(group: dist.ProcessGroup) -> dist.ProcessGroup:
     ``dist.new_group`` will not do. All ranks of the job have to call it; with ``use_local_synchronization`` its
     members find each other by a count of groups that need not be the same on all of them, and wait for ever if not.
     The name of ``group`` is the same on all. What is made stays: a group has threads and sockets of its own.
-    Raises ``PeerTimeout`` where a rank does not come within ``Settings.setup_timeout_s``.
+    Raises ``PeerTimeoutError`` where a rank does not come within ``Settings.setup_timeout_s``.
     It takes functions that torch keeps to itself; where they have changed, ``new_group`` has to do.
     """
     name = f"{group.group_name}_allreduce_jit_gloo"

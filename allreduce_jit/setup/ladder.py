@@ -75,7 +75,7 @@ def survey(
     Raises:
         SettingsError: on every rank, when the environment of any rank is wrong.
         InputError: on every rank, when their requests differ, or one sends what this version cannot read.
-        PeerTimeout: a rank is gone, or did not answer within ``Settings.setup_timeout_s``.
+        PeerTimeoutError: a rank is gone, or did not answer within ``Settings.setup_timeout_s``.
     """
     started = time.perf_counter()
     settings, problem = _settings()
@@ -83,7 +83,7 @@ def survey(
     if use_v2 is not None:
         choice["use_v2"] = use_v2
     seen = probe(device)
-    facts = {"capabilities": seen.to_json(), "staging_mb": settings.staging_mb, "tuning": settings.tuning}
+    facts = {"capabilities": seen.to_dict(), "staging_mb": settings.staging_mb, "tuning": settings.tuning}
     facts |= {"process": asdict(Process.own()), "tuned": None}  # all ranks send the same fields
     if dist.get_rank(group) == 0 and settings.tuning:
         facts["tuned"] = measured_tables.load(settings.cache_dir, measured_tables.fingerprint(seen, dist.get_world_size(group)))
@@ -136,7 +136,7 @@ def _settings() -> tuple[Settings, str | None]:
 def _read(rank: int, answer: dict) -> tuple[Capabilities, Settings, int, Process]:
     """What a rank says of itself in the survey."""
     try:
-        capabilities, process = Capabilities.from_json(answer["capabilities"]), Process.from_json(answer["process"])
+        capabilities, process = Capabilities.from_dict(answer["capabilities"]), Process.from_json(answer["process"])
         return capabilities, Settings(**answer["choice"]), int(answer["staging_mb"]), process
     except (AttributeError, KeyError, TypeError, ValueError) as e:
         raise InputError(f"rank {rank} describes itself in words that this version does not know: {e!r}") from e

@@ -27,7 +27,7 @@ def connect(group: dist.ProcessGroup, device: torch.device, timeout_s: float) ->
         timeout_s: seconds to wait for the other ranks; 0 = for ever.
 
     Raises:
-        PeerTimeout: a rank is gone.
+        PeerTimeoutError: a rank is gone.
     """
     everyone = all_gather_json(group, {"problem": _lacking(device), "made": _made.get(group, 0)}, timeout_s)
     number = max(answer["made"] for answer in everyone)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from ..errors import CommunicatorFailed, InputError
+from ..errors import CommunicatorFailedError, InputError
 from ..policy.operation import OpSpec
 from ..policy.verdict import Reason
 from .exchange import all_gather_fields
@@ -117,7 +117,7 @@ class Stages:
             with torch.cuda.device(self.device), torch.device("cpu"):
                 result = work()
         except Exception as e:  # noqa: BLE001 - whatever it is, the peers must hear of it
-            problem, waited = f"{type(e).__name__}: {e}", isinstance(e, CommunicatorFailed)
+            problem, waited = f"{type(e).__name__}: {e}", isinstance(e, CommunicatorFailedError)
         answers = all_gather_fields(self.group, {"problem": problem, "waited": waited, "result": result}, self.timeout_s)
         self.timings[timing] = self.timings.get(timing, 0.0) + time.perf_counter() - started
         failed = [rank for rank, answer in enumerate(answers) if answer["problem"]]

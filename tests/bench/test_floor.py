@@ -13,6 +13,7 @@ from helpers.cubins import PARAMETERS_AT, compile_one, entries_of, needs_nvrtc, 
 from allreduce_jit.abi import FLAG_STRIDE, FloorArgs
 from allreduce_jit.bench import speed_of_light as floor
 from allreduce_jit.jit import compiler
+from allreduce_jit.paths import Path
 from allreduce_jit.policy.catalogue import WORLD_SIZES, nvlink_modules
 
 H200 = floor.Floor(flag_us=1.51, flag_serial_us=1.91, empty_us=0.54, empty_serial_us=0.81, egress_gbs=352.0)
@@ -43,7 +44,7 @@ def test_json_has_everything_that_sol_is_made_of():
 )
 def test_no_floor_has_a_reason(device, path, reason):
     place = SimpleNamespace(device=torch.device(device))
-    communicator = SimpleNamespace(describe=lambda: {"path": path})
+    communicator = SimpleNamespace(path=Path(path))
     assert floor.measure(place, communicator) == (None, reason)
 
 

@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,8 +20,10 @@ from allreduce_jit.cli import arguments, doctor, norm_checks, selftest, warmup
 from allreduce_jit.cli import main as cli
 from allreduce_jit.errors import CompileError
 from allreduce_jit.harness import ranks, report
+from allreduce_jit.integrations.present import EngineReport
 from allreduce_jit.policy.norm import QUANTS, ROUNDINGS
 from allreduce_jit.policy.operation import DTYPES
+from allreduce_jit.policy.verdict import Reason
 from allreduce_jit.settings import V2_SWITCH
 
 
@@ -393,7 +395,7 @@ class TestExitCodes:
 
     def test_failing_ranks_are_1_with_the_story_on_stderr(self, capfd, monkeypatch):
         def fail(*_, **__):
-            raise ranks.RanksFailed("rank 3 did not finish within 1 s; all ranks were stopped", {}, [3])
+            raise ranks.RanksFailedError("rank 3 did not finish within 1 s; all ranks were stopped", {}, [3])
 
         monkeypatch.setattr(ranks, "run", fail)
         assert cli.main(["selftest", "--json"]) == 1
@@ -620,7 +622,7 @@ class Caps:
     gpu: dict | None
     problems: tuple = ()
 
-    def to_json(self):
+    def to_dict(self):
         return {"device": self.device, "gpu": self.gpu, "links": [], "problems": list(self.problems)}
 
 
@@ -632,7 +634,7 @@ class TestDoctor:
         def decide(caps, settings):
             self.caps = caps
             assert len(caps) == len(settings)
-            reason = SimpleNamespace(code=code, text="because of rank 1", rank=1)
+            reason = Reason(code, "because of rank 1", 1)
             return SimpleNamespace(path=SimpleNamespace(value=path), reasons=[reason], full_nvlink=True, backend="nccl")
 
         def open_cache(directory):
@@ -644,24 +646,24 @@ class TestDoctor:
     @pytest.mark.parametrize("path", ["v2", "legacy"])
     def test_a_kernel_path_is_0_whatever_else(self, path):
         document = self.examine(path, cache_problem="read-only")
-        assert document["verdict"]["path"] == path and document["simulated_ranks"] == 4
+        assert document.verdict.path == path and document.simulated_ranks == 4
         assert doctor.exit_code(document) == 0
-        assert "read-only" in document["problems"][0]
+        assert "read-only" in document.problems[0]
         assert f"would run    {path}, else torch.distributed over nccl, for 4 ranks" in doctor.render(document)
 
     def test_what_it_finds_of_gpus_keeps_to_the_schema(self):
         """But for the probe, of which the stand-in has not all."""
         found = self.examine(), self.examine("legacy"), self.examine("torch.distributed", code="no-p2p")
         for document in found:
-            engine = {"engine": "vLLM", "version": "1", "plug_in": False, "why": "off"}
-            document |= {"probe": [], "engines": [engine]}
+            engine = EngineReport("vLLM", "1", False, "off", ())
+            document = replace(document, probe=(), engines=(engine,)).to_dict()
             assert violations("doctor", json.loads(json.dumps(document))) == []
-            assert violations("doctor", document | {"engines": [engine | {"why": 1}]})
+            assert violations("doctor", document | {"engines": [engine.to_dict() | {"why": 1}]})
 
     def test_gpus_that_cannot_run_the_kernels_are_1_with_the_reason(self):
         document = self.examine("torch.distributed", code="no-p2p")
         assert doctor.exit_code(document) == 1
-        assert document["problems"] == ["no-p2p: because of rank 1"]
+        assert document.problems == ("no-p2p: because of rank 1",)
         assert "PROBLEM      no-p2p: because of rank 1" in doctor.render(document)
 
     def test_the_users_own_choice_is_no_problem(self):
@@ -669,8 +671,8 @@ class TestDoctor:
 
     def test_no_gpu_is_0(self):
         document = self.examine("torch.distributed", gpus=0, code="cpu")
-        assert doctor.exit_code(document) == 0 and not document["gpu_present"]
-        assert len(self.caps) == 2 and document["problems"] == []
+        assert doctor.exit_code(document) == 0 and not document.gpu_present
+        assert len(self.caps) == 2 and document.problems == ()
 
     def test_one_gpu_is_0(self):
         assert doctor.exit_code(self.examine("torch.distributed", gpus=1, code="world-size-1")) == 0
@@ -678,40 +680,40 @@ class TestDoctor:
     def test_gpus_that_torch_does_not_see_are_1(self, tmp_path):
         (tmp_path / "0000:01:00.0").mkdir()
         document = self.examine("torch.distributed", gpus=0, code="cpu", proc_gpus=tmp_path)
-        assert document["gpu_present"] and doctor.exit_code(document) == 1
-        assert "the driver has 1 GPUs, torch sees none" in document["problems"][0]
+        assert document.gpu_present and doctor.exit_code(document) == 1
+        assert "the driver has 1 GPUs, torch sees none" in document.problems[0]
 
     def test_a_probe_that_breaks_is_a_problem_not_a_crash(self):
         def probe(device):
             raise OSError("no such thing")
 
         document = self.examine(probe=probe)
-        assert doctor.exit_code(document) == 1 and document["verdict"] is None and document["probe"] == []
-        assert document["problems"][0] == "probe of cuda:0: OSError: no such thing"
+        assert doctor.exit_code(document) == 1 and document.verdict is None and document.probe == ()
+        assert document.problems[0] == "probe of cuda:0: OSError: no such thing"
         doctor.render(document)
 
     def test_a_gpu_that_answers_nothing_is_a_problem(self):
         document = self.examine("torch.distributed", probe=lambda device: Caps(device, None, ("driver: error 999",)))
-        assert "cuda:2: no usable GPU" in document["problems"] and doctor.exit_code(document) == 1
+        assert "cuda:2: no usable GPU" in document.problems and doctor.exit_code(document) == 1
         assert "note         driver: error 999" in doctor.render(document)
 
     def test_bad_settings_are_a_problem(self, monkeypatch):
         monkeypatch.setenv("ALLREDUCE_JIT_PATH", "fastest")
         document = self.examine("v2")
-        assert "ALLREDUCE_JIT_PATH='fastest'" in document["problems"][0] and doctor.exit_code(document) == 1
-        assert document["verdict"] is None
-        assert document["environment"]["ALLREDUCE_JIT_PATH"] == "fastest"
+        assert "ALLREDUCE_JIT_PATH='fastest'" in document.problems[0] and doctor.exit_code(document) == 1
+        assert document.verdict is None
+        assert document.environment["ALLREDUCE_JIT_PATH"] == "fastest"
 
     def test_a_switch_that_is_not_understood_is_told(self, monkeypatch):
         monkeypatch.setenv(V2_SWITCH, "")
         document = self.examine("v2")
-        assert document["problems"][0].startswith(f"{V2_SWITCH}='' is not understood, so V2 stays on")
+        assert document.problems[0].startswith(f"{V2_SWITCH}='' is not understood, so V2 stays on")
         assert doctor.exit_code(document) == 0
 
     @pytest.mark.parametrize("module", ["cuda.bindings", "cuda.core", "triton"])
     def test_what_is_missing_is_told_with_what_it_costs(self, module, monkeypatch):
         monkeypatch.setattr(doctor, "_importable", lambda name: name != module)
-        (problem,) = self.examine("torch.distributed", gpus=0, code="cpu")["problems"]
+        (problem,) = self.examine("torch.distributed", gpus=0, code="cpu").problems
         lost = {"cuda.bindings": "no GPU path at all", "cuda.core": "nothing compiles the kernels of v2"}
         lost["triton"] = "nothing compiles the kernels of legacy"
         assert problem.startswith(f"{module.replace('.', '-')} is not installed: {lost[module]}")
@@ -731,7 +733,7 @@ class TestDoctor:
         pytest.importorskip("allreduce_jit.jit.cache")
         code = cli.main(["doctor", "--json"])
         document = json.loads(capsys.readouterr().out)
-        assert code == doctor.exit_code(document)
+        assert code == doctor.exit_code(doctor.examine())
         assert document["verdict"]["path"] in ("v2", "legacy", "torch.distributed")
         assert document["verdict"]["reasons"][0]["code"]
 

@@ -61,7 +61,7 @@ def test_nothing_else_is_taken_for_one(printed):
 
 def test_a_command_that_fails(monkeypatch, capsys):
     def fail(*_, **__):
-        raise ranks.RanksFailed("rank 1 failed", {1: "why"}, [])
+        raise ranks.RanksFailedError("rank 1 failed", {1: "why"}, [])
 
     monkeypatch.setattr(ranks, "run", fail)
     for command in ("selftest", "soak", "bench"):

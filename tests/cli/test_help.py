@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +12,7 @@ from helpers import ROOT
 
 from allreduce_jit.cli import advice, doctor, options
 from allreduce_jit.cli import main as cli
-from allreduce_jit.policy.verdict import CODES
+from allreduce_jit.policy.verdict import CODES, Reason
 from allreduce_jit.version import __version__
 
 COMMANDS = ["", "selftest", "soak", "doctor", "bench", "tune", "warmup", "cache"]
@@ -61,9 +62,19 @@ def test_exit_codes_are_the_same_in_the_help_and_the_page(capsys):
 
 
 def document(path="torch.distributed", codes=("no-p2p",), gpus=2, problems=()):
-    reasons = [{"code": code, "text": "why", "rank": 0} for code in codes]
-    verdict = path and {"path": path, "reasons": reasons}
-    return {"verdict": verdict, "problems": list(problems), "gpu_present": gpus > 0, "simulated_ranks": gpus}
+    reasons = tuple(Reason(code, "why", 0) for code in codes)
+    return doctor.DoctorReport(
+        gpu_present=gpus > 0,
+        simulated_ranks=gpus,
+        verdict=path and doctor.VerdictReport(path, "nccl", None, reasons),
+        problems=tuple(problems),
+        probe=(),
+        versions={},
+        driver=None,
+        cache=doctor.CacheReport(None, 0, 0, 0, None),
+        engines=(),
+        environment={},
+    )
 
 
 def test_there_is_a_sentence_for_every_reason():
@@ -88,14 +99,14 @@ def test_what_can_be_mended_goes_first():
 def test_what_keeps_doctor_from_a_decision():
     assert "variable" in advice.next_step(document(None, problems=["settings: bad"]), False)
     assert advice.next_step(document(None, problems=["probe: bad"]), True).startswith("Mend what the first problem names")
-    assert "CUDA build of torch" in advice.next_step(document(codes=["cpu"], gpus=0) | {"gpu_present": True}, True)
+    assert "CUDA build of torch" in advice.next_step(replace(document(codes=["cpu"], gpus=0), gpu_present=True), True)
     assert advice.next_step(document(codes=["cpu"], gpus=0), True).startswith("Without a GPU")
 
 
 def test_advice_is_the_last_line_of_doctor(monkeypatch, tmp_path):
     cache = SimpleNamespace(entries=list, problem=None)
     found = doctor.examine(open_cache=lambda directory: cache, gpu_count=0, proc_gpus=tmp_path)
-    assert doctor.render(found).splitlines()[-1] == f"advice       {found['advice']}"
+    assert doctor.render(found).splitlines()[-1] == f"advice       {found.advice}"
     monkeypatch.setenv("ALLREDUCE_JIT_PATH", "fastest")
     found = doctor.examine(open_cache=lambda directory: cache, gpu_count=0, proc_gpus=tmp_path)
-    assert found["advice"].startswith("Correct the variable")
+    assert found.advice.startswith("Correct the variable")

@@ -16,7 +16,7 @@ from allreduce_jit.cli import bursts, norm_bursts, soak
 from allreduce_jit.cli import main as cli
 from allreduce_jit.cli.ledger import resources
 from allreduce_jit.engine.graph_cache import SHORTS
-from allreduce_jit.errors import InputError, PeerTimeout
+from allreduce_jit.errors import InputError, PeerTimeoutError
 
 CPU = SimpleNamespace(device=torch.device("cpu"), rank=0, world_size=1, gather=lambda value: [value])
 FLOATS = ("float32", "float16", "bfloat16")
@@ -41,7 +41,7 @@ class Flawed(Fake):
             elif self.bug == "stale":
                 result.copy_(self.before.to(result.dtype).repeat(result.numel())[: result.numel()])
             elif self.bug == "lost":
-                raise PeerTimeout("rank 1 timed out waiting for rank 0")
+                raise PeerTimeoutError("rank 1 timed out waiting for rank 0")
         self.before = result[:1].clone()
         return result
 
@@ -173,7 +173,7 @@ def first_calls(n):
 def test_a_lost_peer_ends_the_run_and_is_told(capsys):
     code, ledger = soaked(capsys, "--calls", "100000", init=lost)
     assert code == 1 and ledger["hangs"] == 1 and not ledger["ok"]
-    assert ledger["errors"] == ["rank 1: PeerTimeout: rank 1 timed out waiting for rank 0"]
+    assert ledger["errors"] == ["rank 1: PeerTimeoutError: rank 1 timed out waiting for rank 0"]
 
 
 def test_text(capsys):

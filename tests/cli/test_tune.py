@@ -304,7 +304,7 @@ def rank_0s_table_counts_for_all(place):
         assert found.engine.config.tuned == found.tuned == TABLES
         assert found.tuning == place.gather(str(file))[0]
         with Communicator(place.control, CPU) as comm:
-            assert comm.describe()["tuning"] == found.tuning
+            assert comm.describe().tuning == found.tuning
         few = climb(place.control, CPU, max_ctas=16)
         assert few.tuned is few.tuning is few.engine.config.tuned is None
         given = climb(place.control, CPU, tables=dict.fromkeys(ITEMSIZE, ODD))
@@ -316,11 +316,11 @@ def rank_0s_table_counts_for_all(place):
             assert off.tuned is off.tuning is off.engine.config.tuned is None
             os.environ.pop("ALLREDUCE_JIT_TUNING", None)
     with fake_gpus(place.control, "a100-pcie-x4"), Communicator(place.control, CPU) as comm:
-        assert comm.describe()["tuning"] is None  # not V2
+        assert comm.describe().tuning is None  # not V2
     if place.rank == 0:
         tuned.clear(mine)
     with fake_gpus(place.control), Communicator(place.control, CPU) as comm:
-        assert comm.describe()["tuning"] == "package"
+        assert comm.describe().tuning == "package"
     os.environ[CACHE] = saved
 
 

@@ -37,7 +37,7 @@ CODE_ENTRIES, ERROR_ENTRIES = (
     dict(re.findall(r"^### `(.+?)`\n(.*?)(?=^### |\Z)", PARTS[part], re.S | re.M)) for part in ("Reason codes", "Exceptions")
 )
 EXCEPTIONS = {name: kind for name, kind in vars(errors).items() if inspect.isclass(kind) and issubclass(kind, Exception)}
-BASES = {"AllReduceError", "CommunicatorFailed"}
+BASES = {"AllReduceError", "CommunicatorFailedError"}
 
 
 def quotes(entry):
@@ -249,14 +249,14 @@ def aborted_torch_engine():
 
 
 FAILURES = {
-    "PeerTimeout": [lambda: stopped(Kind.TIMEOUT), lambda: missing(0, {1: RuntimeError("timed out")}, 300)],
-    "PeerLost": [
+    "PeerTimeoutError": [lambda: stopped(Kind.TIMEOUT), lambda: missing(0, {1: RuntimeError("timed out")}, 300)],
+    "PeerLostError": [
         lambda: stopped(Kind.LOST, dead=(1,)),
         lambda: TorchEngine._death(SimpleNamespace(rank=0, dead=[1], _report=lambda *about: {})),
     ],
-    "CallMismatch": [lambda: stopped(Kind.MISMATCH)],
-    "ConcurrentUse": [lambda: stopped(Kind.CONCURRENT)],
-    "Poisoned": [lambda: stopped(Kind.ABORTED), aborted_torch_engine],
+    "CallMismatchError": [lambda: stopped(Kind.MISMATCH)],
+    "ConcurrentUseError": [lambda: stopped(Kind.CONCURRENT)],
+    "PoisonedError": [lambda: stopped(Kind.ABORTED), aborted_torch_engine],
 }
 
 

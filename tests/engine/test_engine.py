@@ -20,7 +20,7 @@ from allreduce_jit.engine import base as engines
 from allreduce_jit.engine import prepared, streams
 from allreduce_jit.engine.base import EngineConfig, KernelEngine
 from allreduce_jit.engine.failure import SIGNATURES, SIGNATURES_AT, SIGNED, Kind, abort_code, tag
-from allreduce_jit.errors import AllReduceError, CallMismatch, InputError, PeerLost, PeerTimeout, Poisoned
+from allreduce_jit.errors import AllReduceError, CallMismatchError, InputError, PeerLostError, PeerTimeoutError, PoisonedError
 from allreduce_jit.jit import compiler
 from allreduce_jit.jit.cache import Artifact, KernelCache
 from allreduce_jit.policy.catalogue import P2P_ALGORITHMS, entry, nvlink_algorithms, nvlink_modules, p2p_modules
@@ -324,17 +324,17 @@ def test_a_report_is_raised_once_and_refers_to_itself_afterwards(one):
     one.side.sign(0, 7, 12)
     one.side.sign(2, 6, 10)
     stopped(one, Kind.TIMEOUT, 2)
-    with pytest.raises(PeerTimeout, match=r"rank 1 timed out after 1.5 s waiting for rank 2 in call 7") as first:
+    with pytest.raises(PeerTimeoutError, match=r"rank 1 timed out after 1.5 s waiting for rank 2 in call 7") as first:
         one.check()
-    assert first.value.ranks == (2,) and [r["last_call"] and r["last_call"]["sequence"] for r in first.value.report["ranks"]] == [
+    assert first.value.ranks == (2,) and [r.last_call and r.last_call.sequence for r in first.value.report.ranks] == [
         7,
         None,
         6,
     ]
-    with pytest.raises(PeerTimeout) as again:
+    with pytest.raises(PeerTimeoutError) as again:
         one.check()
     assert again.value is first.value
-    with pytest.raises(Poisoned, match="waiting for rank 2") as later:
+    with pytest.raises(PoisonedError, match="waiting for rank 2") as later:
         all_reduce(one)
     assert later.value.ranks == (2,) and later.value.report == first.value.report and later.value.__cause__ is first.value
     assert not one.log
@@ -343,9 +343,9 @@ def test_a_report_is_raised_once_and_refers_to_itself_afterwards(one):
 def test_the_next_call_raises_the_cause_if_nobody_has(one):
     stopped(one, Kind.MISMATCH, 0)
     one.state.words[6:10] = [12, tag("one_shot", "float32"), 10, tag("one_shot", "float32")]
-    with pytest.raises(CallMismatch, match="one_shot of 12 float32 on rank 1, but one_shot of 10 float32 on rank 0"):
+    with pytest.raises(CallMismatchError, match="one_shot of 12 float32 on rank 1, but one_shot of 10 float32 on rank 0"):
         all_reduce(one)
-    with pytest.raises(Poisoned):
+    with pytest.raises(PoisonedError):
         all_reduce(one)
 
 
@@ -357,7 +357,7 @@ def test_what_norms_differ_in_is_read_from_both_headers(one):
         struct.pack_into("<4I", memory, SIGNATURES + (8 + source) * 16, word & 0xFFFFFFFF, 7, word >> 32, 7)
     stopped(one, Kind.MISMATCH, 2)
     one.state.words[1], one.state.words[6:10] = 7, call * 2
-    with pytest.raises(CallMismatch) as caught:
+    with pytest.raises(CallMismatchError) as caught:
         one.check()
     words = "one_shot_norm of 2x64 float32 with eps 1.0 on rank 1, but one_shot_norm of 2x64 float32 with eps 2.0 on rank 2"
     assert words in str(caught.value)
@@ -367,9 +367,9 @@ def test_abort_reaches_everybody_oneself_first(one):
     one.abort()
     code = abort_code(Kind.ABORTED, 1, 1)
     assert one.side.stored == [(BASES[1], code), (BASES[0], code), (BASES[2], code)]
-    with pytest.raises(Poisoned, match="rank 1 aborted this communicator"):
+    with pytest.raises(PoisonedError, match="rank 1 aborted this communicator"):
         one.check()
-    with pytest.raises(Poisoned):
+    with pytest.raises(PoisonedError):
         all_reduce(one)
 
 
@@ -378,11 +378,11 @@ def test_a_rank_that_calls_no_more_is_told_what_its_peers_waited_for(one):
     one.side.told = abort_code(Kind.TIMEOUT, 1, 0)
     all_reduce(one)  # reads no device memory: the kernel meets the word
     with pytest.raises(
-        PeerTimeout, match=r"rank 0 timed out waiting for rank 1.*rank 0 told rank 1.*Rank 0 last signed call 8"
+        PeerTimeoutError, match=r"rank 0 timed out waiting for rank 1.*rank 0 told rank 1.*Rank 0 last signed call 8"
     ) as e:
         one.check()
     assert e.value.ranks == (1,)
-    with pytest.raises(Poisoned):
+    with pytest.raises(PoisonedError):
         all_reduce(one)
 
 
@@ -391,10 +391,10 @@ def test_the_dead_are_not_written_to_and_calls_that_completed_stay_valid(one):
     code = abort_code(Kind.LOST, 2, 1)
     assert one.side.stored == [(BASES[1], code), (BASES[0], code)]
     one.check()  # no kernel was stopped
-    with pytest.raises(PeerLost, match="the process of rank 2 has ended") as e:
+    with pytest.raises(PeerLostError, match="the process of rank 2 has ended") as e:
         all_reduce(one)
     assert e.value.ranks == (2,) and not one.log
-    with pytest.raises(Poisoned):
+    with pytest.raises(PoisonedError):
         all_reduce(one)
 
 
@@ -404,9 +404,9 @@ def test_the_first_to_die_is_to_blame(one):
     stored = list(one.side.stored)
     one.lost(0)
     assert one.side.stored == stored
-    with pytest.raises(PeerLost, match="the process of rank 2 has ended") as e:
+    with pytest.raises(PeerLostError, match="the process of rank 2 has ended") as e:
         all_reduce(one)
-    assert e.value.ranks == (2,) and [r["alive"] for r in e.value.report["ranks"]] == [False, True, False]
+    assert e.value.ranks == (2,) and [r.alive for r in e.value.report.ranks] == [False, True, False]
 
 
 def test_abort_of_what_was_closed(one):
@@ -416,7 +416,11 @@ def test_abort_of_what_was_closed(one):
 
 @pytest.mark.parametrize(
     ("watched", "dead", "kind", "words"),
-    [((), False, PeerTimeout, "may live or not"), ((0, 2), False, PeerTimeout, "lives"), ((0, 2), True, PeerLost, "is dead")],
+    [
+        ((), False, PeerTimeoutError, "may live or not"),
+        ((0, 2), False, PeerTimeoutError, "lives"),
+        ((0, 2), True, PeerLostError, "is dead"),
+    ],
 )
 def test_what_is_known_of_the_culprit(one, watched, dead, kind, words):
     one.watched = watched
@@ -425,7 +429,7 @@ def test_what_is_known_of_the_culprit(one, watched, dead, kind, words):
     stopped(one, Kind.TIMEOUT, 0)
     with pytest.raises(kind, match=f"its process {words}") as e:
         one.check()
-    assert [r["alive"] for r in e.value.report["ranks"]] == [not dead if watched else None, True, True if watched else None]
+    assert [r.alive for r in e.value.report.ranks] == [not dead if watched else None, True, True if watched else None]
 
 
 # -- two streams

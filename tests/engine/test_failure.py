@@ -20,7 +20,14 @@ from allreduce_jit.engine.failure import (
     parameters,
     tag,
 )
-from allreduce_jit.errors import CallMismatch, CommunicatorFailed, ConcurrentUse, PeerLost, PeerTimeout, Poisoned
+from allreduce_jit.errors import (
+    CallMismatchError,
+    CommunicatorFailedError,
+    ConcurrentUseError,
+    PeerLostError,
+    PeerTimeoutError,
+    PoisonedError,
+)
 from allreduce_jit.policy.catalogue import NVLINK_ALGORITHMS
 from allreduce_jit.policy.norm import Norm, signed
 from allreduce_jit.policy.norm_forms import NORM_ALGORITHMS
@@ -106,12 +113,12 @@ def test_half_a_signature_is_none():
 
 def test_a_timeout_of_ones_own():
     error = why(abort_code(Kind.TIMEOUT, 2, 1))
-    assert type(error) is PeerTimeout and error.ranks == (2,)
+    assert type(error) is PeerTimeoutError and error.ranks == (2,)
     assert (
         "rank 1: rank 1 timed out after 1.5 s waiting for rank 2 in call 7 (two_shot, bfloat16, scatter); its process lives"
         in str(error)
     )
-    report = error.report
+    report = error.report.to_dict()
     assert {k: report[k] for k in ("kind", "culprit", "found_by", "rank", "sequence", "channel", "waited_ms")} == {
         "kind": "timeout",
         "culprit": 2,
@@ -127,31 +134,31 @@ def test_a_timeout_of_ones_own():
 def test_a_timeout_of_somebody_elses():
     """The call that this rank was in is not the one of which it was told."""
     error = why(abort_code(Kind.TIMEOUT, 2, 3))
-    assert type(error) is PeerTimeout and error.ranks == (2,)
+    assert type(error) is PeerTimeoutError and error.ranks == (2,)
     assert "rank 1: rank 3 timed out waiting for rank 2; its process lives (rank 3 told rank 1)" in str(error)
-    assert "call 7" not in str(error) and error.report["sequence"] == 7
+    assert "call 7" not in str(error) and error.report.sequence == 7
 
 
 @pytest.mark.parametrize("by", [1, 3])
 def test_a_timeout_on_a_dead_rank_is_its_loss(by):
     error = why(abort_code(Kind.TIMEOUT, 2, by), dead=[2])
-    assert type(error) is PeerLost and error.ranks == (2,) and "its process is dead" in str(error)
-    assert [r["alive"] for r in error.report["ranks"]] == [True, True, False, True]
-    assert type(why(abort_code(Kind.TIMEOUT, 2, by), dead=[0])) is PeerTimeout
+    assert type(error) is PeerLostError and error.ranks == (2,) and "its process is dead" in str(error)
+    assert [r.alive for r in error.report.ranks] == [True, True, False, True]
+    assert type(why(abort_code(Kind.TIMEOUT, 2, by), dead=[0])) is PeerTimeoutError
 
 
 def test_whether_the_culprit_lives_may_be_unknown():
     error = why(abort_code(Kind.TIMEOUT, 2, 1), known=False)
-    assert type(error) is PeerTimeout and "may live or not" in str(error) and error.report["ranks"][2]["alive"] is None
+    assert type(error) is PeerTimeoutError and "may live or not" in str(error) and error.report.ranks[2].alive is None
 
 
 def test_a_lost_rank():
     code = abort_code(Kind.LOST, 3, 1)
     error = why(code, dead=[3])
-    assert type(error) is PeerLost and error.ranks == (3,) and "the process of rank 3 has ended in call 7" in str(error)
+    assert type(error) is PeerLostError and error.ranks == (3,) and "the process of rank 3 has ended in call 7" in str(error)
     error = why(code, report=[0] * 10, dead=[3])  # before any kernel noticed
-    assert type(error) is PeerLost and "in call" not in str(error)
-    assert error.report["sequence"] is error.report["algorithm"] is error.report["phase"] is None
+    assert type(error) is PeerLostError and "in call" not in str(error)
+    assert error.report.sequence is error.report.algorithm is error.report.phase is None
     assert "(rank 0 told rank 1)" in str(why(abort_code(Kind.LOST, 3, 0), dead=[3]))
 
 
@@ -159,15 +166,25 @@ def test_a_mismatch_of_ones_own():
     mine, theirs = (12, tag("one_shot", "float16") | IN_PLACE), (6, tag("one_shot", "bfloat16") | 1 << 16)
     code = abort_code(Kind.MISMATCH, 2, 1)
     error = why(code, words(code, call="one_shot", mine=mine, theirs=theirs))
-    assert type(error) is CallMismatch and error.ranks == (2, 1)
+    assert type(error) is CallMismatchError and error.ranks == (2, 1)
     assert "call 7 is one_shot of 12 float16 in place on rank 1, but one_shot of 4294967302 bfloat16 on rank 2" in str(error)
-    assert error.report["mine"] == {"numel": 12, "dtype": "float16", "algorithm": "one_shot", "in_place": True}
-    assert error.report["theirs"] == {"numel": (1 << 32) + 6, "dtype": "bfloat16", "algorithm": "one_shot", "in_place": False}
+    assert error.report.mine.to_dict() == {"numel": 12, "dtype": "float16", "algorithm": "one_shot", "in_place": True}
+    assert error.report.theirs.to_dict() == {
+        "numel": (1 << 32) + 6,
+        "dtype": "bfloat16",
+        "algorithm": "one_shot",
+        "in_place": False,
+    }
 
 
 def test_a_mismatch_of_others():
     error = why(abort_code(Kind.MISMATCH, 2, 0))
-    assert type(error) is CallMismatch and error.ranks == (2, 0) and "mine" not in error.report
+    assert (
+        type(error) is CallMismatchError
+        and error.ranks == (2, 0)
+        and error.report.mine is None
+        and "mine" not in error.report.to_dict()
+    )
     assert "rank 0 and rank 2 came to one call with different signatures (rank 0 told rank 1)" in str(error)
 
 
@@ -208,13 +225,13 @@ def test_norms_that_differ(change, hidden, mine, theirs):
     told = signed(NORM, 4096), signed(replace(NORM, **change), hidden)
     error = why(code, words(code, call="one_shot_norm", mine=both, theirs=both), told=told)
     rows = numel // hidden
-    assert type(error) is CallMismatch and error.ranks == (2, 1)
+    assert type(error) is CallMismatchError and error.ranks == (2, 1)
     assert (
         f"call 7 is one_shot_norm of 12x4096 bfloat16 with {mine} on rank 1, "
         f"but one_shot_norm of {rows}x{hidden} bfloat16 with {theirs} on rank 2." in str(error)
     )
-    assert error.report["mine"]["norm"]["hidden"] == 4096 and error.report["theirs"]["norm"]["hidden"] == hidden
-    assert json.loads(json.dumps(error.report)) == error.report
+    assert error.report.mine.norm["hidden"] == 4096 and error.report.theirs.norm["hidden"] == hidden
+    assert json.loads(json.dumps(error.report.to_dict())) == error.report.to_dict()
 
 
 def test_a_norm_beside_an_all_reduce():
@@ -222,13 +239,13 @@ def test_a_norm_beside_an_all_reduce():
     mine, theirs = (8192, tag("one_shot_norm", "bfloat16")), (8192, tag("one_shot", "bfloat16"))
     error = why(code, words(code, call="one_shot_norm", mine=mine, theirs=theirs), told=(signed(NORM, 4096), 5))
     assert "is one_shot_norm of 2x4096 bfloat16 on rank 1, but one_shot of 8192 bfloat16 on rank 2" in str(error)
-    assert "norm" not in error.report["theirs"]
+    assert error.report.theirs.norm is None
 
 
 @pytest.mark.parametrize("by", [1, 2])
 def test_concurrent_use(by):
     error = why(abort_code(Kind.CONCURRENT, by, by))
-    assert type(error) is ConcurrentUse and error.ranks == (by,)
+    assert type(error) is ConcurrentUseError and error.ranks == (by,)
     assert f"rank {by} had two calls of one communicator in flight" in str(error)
     assert ("told rank 1" in str(error)) == (by != 1)
 
@@ -236,13 +253,13 @@ def test_concurrent_use(by):
 @pytest.mark.parametrize("by", [1, 2])
 def test_abort(by):
     error = why(abort_code(Kind.ABORTED, by, by), report=[0] * 10)
-    assert type(error) is Poisoned and f"rank {by} aborted this communicator" in str(error) and error.ranks == (by,)
+    assert type(error) is PoisonedError and f"rank {by} aborted this communicator" in str(error) and error.ranks == (by,)
 
 
 def test_every_kind_is_explained_and_says_what_next():
     for kind in Kind:
         error = why(abort_code(kind, 7, 6), signed=[None] * 8, rank=0)
-        assert isinstance(error, CommunicatorFailed) and error.report["kind"] == kind.name.lower()
+        assert isinstance(error, CommunicatorFailedError) and error.report.kind == kind.name.lower()
         assert "close this communicator and build a new one" in str(error) and str(error).startswith("rank 0: ")
 
 
@@ -254,8 +271,8 @@ def test_the_last_calls_of_all_are_listed():
         "Rank 0 last signed call 8: two_shot of 100 float16. Rank 2 last signed call 7: two_shot of 90 float16 in place."
         in str(error)
     )
-    calls = [r["last_call"] and r["last_call"]["sequence"] for r in error.report["ranks"]]
-    assert calls == [8, None, 7, None] and error.report["ranks"][2]["last_call"]["in_place"] is True
+    calls = [r.last_call and r.last_call.sequence for r in error.report.ranks]
+    assert calls == [8, None, 7, None] and error.report.ranks[2].last_call.in_place is True
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
@@ -266,5 +283,5 @@ def test_phases(algorithm):
     count = of_v2.buffers if of_v2 else 4
     for buffer in range(2 if "one_shot" in algorithm else count):
         code = abort_code(Kind.TIMEOUT, 2, 1)
-        phase = why(code, words(code, call=algorithm, buffer=buffer)).report["phase"]
+        phase = why(code, words(code, call=algorithm, buffer=buffer)).report.phase
         assert phase == ("exchange" if "one_shot" in algorithm else "gather" if buffer in gathers else "scatter")

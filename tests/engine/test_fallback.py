@@ -15,9 +15,9 @@ from helpers.fake_engines import FakeNccl, fake_gpus, raised, suite
 import allreduce_jit
 from allreduce_jit.engine.bounded import within
 from allreduce_jit.engine.fallback import TorchEngine
-from allreduce_jit.errors import CommunicatorFailed, InputError, PeerLost, PeerTimeout, Poisoned
+from allreduce_jit.errors import CommunicatorFailedError, InputError, PeerLostError, PeerTimeoutError, PoisonedError
 from allreduce_jit.harness import ranks
-from allreduce_jit.policy.verdict import Path
+from allreduce_jit.policy.verdict import Path, Reason
 from allreduce_jit.setup import nccl
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda:0")
@@ -95,17 +95,17 @@ def test_a_death_ends_nccl_and_is_told(group, capturing, kind, alone, told):
     engine.check()
     engine.lost(1)
     if told:
-        lost = raised(PeerLost, engine.check, "rank 0: the process of rank 1 has ended", "build a new one")
-        assert lost.ranks == (1,) and lost.report["culprit"] == 1 and lost.report["ranks"][1]["alive"] is False
+        lost = raised(PeerLostError, engine.check, "rank 0: the process of rank 1 has ended", "build a new one")
+        assert lost.ranks == (1,) and lost.report.culprit == 1 and lost.report.ranks[1].alive is False
     else:
         engine.check()
     kinds = []
     for _ in range(2):
-        with pytest.raises(CommunicatorFailed) as caught:
+        with pytest.raises(CommunicatorFailedError) as caught:
             engine.all_reduce(x, x)
         kinds.append(type(caught.value))
         assert caught.value.ranks == (1,)
-    assert kinds == ([Poisoned] * 2 if told else [PeerLost, Poisoned]) and x.tolist() == [1.0] * 3
+    assert kinds == ([PoisonedError] * 2 if told else [PeerLostError, PoisonedError]) and x.tolist() == [1.0] * 3
     if kind is Stuck:
         end = time.monotonic() + 10
         while not made.aborted and time.monotonic() < end:
@@ -118,7 +118,7 @@ def test_a_death_before_nccl_is_there(group, capturing):
     engine = TorchEngine(group, CUDA, 0, 2, "nccl", lambda: (engine.lost(1), (made, None))[1])
     engine.connect()
     assert made.aborted == 1
-    raised(PeerLost, engine.check)
+    raised(PeerLostError, engine.check)
 
 
 def test_abort_and_close(group, capturing):
@@ -126,8 +126,8 @@ def test_abort_and_close(group, capturing):
     engine.connect()
     engine.abort()
     assert made.aborted == 1
-    raised(Poisoned, engine.check, "rank 0 aborted")
-    raised(Poisoned, lambda: engine.all_reduce(torch.ones(2), torch.ones(2)))
+    raised(PoisonedError, engine.check, "rank 0 aborted")
+    raised(PoisonedError, lambda: engine.all_reduce(torch.ones(2), torch.ones(2)))
     engine.close()
     engine.close()
     assert not engine.uses_device
@@ -144,8 +144,8 @@ def test_words_of_torch_for_bad_arguments_stay(group, monkeypatch):
     with pytest.raises(RuntimeError, match="^Invalid scalar type$"):
         engine.all_reduce(x, x)
     engine.check()
-    for text, kind in (("[gloo/transport/tcp/pair.cc:538] Connection closed by peer [127.0.0.1]:9", CommunicatorFailed),
-                       ("Timed out waiting 1000ms for recv operation to complete", PeerTimeout)):  # fmt: skip
+    for text, kind in (("[gloo/transport/tcp/pair.cc:538] Connection closed by peer [127.0.0.1]:9", CommunicatorFailedError),
+                       ("Timed out waiting 1000ms for recv operation to complete", PeerTimeoutError)):  # fmt: skip
         engine = TorchEngine(group, CPU, 0, 2, "gloo")
         monkeypatch.setattr("allreduce_jit.engine.fallback._WATCHER_S", 0.05)
 
@@ -156,7 +156,7 @@ def test_words_of_torch_for_bad_arguments_stay(group, monkeypatch):
         found = raised(kind, lambda engine=engine: engine.all_reduce(x, x), "rank 0", text, "does not name")
         assert type(found) is kind and found.ranks == ()
         raised(kind, engine.check)
-        raised(Poisoned, lambda engine=engine: engine.all_reduce(x, x))
+        raised(PoisonedError, lambda engine=engine: engine.all_reduce(x, x))
 
 
 def test_within():
@@ -226,12 +226,8 @@ def without_nccl_legacy_keeps_all(place):
         mock.patch.object(nccl, "connect", lambda *args: (None, "rank 2: none left")),
     ):
         with allreduce_jit.init(place.control, "cpu") as comm:
-            assert comm.path is Path.LEGACY and comm.describe()["backend"] == "gloo"
-            assert comm.describe()["reasons"][-1] == {
-                "code": "no-nccl",
-                "text": "NCCL cannot be set up: rank 2: none left",
-                "rank": None,
-            }
+            assert comm.path is Path.LEGACY and comm.describe().backend == "gloo"
+            assert comm.describe().reasons[-1] == Reason("no-nccl", "NCCL cannot be set up: rank 2: none left")
             assert "NCCL cannot be set up" in comm.reason
             assert comm.takes(1 << 24, torch.float32) and not built[0].hands_over
             assert comm.all_reduce(torch.ones(3, dtype=torch.int64)).tolist() == [place.world_size] * 3
@@ -249,7 +245,7 @@ def a_peer_dies(place, when):
     victim = place.world_size - 1
     comm = allreduce_jit.init(device="cpu")
     assert comm.all_reduce(torch.ones(3)).tolist() == [place.world_size] * 3
-    assert comm.describe()["watched"] == [rank for rank in range(place.world_size) if rank != place.rank]
+    assert comm.describe().watched == tuple(rank for rank in range(place.world_size) if rank != place.rank)
     place.barrier()
     if place.rank == victim:
         if when == "in a call":
@@ -259,15 +255,18 @@ def a_peer_dies(place, when):
         end = time.monotonic() + 10
         while not comm._torch.dead and time.monotonic() < end:
             time.sleep(0.01)
-        assert raised(PeerLost, comm.check).ranks == (victim,)
-        raised(Poisoned, lambda: comm.all_reduce(torch.ones(3)))
+        assert raised(PeerLostError, comm.check).ranks == (victim,)
+        raised(PoisonedError, lambda: comm.all_reduce(torch.ones(3)))
     else:
         lost = raised(
-            PeerLost, lambda: comm.all_reduce(torch.ones(1000)), f"rank {place.rank}", f"the process of rank {victim} has ended"
+            PeerLostError,
+            lambda: comm.all_reduce(torch.ones(1000)),
+            f"rank {place.rank}",
+            f"the process of rank {victim} has ended",
         )
         assert lost.ranks == (victim,) and isinstance(lost.__cause__, RuntimeError)
-        assert raised(PeerLost, comm.check) is lost
-        assert raised(Poisoned, lambda: comm.all_reduce(torch.ones(3))).ranks == (victim,)
+        assert raised(PeerLostError, comm.check) is lost
+        assert raised(PoisonedError, lambda: comm.all_reduce(torch.ones(3))).ranks == (victim,)
     started = time.monotonic()
     comm.close(local=True)
     assert time.monotonic() - started < 5
@@ -277,7 +276,7 @@ def a_peer_dies(place, when):
 
 @pytest.mark.parametrize("when", ["in a call", "before a call"])
 def test_a_peer_that_dies_on_path_torch(when, capfd):
-    with pytest.raises(ranks.RanksFailed) as caught:  # of which the survivors leave in good order, saying so
+    with pytest.raises(ranks.RanksFailedError) as caught:  # of which the survivors leave in good order, saying so
         ranks.run(a_peer_dies, when, cpu=3, deadline=60)
     deaths = {rank: text for rank, text in caught.value.failed.items()}
     assert "SIGKILL" in deaths[2] and all("exit code 0" in deaths[rank] for rank in (0, 1) if rank in deaths), deaths

@@ -13,7 +13,7 @@ from allreduce_jit.engine import host_memory
 from allreduce_jit.engine.failure import Kind, abort_code, tag
 from allreduce_jit.engine.failure import Signature as Signed
 from allreduce_jit.engine.host import HostEngine
-from allreduce_jit.errors import PeerTimeout, Poisoned
+from allreduce_jit.errors import PeerTimeoutError, PoisonedError
 from allreduce_jit.policy.operation import all_reduce
 
 CONTROL = 1 << 20  # where it would be
@@ -65,7 +65,7 @@ def test_an_abort_reaches_all_headers_and_its_own_kernels(engines):
     assert engines[1].side.written == [(CONTROL + Control.abort.offset, code)]
     assert not engines[0].side.written  # its kernels meet the word in their header
     for engine in engines:
-        with pytest.raises(Poisoned, match="rank 1 aborted this communicator"):
+        with pytest.raises(PoisonedError, match="rank 1 aborted this communicator"):
             engine.check()
 
 
@@ -85,7 +85,7 @@ def test_a_timeout_of_a_peer_is_heard_of_with_what_ranks_signed_last(engines):
             engines[1].memory.poke(1, at + 4 * i, word)
     engines[0].memory.poke(1, Header.abort.offset, abort_code(Kind.TIMEOUT, 1, 0))
     with pytest.raises(
-        PeerTimeout, match="rank 0 timed out waiting for rank 1.*Rank 2 last signed call 6: host_stream"
+        PeerTimeoutError, match="rank 0 timed out waiting for rank 1.*Rank 2 last signed call 6: host_stream"
     ) as caught:
         engines[1].check()
     assert caught.value.ranks == (1,)

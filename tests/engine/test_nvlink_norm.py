@@ -151,16 +151,24 @@ def test_what_is_signed_can_be_read():
 # -- verification, with ranks that are summed here
 
 
+class Ready:
+    """In place of ``PreparedCall``."""
+
+    def __init__(self, engine, spec, plan):
+        self.engine, self.spec, self.plan = engine, spec, plan
+        self.aligned = [(FakeLaunch("any", [], plan.grid, plan.block, cluster=plan.form.cluster),)]
+
+    def __call__(self, *tensors):
+        self.engine.computed(self.spec, self.plan, tensors)
+
+
 class Summed(NvlinkEngine):
     """Runs calls as its kernels should, but for what ``damage`` does to them."""
 
     damage = staticmethod(lambda plan, spec, tensors: None)
 
     def prepare(self, spec, plan, shape_id):
-        return lambda *tensors: self.computed(spec, plan, tensors)
-
-    def run(self, spec, plan, *tensors):
-        self.computed(spec, plan, tensors)
+        return Ready(self, spec, plan)
 
     def computed(self, spec, plan, tensors):
         self.ran[plan] = self.ran.get(plan, 0) + 1
@@ -182,7 +190,8 @@ def summed(monkeypatch):
 
     def make(world_size=4, **more):
         one = Summed(EngineConfig(1, world_size, torch.device("cpu"), "sm_90", True, True, Settings(), **more))
-        one.ran, one.orders = {}, []
+        one.ran, one.orders, one.clusters = {}, [], set()
+        one._graph_cache = SimpleNamespace(make=lambda launch: one.clusters.add(launch.cluster))
         return one
 
     return make
@@ -197,9 +206,10 @@ def test_every_form_is_verified(summed, world_size, quant):
     forms = {plan.form for plan in one.ran}
     bands = one._norm_bands(family)
     assert forms == {band.form for band in bands} and len(forms) >= 2
-    assert all(times >= 2 for times in one.ran.values())
+    assert all(times >= 2 * 3 for times in one.ran.values())  # as a kernel and from graphs
+    assert one.clusters == {form.cluster for form in forms}  # before they are launched, that of each size
     kernels = [order for order, last in zip(one.orders, [None, *one.orders]) if order != last]
-    assert len(kernels) == 2 * len(forms) + 2  # no two runs in a row have the same data, but for the repeated call
+    assert len(kernels) == 2 * len(forms) + 2  # no two runs in a row have the same data, but for repeated calls
     few = summed(world_size, max_ctas=3)
     verify_norm.verify_norms(few, family)
     assert few.ran and all((plan.rows + 1) * plan.form.cluster <= 3 for plan in few.ran)

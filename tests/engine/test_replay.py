@@ -28,6 +28,7 @@ from allreduce_jit.settings import Settings
 
 X, OUT, ELSEWHERE = 1 << 40, 1 << 41, 1 << 42
 ALL = SHORTS + LONGS
+PLAIN = FakeLaunch("any", [Args()], 1, 32)
 
 
 def what(launch, arguments):
@@ -43,19 +44,21 @@ def log(first=0):
 
 
 class FakeGraph:
-    """As the driver has it: what the arguments held when it was aimed."""
+    """As the driver has it: what the arguments held when it was aimed, and clusters that stay once a kernel had them."""
 
     alive = error = 0
     refuses = False
 
     def __init__(self, launches, stream):
         self.kernels, self.stream, self.what = len(launches), stream, None
+        self.cluster = launches[0].cluster
         FakeGraph.alive += 1
 
     def update(self, launches):
         if self.refuses:
             raise AllReduceError("graph update: not supported")
         assert 1 <= len(launches) <= self.kernels and (len(launches) == 1) == (self.kernels == 1)
+        assert {launch.cluster for launch in launches} == {self.cluster}
         self.what = [what(launch, launch.held()) for launch in launches]
         FakeLaunch.fired.append(("aim",))
 
@@ -89,7 +92,7 @@ def here(monkeypatch):
                cuStreamGetPriority=lambda stream: here.priority.get(stream, 0))  # fmt: skip
     one._streams = streams.StreamOrder()
     one.families = list(ALL_REDUCE)
-    one._graph_cache.make(None)
+    one._graph_cache.make(PLAIN)
     assert FakeGraph.alive == ALL
     return here
 
@@ -256,6 +259,36 @@ def test_ever_new_calls_take_turns_with_the_same_graphs(here):
     assert FakeGraph.alive == 0
 
 
+class Prepared:
+    """Of launches in clusters of ``cluster`` blocks."""
+
+    def __init__(self, cluster, launches=1):
+        self.launches = [FakeLaunch(f"cluster {cluster}", [Args()], 8, 64, cluster=cluster) for _ in range(launches)]
+
+    def bind(self, addresses):
+        return [(launch,) for launch in self.launches]
+
+
+def test_kernels_with_clusters_have_graphs_of_their_own(here):
+    """A graph that was updated to a kernel with clusters would run any other in such clusters, its guard in each of their blocks."""
+    cache, sizes = here.engine._graph_cache, (1, 4, 8)
+    prepared = {cluster: Prepared(cluster) for cluster in sizes}
+    assert [cache.assign((prepared[4], -1)) for _ in range(3)] == [None] * 3
+    for cluster in sizes:
+        cache.make(prepared[cluster].launches[0])
+    assert FakeGraph.alive == 3 * SHORTS + LONGS
+    for i in range(SHORTS + 5):  # the fake refuses a graph of other clusters
+        for cluster in sizes:
+            call = prepared[cluster], i
+            assert cache.assign(call) is None
+            assert cache.assign(call) is cache.ready[call] and cache.ready[call].cluster == cluster
+    assert len(cache.ready) == 3 * SHORTS
+    several = Prepared(4, FEWEST), 0
+    assert cache.assign(several) is None and cache.assign(several) is None and several not in cache.ready
+    cache.close()
+    assert FakeGraph.alive == 0
+
+
 def test_many_calls_in_turn_do_not_take_the_graphs_from_each_other(here):
     first = [[kinds(ran(here, source=X + 16 * i)) for i in range(SHORTS)] for _ in range(3)]
     assert first == [[kind] * SHORTS for kind in FIRST]
@@ -276,8 +309,8 @@ def test_where_graphs_cannot_be_made_calls_are_kernels(here, monkeypatch, caplog
     here.engine._graph_cache.close()
     here.engine._graph_cache = replay.GraphCache()
     monkeypatch.setattr(replay, "Graph", make)
-    here.engine._graph_cache.make(None)
-    here.engine._graph_cache.make(None)  # once is enough
+    here.engine._graph_cache.make(PLAIN)
+    here.engine._graph_cache.make(PLAIN)  # once is enough
     assert len(made) == most and not FakeGraph.alive
     assert [kinds(ran(here)) for _ in range(3)] == [KERNEL] * 3
     (record,) = caplog.records

@@ -125,7 +125,7 @@ def all_kinds_of_groups(place):
             assert (comm.rank, comm.world_size) == (place.rank // 2, 2) and comm.all_reduce(me).item() == 2
     alone = [dist.new_group([rank]) for rank in range(n)][place.rank]
     with allreduce_jit.init(alone, deterministic=True) as comm:
-        assert comm.all_reduce(me).item() == place.rank and comm.describe()["reasons"][0]["code"] == "world-size-1"
+        assert comm.all_reduce(me).item() == place.rank and comm.describe().reasons[0].code == "world-size-1"
     before = len(dist.distributed_c10d._world.pg_map)  # not the same on all ranks: rank 1 has no part in `pair`
     with mock.patch.object(groups, "has_backend", lambda group, what: False):  # as an NCCL group has no "cpu:"
         for _ in range(3):
@@ -315,7 +315,7 @@ def with_kernels(place):
             raised(kind, call, f"rank {place.rank}", *words)
         assert engine.sums == sums + 2
         comm.check()
-        described = comm.describe()
+        described = comm.describe().to_dict()
         assert json.loads(json.dumps(described)) == described
         own = {"rank": 0, "timings": 0, "watched": 0}  # what differs between ranks
         assert place.gather({**described, **own}) == [{**described, **own}] * 3
@@ -327,7 +327,7 @@ def with_kernels(place):
         assert engine.closed == 0
     assert engine.closed == 1 and comm.closed
     with fake_gpus(place.control, "a100-pcie-x4") as built, allreduce_jit.init(place.control, "cpu") as comm:
-        assert comm.path is Path.LEGACY and comm.describe()["deterministic"] is False
+        assert comm.path is Path.LEGACY and comm.describe().deterministic is False
         small, large = (torch.ones(n, dtype=torch.float16) for n in (LIMIT - 1, LIMIT))
         sums = built[0].sums
         for x, ours in ((small, 1), (large, 1), (small, 2), (large, 2)):
@@ -431,7 +431,7 @@ def test_one_rank_is_the_identity(world_of_one, deterministic):
         assert torch.equal(comm.all_reduce(z.conj(), out=z), torch.tensor([1 - 2j, 3 + 4j]))
         comm.warmup()
         comm.check()
-        described = comm.describe()
+        described = comm.describe().to_dict()
         assert json.loads(json.dumps(described)) == described
         assert described["deterministic"] is True and described["path"] == "torch.distributed"
         assert described["staging_bytes"] == described["device_bytes"] == 0 and described["kernels_of"] is None
@@ -721,7 +721,7 @@ def runs(plan, last):
 
 def check_bands(comm, monkeypatch, largest):
     monkeypatch.setattr(describe, "LARGEST", largest)
-    bands = comm.describe()["bands"]
+    bands = comm.describe().bands
     for name, size in ITEMSIZE.items():
         dtype = getattr(torch, name)
         last = largest // size
@@ -731,18 +731,18 @@ def check_bands(comm, monkeypatch, largest):
             return found.path, found.algorithm
 
         want = [(a * size, None if b == last else b * size, *what) for a, b, what in runs(plan, last)]
-        mine = [b for b in bands if b["dtype"] == name]
-        assert [(b["from_bytes"], b["to_bytes"], b["path"], b["algorithm"]) for b in mine] == want
-    assert {b["dtype"] for b in bands} == set(ITEMSIZE)
+        mine = [b for b in bands if b.dtype == name]
+        assert [(b.from_bytes, b.to_bytes, b.path, b.algorithm) for b in mine] == want
+    assert {b.dtype for b in bands} == set(ITEMSIZE)
 
 
 def test_bands_by_asking_for_every_size(driven, monkeypatch):
     check_bands(driven, monkeypatch, 1 << 17)
-    bands = [b for b in driven.describe()["bands"] if b["dtype"] == "float32"]
-    assert [b["from_bytes"] // 4 for b in bands] == list(SWITCHES)
+    bands = [b for b in driven.describe().bands if b.dtype == "float32"]
+    assert [b.from_bytes // 4 for b in bands] == list(SWITCHES)
     driven._engine.path = "legacy"
     check_bands(driven, monkeypatch, 1 << 17)
-    assert [b["path"] for b in driven.describe()["bands"]][3] == "torch.distributed"
+    assert [b.path for b in driven.describe().bands][3] == "torch.distributed"
 
 
 @hypothesis_settings(max_examples=60, deadline=None)

@@ -94,7 +94,7 @@ def over_gloo(place):
         )
         norm, kept = comm.all_reduce_add_rms_norm(x, residual, weight)
         assert same(norm, want.norm) and same(kept, want.residual_out)
-        assert comm.describe()["operations"] == []
+        assert comm.describe().operations == ()
         plan = comm.plan_norm(4, norm_family("bfloat16", HIDDEN))
         assert (plan.path, plan.algorithm) == ("torch.distributed", "apart")
 
@@ -110,7 +110,7 @@ def over_legacy(place):
         ):
             assert comm.path is Path.LEGACY and built[0].families == list(ALL_REDUCE)
             check_calls(comm, [torch.bfloat16])
-            assert built[0].norms == 0 and comm.describe()["operations"] == []
+            assert built[0].norms == 0 and comm.describe().operations == ()
             assert comm.plan_norm(2, norm_family("bfloat16", HIDDEN)).algorithm == "apart"
 
 
@@ -119,7 +119,7 @@ def over_v2(place):
         (engine,) = built
         check_calls(comm)
         assert engine.norms > 100
-        described = comm.describe()
+        described = comm.describe().to_dict()
         assert json.loads(json.dumps(described)) == described
         assert place.gather(described["operations"]) == [described["operations"]] * place.world_size
         assert len(described["operations"]) == len(engine.families) - len(ALL_REDUCE) == len({*map(str, described["operations"])})
@@ -166,12 +166,12 @@ def asked_for_at_init(place):
         with capturing():
             comm.all_reduce_add_rms_norm(x, x.clone(), x.new_ones(HIDDEN))
         assert engine.norms == 1 and engine.events.count("verify") == 1
-        (first, second) = comm.describe()["operations"]
-        assert first == {
+        (first, second) = comm.describe().operations
+        assert first.to_dict() == {
             "operation": "all_reduce_norm", "dtype": "bfloat16", "hidden": HIDDEN, "rounding": "R", "quantization": "none",
             "residual": True, "weight": "bfloat16", "weight_bias": 0, "norm": True, "path": "v2", "reason": None,
         }  # fmt: skip
-        assert (second["quantization"], second["norm"]) == ("token", False)
+        assert (second.quantization, second.norm) == ("token", False)
 
 
 def asked_for_differently(place):
@@ -239,8 +239,8 @@ def a_family_that_cannot_be_built(place):
             found = comm.all_reduce_add_rms_norm(x, x.clone(), torch.ones(HIDDEN), 1e-5)
             assert all(map(same, found, apart(comm, x, x, torch.ones(HIDDEN))))
         assert built[0].norms == 0 and built[0].events.count("compile") == 2  # tried once
-        (about,) = comm.describe()["operations"]
-        assert (about["path"], about["reason"]) == ("apart", "rank 1: RuntimeError: planted")
+        (about,) = comm.describe().operations
+        assert (about.path, about.reason) == ("apart", "rank 1: RuntimeError: planted")
         assert comm.plan_norm(2, family).algorithm == "apart"
 
     class Fails(dict):
@@ -256,8 +256,8 @@ def a_family_that_cannot_be_built(place):
         assert comm.path is Path.V2 and [engine.closed for engine in engines] == [1, 0]
         found = comm.all_reduce_add_rms_norm(x, x.clone(), torch.ones(HIDDEN), 1e-5)
         assert all(map(same, found, apart(comm, x, x, torch.ones(HIDDEN)))) and engines[1].norms == 0
-        (about,) = comm.describe()["operations"]
-        assert (about["path"], about["reason"]) == ("apart", "rank 1: RuntimeError: planted")
+        (about,) = comm.describe().operations
+        assert (about.path, about.reason) == ("apart", "rank 1: RuntimeError: planted")
 
 
 def refused(place):
@@ -309,7 +309,7 @@ def test_one_rank():
 @pytest.mark.parametrize("mistake", ["norm of its own input", "sum in the input"])
 def test_the_comparison_finds_planted_mistakes(mistake):
     """What the calls are compared with tells an all-reduce left away, and a sum that spoils the input."""
-    with pytest.raises(ranks.RanksFailed, match="AssertionError"):
+    with pytest.raises(ranks.RanksFailedError, match="AssertionError"):
         ranks.run(wrong, mistake, cpu=2, deadline=60)
 
 

@@ -110,7 +110,7 @@ print(json.dumps([same, modules]))
 
 # In the order of the data flow: each may import those further down, and nothing else of ours.
 ROOMS = ["__main__", "cli", "bench", "harness", "__init__", "integrations", "communicator", "fused", "describe", "routes", "norms", "known_norms", "operands", "setup", "engine", "jit", "policy",
-         "machine", "inputs", "torch_private", "settings", "paths", "errors", "abi", "version"]  # fmt: skip
+         "machine", "inputs", "torch_private", "settings", "paths", "errors", "records", "deprecation", "abi", "version"]  # fmt: skip
 KERNELS = {"cuda_kernels", "triton_kernels"}
 
 

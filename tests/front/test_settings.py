@@ -187,7 +187,7 @@ def test_without_a_cache_directory(monkeypatch, tmp_path, capsys):
         assert cli.main(["cache", action, "--json"]) == 0
         assert json.loads(capsys.readouterr().out)["directory"] is None
     document = doctor.examine()
-    assert document["cache"]["directory"] is None and any("set ALLREDUCE_JIT_CACHE_DIR" in p for p in document["problems"])
+    assert document.cache.directory is None and any("set ALLREDUCE_JIT_CACHE_DIR" in p for p in document.problems)
     assert "None" not in [line for line in doctor.render(document).splitlines() if "kernel cache" in line][0]
     assert list(tmp_path.iterdir()) == []
 

@@ -14,6 +14,7 @@ import torch.distributed as dist
 import allreduce_jit
 from allreduce_jit.communicator import Communicator
 from allreduce_jit.engine import norm_reference, reference
+from allreduce_jit.engine.graph_cache import SHORTS
 from allreduce_jit.norms import norm_family
 from allreduce_jit.policy.norm import Norm
 from allreduce_jit.policy.nvlink_norm import APART, plan_of
@@ -99,9 +100,8 @@ class Call:
 
 def bits(place, path):
     """Every kind of call, eager, again (from a graph of the engine's), in place, captured and replayed at once."""
-    with Communicator(
-        dist.group.WORLD, place.device, highest=path, lowest=path, operations=[case.family for case in CASES]
-    ) as comm:
+    rung = {} if path is Path.TORCH else {"highest": path, "lowest": path}  # which has none, and is forced by the environment
+    with Communicator(dist.group.WORLD, place.device, operations=[case.family for case in CASES], **rung) as comm:
         assert comm.path is path, comm.reason
         for seed, case in enumerate(CASES):
             fused = comm.plan_norm(3, case.family).algorithm != APART
@@ -112,7 +112,7 @@ def bits(place, path):
                 for turn in range(3 if rows == 3 else 1):
                     call.check(call.run(comm), f"{path} turn {turn}")
             call = Call(case, 5, seed + 50, comm.world_size, comm.rank, place.device, kind)
-            if comm.describe()["backend"] != "gloo":
+            if comm.describe().backend != "gloo":
                 graph = torch.cuda.CUDAGraph()
                 with comm.capture(), torch.cuda.graph(graph):
                     captured = call.run(comm)
@@ -178,22 +178,29 @@ def among_all_reduces(place):
 
 
 def again(place):
-    """Calls with the same tensors, which the engine launches as graphs: of clusters and of blocks, in the same graphs in turn."""
+    """Calls with the same tensors, which the engine launches as graphs: of clusters and of blocks, and all-reduces in turn with them: more
+    calls than one kind of them has graphs for."""
     with allreduce_jit.init(device=place.device, operations=[Case().family, Case(hidden=8192).family]) as comm:
         calls = [Call(Case(hidden=h), rows, i, comm.world_size, comm.rank, place.device)
                  for i, (h, rows) in enumerate(((4096, 1), (4096, 100), (8192, 2), (4096, 8)))]  # fmt: skip
         assert {comm.plan_norm(call.rows, call.case.family).form.cluster > 1 for call in calls} == {False, True}
-        outs = [[{name: torch.empty_like(call.x) for name in ("out", "residual_out")} for _ in range(20)] for call in calls]
+        outs = [[{name: torch.empty_like(call.x) for name in ("out", "residual_out")} for _ in range(24)] for call in calls]
+        plain = [reference.values(70, comm.rank, 4096, torch.bfloat16, place.device) for _ in range(24)]
+        want = reference.expected(70, comm.world_size, 4096, torch.bfloat16, place.device)
         for turn in range(6):
+            sums = [torch.empty_like(x) for x in plain]
             for call, places in zip(calls, outs, strict=True):
-                for names in places:
-                    call.run(comm, **names)
+                for names, x, total in zip(places, plain, sums, strict=True):
+                    for _ in range(2):  # the second from a graph
+                        call.run(comm, **names)
+                        comm.all_reduce(x, out=total)
+            assert not any(reference.compare(total, want).wrong for total in sums)
             for call, places in zip(calls, outs, strict=True):
                 for names in places:
                     call.check((names["out"], names["residual_out"]), f"turn {turn}")
                     for tensor in names.values():
                         tensor.fill_(float("nan"))
-        assert len(comm._engine._graph_cache.ready) > 20
+        assert len(comm._engine._graph_cache.ready) > SHORTS
         comm.check()
 
 
@@ -242,11 +249,11 @@ def ends(place):
             torch.cuda.synchronize()
             assert time.monotonic() - started < 4, trouble
             if place.rank < last or trouble != "missing":
-                with pytest.raises(allreduce_jit.CommunicatorFailed) as caught:
+                with pytest.raises(allreduce_jit.CommunicatorFailedError) as caught:
                     comm.check()
                     comm.all_reduce(call.x)
                 if trouble == "eps":
-                    assert isinstance(caught.value, allreduce_jit.CallMismatch) and "eps" in str(caught.value), caught.value
+                    assert isinstance(caught.value, allreduce_jit.CallMismatchError) and "eps" in str(caught.value), caught.value
                 else:
                     assert caught.value.ranks == (last,), caught.value
             if results is not None:

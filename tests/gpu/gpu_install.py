@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 
+import compiled_decode
 import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
@@ -103,8 +104,8 @@ def installed(place):
             call(x)
             assert not reference.compare(x, want).wrong, dtype
         x = reference.values(seed, place.rank, 5000, dtype, device)
-        assert not reference.compare(funcol.all_reduce(x, "sum", dist.group.WORLD) + 0, want).wrong, dtype
-    assert installation.taken == {"eager": 6, "functional": 3} and not installation.describe()["left"]
+        assert not reference.compare(funcol.wait_tensor(funcol.all_reduce(x, "sum", dist.group.WORLD)), want).wrong, dtype
+    assert installation.taken == {"eager": 6, "functional": 3} and not installation.describe().left
     # A handle orders any stream behind the call, which may wait for a late rank.
     side, x = torch.cuda.Stream(), torch.full((1 << 20,), 1.0, device=device)
     side.wait_stream(torch.cuda.current_stream())
@@ -119,7 +120,7 @@ def installed(place):
         z = torch.full((100,), place.rank, dtype=dtype, device=device)
         dist.all_reduce(z, op=op)
         assert bool((z == result).all())
-    assert installation.describe()["left"] == {"dtype": 1, "op": 1}
+    assert installation.describe().left == {"dtype": 1, "op": 1}
     static, graph = torch.ones(3000, device=device), torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         dist.all_reduce(static)
@@ -137,7 +138,7 @@ def installed(place):
                 y = compiled(x)
             assert bool((x == n * turn).all()) and bool((y == 2 * n * n * turn + 1).all()), (mode, turn)
             del y
-        assert not {"mode", "kind of tensor", "layout"} & installation.describe()["left"].keys()
+        assert not {"mode", "kind of tensor", "layout"} & installation.describe().left.keys()
     torch.cuda.synchronize()
     installation.comm.check()
     del compiled, graph
@@ -147,6 +148,28 @@ def installed(place):
     x = torch.ones(100, device=device)
     dist.all_reduce(x)
     assert bool((x == n).all()) and installation.taken["functional"] > 3
+
+
+def decoded(place):
+    """A compiled model, its CUDA graphs among them: the same tokens by functional collectives that are taken, and with fused calls."""
+    options = compiled_decode.Options(
+        batches=(1, 9),
+        layers=2,
+        hidden=1024,
+        heads=24,
+        kv_heads=24,
+        intermediate=1536,
+        context=16,
+        vocabulary=500,
+        steps=8,
+        turns=1,
+    )
+    document = compiled_decode.work(place, options)
+    assert document["ok"], document["rows"]
+    assert document["path"] == "v2" and document["installed"]["taken"]["functional"] > 0 and not document["installed"]["left"]
+    for row in document["rows"]:
+        assert {"torch.distributed", "installed", "fused"} <= row["tokens_per_s"].keys() and row["different_tokens"] > 3, row
+    return document["unavailable"]
 
 
 def transformers(place):

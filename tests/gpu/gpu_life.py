@@ -57,7 +57,7 @@ def recovery(place, paths=PATHS):
         if place.rank != victim:
             comm.all_reduce(torch.ones(300_000, dtype=torch.bfloat16, device=place.device))
             torch.cuda.synchronize()
-            with pytest.raises(allreduce_jit.PeerTimeout) as caught:
+            with pytest.raises(allreduce_jit.PeerTimeoutError) as caught:
                 comm.check()
             assert caught.value.ranks == (victim,), caught.value.ranks
             comm.close(local=True)
@@ -94,7 +94,7 @@ def aborted(place, paths=PATHS):
         assert time.monotonic() - started < 3, "no deadline was waited for"
         assert captured.isnan().any(), "the replay after an abort looks like a result"
         for _ in range(2):
-            with pytest.raises(allreduce_jit.CommunicatorFailed) as caught:
+            with pytest.raises(allreduce_jit.CommunicatorFailedError) as caught:
                 comm.all_reduce(x)
             assert caught.value.ranks == (0,), caught.value
         place.barrier()
@@ -124,9 +124,9 @@ def concurrent(place, paths=PATHS):
                 graph.replay()
         torch.cuda.synchronize()
         place.barrier()
-        with pytest.raises(allreduce_jit.CommunicatorFailed) as caught:
+        with pytest.raises(allreduce_jit.CommunicatorFailedError) as caught:
             comm.check()
-        assert type(caught.value) is allreduce_jit.ConcurrentUse and caught.value.ranks == (0,), caught.value
+        assert type(caught.value) is allreduce_jit.ConcurrentUseError and caught.value.ranks == (0,), caught.value
         graphs.clear()
         place.barrier()
         comm.close(local=True)
@@ -147,9 +147,9 @@ def aborted_by_an_exception(place, paths=PATHS):
                 comm.all_reduce(torch.ones(5000, dtype=torch.bfloat16, device=place.device))
                 torch.cuda.synchronize()
                 comm.check()
-        except (ZeroDivisionError, allreduce_jit.CommunicatorFailed) as e:
+        except (ZeroDivisionError, allreduce_jit.CommunicatorFailedError) as e:
             told = e
-        assert isinstance(told, ZeroDivisionError if place.rank == 0 else allreduce_jit.Poisoned), told
+        assert isinstance(told, ZeroDivisionError if place.rank == 0 else allreduce_jit.PoisonedError), told
         assert place.rank == 0 or told.ranks == (0,)
         assert time.monotonic() - started < 10
         place.barrier()
@@ -172,13 +172,13 @@ def skipped_and_extra_calls(place, paths=PATHS):
                 torch.cuda.synchronize()
                 comm.check()
                 told = None
-            except allreduce_jit.CommunicatorFailed as e:
+            except allreduce_jit.CommunicatorFailedError as e:
                 told = e
             assert time.monotonic() - started < DEADLINE_S + 1
             # The side that made a call too many waits for the others; the others hear of it, at the next check at the latest.
             place.barrier()
             if told is None:
-                with pytest.raises(allreduce_jit.CommunicatorFailed) as caught:
+                with pytest.raises(allreduce_jit.CommunicatorFailedError) as caught:
                     comm.check()
                 told = caught.value
             assert told.ranks, told

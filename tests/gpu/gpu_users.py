@@ -124,7 +124,7 @@ def memory_is_full(place):
         del os.environ["ALLREDUCE_JIT_SETUP_TIMEOUT"]
     took = time.monotonic() - started
     assert took < 60, took
-    codes = [reason["code"] for reason in comm.describe()["reasons"]]
+    codes = [reason.code for reason in comm.describe().reasons]
     assert place.gather(codes) == [codes] * place.world_size and codes[0] == "build-failed", codes
     if comm.path is Path.TORCH:
         check(place, comm, 5000, torch.float32, 1, kind=reference.INTEGERS)
@@ -160,7 +160,7 @@ def damaged_packets(place):
 
                 engine.KernelEngine.run = damaged
                 with Communicator(dist.group.WORLD, place.device, highest=highest, lowest=highest) as comm:
-                    codes = [reason["code"] for reason in comm.describe()["reasons"]]
+                    codes = [reason.code for reason in comm.describe().reasons]
                     assert comm.path is Path.TORCH and "verify-failed" in codes, (highest, part, comm.reason)
                     assert len(calls) == 2 * (place.rank == 0)
     finally:
@@ -196,14 +196,14 @@ def nccl_and_a_dead_peer(place, path):
         try:
             attempt()
             kinds.append("accepted")
-        except allreduce_jit.CommunicatorFailed as e:
+        except allreduce_jit.CommunicatorFailedError as e:
             kinds.append(f"{type(e).__name__} {e.ranks}")
     started = time.monotonic()
     comm.close(local=True)
     closed = time.monotonic() - started
     torch.cuda.synchronize()  # nothing of ours spins any more
-    lost = f"PeerLost ({victim},)"
-    good = kinds[0] == lost and kinds[1].startswith("Poisoned") and kinds[2].startswith("Poisoned") and closed < 5
+    lost = f"PeerLostError ({victim},)"
+    good = kinds[0] == lost and kinds[1].startswith("PoisonedError") and kinds[2].startswith("PoisonedError") and closed < 5
     # The survivor's new start, alone here, and the context lives.
     y = torch.ones(1000, device=place.device)
     good = good and float((y + y).sum()) == 2000

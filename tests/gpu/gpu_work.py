@@ -60,7 +60,7 @@ def sizes(place, path, max_numel=1 << 28):
     """Sizes from 0 to 1 GB, all dtypes, odd, misaligned, in place; what torch.distributed takes is exact data."""
     with allreduce_jit.init(device=place.device) as comm:
         expect_path(comm, path)
-        assert comm.describe()["staging_bytes"] <= 32 << 20
+        assert comm.describe().staging_bytes <= 32 << 20
         for dtype in DTYPES:
             for seed, numel in enumerate([*SIZES, min(max_numel, (1 << 30) // dtype.itemsize)]):
                 ours = comm.plan(numel, dtype).path != Path.TORCH.value
@@ -292,7 +292,7 @@ def siblings(place):
         group = dist.new_group(backend=backend)
         with allreduce_jit.init(group, place.device) as comm:
             expect_path(comm, Path.V2)
-            assert comm.describe()["backend"] == "nccl"
+            assert comm.describe().backend == "nccl"
             check(place, comm, 1000, torch.bfloat16, 1)
             whole = comm.all_reduce(torch.full((5,), place.rank, dtype=torch.int64, device=place.device))
             assert whole.tolist() == [sum(range(place.world_size))] * 5
@@ -376,7 +376,7 @@ def without_nvlink(place):
         dropin(place, "CustomAllreduce", False)
         with allreduce_jit.init(device=place.device) as comm:
             expect_path(comm, Path.LEGACY)
-            assert comm.describe()["reasons"][0]["code"] == "no-nvlink"
+            assert comm.describe().reasons[0].code == "no-nvlink"
         graphs(place, Path.LEGACY)
     finally:
         ladder.probe = real
@@ -405,8 +405,8 @@ def failures_step_down(place):
         try:
             with allreduce_jit.init(device=place.device) as comm:
                 expect_path(comm, Path.LEGACY)
-                first = comm.describe()["reasons"][0]
-                assert (first["code"], first["rank"]) == (code, 1) or name == "verify", first
+                first = comm.describe().reasons[0]
+                assert (first.code, first.rank) == (code, 1) or name == "verify", first
                 check(place, comm, 1000, torch.float16, 5)
         finally:
             setattr(engine_module.NvlinkEngine, name, original)
@@ -432,8 +432,8 @@ def late_peer(place, paths=(Path.V2, Path.LEGACY)):
             for attempt in (comm.check, lambda: comm.all_reduce(x)):
                 try:
                     attempt()
-                except allreduce_jit.CommunicatorFailed as e:
-                    kind = allreduce_jit.PeerTimeout if attempt == comm.check else allreduce_jit.Poisoned
+                except allreduce_jit.CommunicatorFailedError as e:
+                    kind = allreduce_jit.PeerTimeoutError if attempt == comm.check else allreduce_jit.PoisonedError
                     assert isinstance(e, kind) and e.ranks == (1,), (e, e.ranks)
                 else:
                     raise AssertionError("nobody was told")
@@ -464,9 +464,9 @@ def mismatch(place, paths=(Path.V2, Path.LEGACY)):
                 assert waited < deadline + 1, waited
                 try:
                     comm.check()
-                except allreduce_jit.CallMismatch as e:
+                except allreduce_jit.CallMismatchError as e:
                     assert 1 in e.ranks, (e, e.ranks)
-                except allreduce_jit.PeerTimeout as e:
+                except allreduce_jit.PeerTimeoutError as e:
                     assert e.ranks == ((0,) if other else (1,)), (e, e.ranks)
                 else:
                     raise AssertionError(f"{highest.value}: rank {place.rank} was not told of {numel} {dtype} on rank 1")
@@ -481,8 +481,8 @@ def same_gpu(place):
     """Two ranks on one GPU: gloo through the host."""
     with allreduce_jit.init(place.control, "cuda:0") as comm:
         expect_path(comm, Path.TORCH)
-        assert comm.describe()["reasons"][0]["code"] == "same-gpu"
-        assert comm.describe()["backend"] == "gloo"
+        assert comm.describe().reasons[0].code == "same-gpu"
+        assert comm.describe().backend == "gloo"
         x = torch.full((1000,), place.rank + 1.0, device="cuda:0")
         assert torch.equal(comm.all_reduce(x), torch.full_like(x, sum(range(1, place.world_size + 1))))
 
@@ -603,7 +603,7 @@ def tuned_table(place):
     assert document["ok"], document
     with allreduce_jit.init(device=place.device, deterministic=True) as comm:
         expect_path(comm, Path.V2)
-        assert comm.describe()["tuning"] == document["path"]
+        assert comm.describe().tuning == document["path"]
         assert tuned.tables_to_json(comm._ladder.tuned) == document["tables"]
         for seed, numel in enumerate(SIZES[1:]):
             check(place, comm, numel, DTYPES[seed % 3], seed, offset=seed % 2)

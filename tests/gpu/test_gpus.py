@@ -62,7 +62,9 @@ def test_norms(n):
 
 @pytest.mark.parametrize("path", [Path.V2, Path.LEGACY, Path.TORCH], ids=lambda path: path.short)
 @pytest.mark.parametrize("n", WORLDS)
-def test_bits_of_norms(n, path):
+def test_bits_of_norms(n, path, monkeypatch):
+    if path is Path.TORCH:
+        monkeypatch.setenv("ALLREDUCE_JIT_PATH", "torch")
     run(n, ("gpu_fused:bits", (path,)))
 
 
@@ -90,6 +92,11 @@ def test_tools_of_norms(n):
 @pytest.mark.parametrize("n", WORLDS)
 def test_operators_and_install(n):
     run(n, "gpu_install:operators", "gpu_install:installed")
+
+
+@pytest.mark.parametrize("n", WORLDS)
+def test_compiled_decode(n):
+    run(n, "gpu_install:decoded")
 
 
 @pytest.mark.parametrize("n", [WORLDS[0], *WORLDS[2:]])  # that divide the heads
@@ -165,7 +172,9 @@ def test_users_programs(n):
 @pytest.mark.parametrize("n", WORLDS[:2])
 @pytest.mark.parametrize("path", ["v2", "legacy", "torch.distributed"])
 def test_a_peer_that_dies_in_a_call_of_nccl(n, path, capfd):
-    with pytest.raises(ranks.RanksFailed) as caught:  # the survivors leave with exit code 0, once they have said what they saw
+    with pytest.raises(
+        ranks.RanksFailedError
+    ) as caught:  # the survivors leave with exit code 0, once they have said what they saw
         ranks.run(gpu_work.suite, [("gpu_users:nccl_and_a_dead_peer", (path,))], gpus=n, deadline=120)
     assert "SIGKILL" in caught.value.failed[n - 1], caught.value.failed
     said = capfd.readouterr().out

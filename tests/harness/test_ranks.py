@@ -101,7 +101,7 @@ def test_work_runs_once_per_rank_and_rank_0s_result_returns():
 
 def test_a_crash_is_told_with_its_traceback_and_ends_the_others(tmp_path):
     start = time.monotonic()
-    with pytest.raises(ranks.RanksFailed) as caught:
+    with pytest.raises(ranks.RanksFailedError) as caught:
         ranks.run(crash, tmp_path, cpu=2, deadline=100)
     assert time.monotonic() - start < 60
     assert "rank 1 failed" in str(caught.value) and "ValueError: the reason it crashed" in str(caught.value)
@@ -111,7 +111,7 @@ def test_a_crash_is_told_with_its_traceback_and_ends_the_others(tmp_path):
 
 
 def test_a_rank_that_dies_without_a_word_is_named(tmp_path):
-    with pytest.raises(ranks.RanksFailed, match="rank 1 failed") as caught:
+    with pytest.raises(ranks.RanksFailedError, match="rank 1 failed") as caught:
         ranks.run(vanish, tmp_path, cpu=2, deadline=100)
     assert "SIGSEGV" in caught.value.failed[1]
     assert alive(tmp_path) == []
@@ -120,7 +120,7 @@ def test_a_rank_that_dies_without_a_word_is_named(tmp_path):
 def test_a_hang_ends_at_the_deadline_and_is_named(tmp_path):
     deadline = 15
     start = time.monotonic()
-    with pytest.raises(ranks.RanksFailed, match=rf"^rank 1 did not finish within {deadline} s") as caught:
+    with pytest.raises(ranks.RanksFailedError, match=rf"^rank 1 did not finish within {deadline} s") as caught:
         ranks.run(hang, tmp_path, cpu=2, deadline=deadline)
     assert deadline <= time.monotonic() - start < deadline + 5
     assert (caught.value.failed, caught.value.unfinished) == ({}, [1])
@@ -130,7 +130,7 @@ def test_a_hang_ends_at_the_deadline_and_is_named(tmp_path):
 
 def test_out_of_memory_is_one_sentence(monkeypatch):
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "")  # is as good as none to gloo
-    with pytest.raises(ranks.RanksFailed, match=f"(?s)out of memory.*{1 << 50} bytes") as caught:
+    with pytest.raises(ranks.RanksFailedError, match=f"(?s)out of memory.*{1 << 50} bytes") as caught:
         ranks.run(greedy, cpu=1, deadline=100)
     assert "Traceback" not in str(caught.value)
 
@@ -170,7 +170,7 @@ def test_a_process_that_cannot_be_started_is_told(monkeypatch):
 
 
 def test_a_result_that_cannot_be_sent_is_a_failure_not_a_hang():
-    with pytest.raises(ranks.RanksFailed, match="pickle"):
+    with pytest.raises(ranks.RanksFailedError, match="pickle"):
         ranks.run(unpicklable, cpu=1, deadline=100)
 
 
@@ -325,4 +325,4 @@ def test_devices(monkeypatch, present, gpus, cpu, devices):
 
 
 def test_failure_is_one_of_our_errors():
-    assert issubclass(ranks.RanksFailed, AllReduceError)
+    assert issubclass(ranks.RanksFailedError, AllReduceError)

@@ -10,6 +10,9 @@ import torch
 import torch.distributed as dist
 
 from allreduce_jit import norms
+from allreduce_jit.describe import Band, CommunicatorReport, KernelCounts
+from allreduce_jit.paths import Path
+from allreduce_jit.policy.verdict import Reason
 
 
 @dataclass
@@ -86,13 +89,21 @@ class Fake:
         return SimpleNamespace(path=self.path, algorithm=name, grid=1, block=32)
 
     def describe(self):
-        band = {"dtype": "float32", "from_bytes": 0, "to_bytes": 4096, "path": self.path, "algorithm": "fake"}
-        return {
-            "path": self.path,
-            "backend": "gloo",
-            "reasons": [{"code": "cpu", "text": "rank 0 has its tensors on the CPU", "rank": 0}],
-            "rank": self.rank,
-            "world_size": self.world_size,
-            "device": str(self.device),
-            "bands": [band],
-        }
+        return CommunicatorReport(
+            path=Path(self.path),
+            kernels_of=None,
+            backend="gloo",
+            reasons=(Reason("cpu", "rank 0 has its tensors on the CPU", 0),),
+            deterministic=self.path == "v2",
+            tuning=None,
+            bands=(Band("float32", 0, 4096, self.path, "fake"),),
+            staging_bytes=0,
+            device_bytes=0,
+            watched=(),
+            timings={},
+            kernels=KernelCounts(0, 0),
+            operations=(),
+            rank=self.rank,
+            world_size=self.world_size,
+            device=str(self.device),
+        )

@@ -39,8 +39,9 @@ class FakeLaunch:
         shared_bytes: int = 0,
         pdl: bool = False,
         ranks: int = 1,
+        cluster: int = 1,
     ):
-        self.arguments, self.grid, self.pdl = arguments, grid, pdl
+        self.arguments, self.grid, self.pdl, self.cluster = arguments, grid, pdl, cluster
         self.kernel, self.about = kernel, (grid, block, shared_bytes, pdl, ranks)
 
     def __call__(self, stream: int) -> None:

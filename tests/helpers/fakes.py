@@ -217,7 +217,7 @@ def record(name: str, caps: list[Capabilities], expect: dict) -> dict:
         return ["".join("-" if link is None else str(int(value(link) or 0)) for link in row) for row in links]
 
     first = caps[0]
-    versions = {k.replace("_", "-"): v for k, v in first.to_json()["software"].items()}
+    versions = {k.replace("_", "-"): v for k, v in first.to_dict()["software"].items()}
     driver, cuda, nvml = (versions.pop(k) for k in ("driver", "cuda-driver", "nvml"))
     modes = {"default": 0, "exclusive-thread": 1, "prohibited": 2, "exclusive-process": 3}
     host = {
@@ -228,7 +228,7 @@ def record(name: str, caps: list[Capabilities], expect: dict) -> dict:
         "nvml": {"version": nvml} if nvml else {"missing": "not found"},
         "fabric": first.fabric,
         "mps": int(bool(first.mps)),
-        "gpus": [{**c.to_json()["gpu"], "compute_mode": modes.get(c.gpu.compute_mode, 0)} for c in caps],
+        "gpus": [{**c.to_dict()["gpu"], "compute_mode": modes.get(c.gpu.compute_mode, 0)} for c in caps],
         "nvlink": rows(lambda link: link.nvlink),
         "p2p": rows(lambda link: link.p2p_access),
         "atomics": rows(lambda link: link.native_atomics),

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import threading
+import time
 from unittest import mock
 
 import pytest
@@ -23,6 +25,7 @@ from allreduce_jit.errors import InputError, SetupError
 from allreduce_jit.harness import ranks
 from allreduce_jit.integrations import installed, interception
 from allreduce_jit.integrations.installed import LEFT
+from allreduce_jit.torch_private import functional_collective
 
 SUM, MAX = dist.ReduceOp.SUM, dist.ReduceOp.MAX
 
@@ -62,7 +65,7 @@ def total(place):
 def counted(installation, **more):
     """The counts since last time."""
     found = installation.describe()
-    news = {kind: n for kind, n in {**found["taken"], **found["left"]}.items() if n}
+    news = {kind: n for kind, n in {**found.taken, **found.left}.items() if n}
     for counts in (installation.taken, installation.left):
         counts.update(dict.fromkeys(counts, 0))
     return news
@@ -73,7 +76,7 @@ def eager(place):
     with taking(place) as (installation, engine):
         assert installation.routes == {"eager": "taken", "functional": "taken", "compiled": "not probed"}
         assert engine.sums == 0 and not counted(installation)  # probes are calls of nobody
-        assert allreduce_jit.install(group) is installation and json.dumps(installation.describe())
+        assert allreduce_jit.install(group) is installation and json.dumps(installation.describe().to_dict())
         for dtype in (torch.float32, torch.float16, torch.bfloat16):
             for call in (
                 lambda x: dist.all_reduce(x, group=group),
@@ -265,10 +268,10 @@ def groups_of_the_same_ranks(place):
         assert counted(own) == {"eager": 1} and not counted(installation)
         allreduce_jit.uninstall(late)
         dist.all_reduce(mine(place, 3), group=late)
-        assert not own.describe()["installed"] and counted(installation) == {"eager": 1} and not counted(own)
+        assert not own.describe().installed and counted(installation) == {"eager": 1} and not counted(own)
         place.barrier()
         dist.destroy_process_group(late)
-        assert installation.describe()["installed"]
+        assert installation.describe().installed
         with contextlib.suppress(RuntimeError):  # whatever torch makes of a group that it has destroyed
             dist.all_reduce(mine(place, 3), group=late)
         assert not counted(installation)
@@ -284,7 +287,7 @@ def destroyed_groups(place):
         dist.all_reduce(mine(place, 3), group=group)
         dist.barrier(group=group)
         dist.destroy_process_group(group)
-        assert built[0].closed and not installation.describe()["installed"] and torch_as_it_is() == before
+        assert built[0].closed and not installation.describe().installed and torch_as_it_is() == before
         assert counted(installation) == {"eager": 1}
         with contextlib.suppress(RuntimeError):
             dist.all_reduce(mine(place, 3), group=group)
@@ -311,6 +314,40 @@ def without_kernels(place):
     assert torch_as_it_is() == before
 
 
+def other_threads_run_on(place):
+    """While a call is torch's own. A backend may wait in it for a thread of its own that wants the GIL, to free a tensor: gloo with two
+    groups hung there."""
+    large = torch.zeros(48 << 20)  # which the functional operator copies before it returns
+    allreduce_jit.install(place.control, compiled=False)
+    found = []
+    for op in ("sum", "max"):  # nobody's of ours: no kernel, another operation
+        for group in (place.control, dist.group.WORLD):
+            done = funcol.all_reduce(large, op, group)
+            funcol.wait_tensor(done)
+            stop, gaps = threading.Event(), [0.0]
+
+            def watch(stop=stop, gaps=gaps):
+                last = time.perf_counter()
+                while not stop.is_set():
+                    time.sleep(1e-3)
+                    now = time.perf_counter()
+                    gaps[0], last = max(gaps[0], now - last), now
+
+            thread = threading.Thread(target=watch)
+            thread.start()
+            time.sleep(0.02)
+            gaps[0], start = 0.0, time.perf_counter()
+            with torch.no_grad():
+                done = functional_collective("all_reduce")(large, op, group.group_name)
+            took = time.perf_counter() - start
+            stop.set()
+            thread.join()
+            funcol.wait_tensor(done)
+            found.append((gaps[0], took))
+    allreduce_jit.uninstall()
+    assert any(gap < took / 2 for gap, took in found), found
+
+
 def routes_that_are_shut(place):
     """Where one rank's torch is another one, a route is off on all; where none is left, nothing is installed."""
     before = torch_as_it_is()
@@ -333,9 +370,9 @@ def routes_that_are_shut(place):
         with mock.patch.object(interception, "knows_calls", lambda: "moved" if place.rank == last else None):
             raised(SetupError, lambda: allreduce_jit.install(place.control, "cpu"), f"rank {place.rank}", f"rank {last}", "moved")
         assert torch_as_it_is() == before and not installed._installations
-        with mock.patch.object(torch.library, "get_kernel", side_effect=AttributeError("no get_kernel")):
+        with mock.patch.object(interception, "functional_collective", side_effect=AttributeError("no all_reduce")):
             installation = allreduce_jit.install(place.control, "cpu")
-        assert installation.routes["eager"] == "taken" and "no get_kernel" in installation.routes["functional"]
+        assert installation.routes["eager"] == "taken" and "no all_reduce" in installation.routes["functional"]
         assert installation.routes["compiled"].startswith("off")
         place.barrier()
         allreduce_jit.uninstall()
@@ -352,7 +389,7 @@ def test_calls(n):
 
 @pytest.mark.parametrize("n", [1, 2])
 def test_without_kernels(n):
-    ranks.run(suite, [without_kernels], cpu=n, deadline=200)
+    ranks.run(suite, [without_kernels, other_threads_run_on], cpu=n, deadline=200)
 
 
 def test_routes():

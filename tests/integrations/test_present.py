@@ -47,24 +47,55 @@ def both():
     ],
 )
 def test_whether_the_plugin_would_be_loaded(both, env, vllm, sglang):
-    found = {engine["engine"]: engine for engine in present.engines(env)}
-    assert {name: engine["version"] for name, engine in found.items()} == {"vLLM": "0.32.0", "SGLang": "0.5.23"}
+    found = {engine.engine: engine for engine in present.engines(env)}
+    assert {name: engine.version for name, engine in found.items()} == {"vLLM": "0.32.0", "SGLang": "0.5.23"}
     for name, why in (("vLLM", vllm), ("SGLang", sglang)):
-        assert found[name]["plug_in"] is (why is None)
-        assert found[name]["why"] is None if why is None else found[name]["why"].startswith(why)
+        assert found[name].plug_in is (why is None)
+        assert found[name].why is None if why is None else found[name].why.startswith(why)
+        assert why is None or found[name].before_us == ()
+
+
+FUSED = "FlashInfer, in layers whose norm it fuses"
+MSCCLPP = "MSCCL++, for sizes that it takes, with --enable-mscclpp"
+
+
+@pytest.mark.parametrize(
+    ("flashinfer", "vllm", "sglang", "has_group", "before"),
+    [
+        (None, "0.33.0", "0.5.23", True, ([], [MSCCLPP])),
+        (None, "0.26.0", "0.5.18", False, ([], [MSCCLPP])),
+        ("0.7.4", "0.33.0", "0.5.23", True, ([f"{FUSED}, unless the path is V2"], [MSCCLPP])),
+        (
+            "0.7.4", "0.26.0", "0.5.18", False,
+            ([f"{FUSED} (its pass was read in vLLM 0.32, 0.33)"], [MSCCLPP, f"{FUSED} (SGLang 0.5.18 has no resolve_fusion_group)"]),
+        ),
+        ("0.7.4", "0.33.0.dev5", "0.5.23", True, ([f"{FUSED} (its pass was read in vLLM 0.32, 0.33)"], [MSCCLPP])),
+    ],
+)  # fmt: skip
+def test_what_takes_calls_before_us(both, monkeypatch, tmp_path, flashinfer, vllm, sglang, has_group, before):
+    versions = {"vllm": vllm, "sglang": sglang, "flashinfer-python": flashinfer}
+    monkeypatch.setattr(present, "_version", lambda name: versions.get(name))
+    file = tmp_path / "sglang/srt/layers/flashinfer_comm_fusion.py"
+    file.parent.mkdir(parents=True)
+    file.write_text("def resolve_fusion_group(*, use_attn_tp_group):\n" if has_group else "def another():\n")
+    package = tmp_path / "sglang/__init__.py"
+    package.write_text("raise AssertionError('imported')\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert tuple(list(engine.before_us) for engine in present.engines(ON)) == before
 
 
 def test_without_entry_points(both):
     none = importlib.metadata.EntryPoints(())
     with mock.patch.object(importlib.metadata, "entry_points", lambda group: none):
-        assert all("pip install it" in engine["why"] for engine in present.engines(ON))
+        assert all("pip install it" in engine.why for engine in present.engines(ON))
 
 
 def test_doctor_says_so(both):
     with mock.patch.dict(os.environ, ON | {"VLLM_PLUGINS": "other"}):
         document = doctor.examine()
         text = doctor.render(document)
-    assert document["environment"]["ALLREDUCE_JIT"] == "1" and "environment  ALLREDUCE_JIT=1" in text
+    assert "its plug-in is on; before us: MSCCL++" in " ".join(text.split())
+    assert document.environment["ALLREDUCE_JIT"] == "1" and "environment  ALLREDUCE_JIT=1" in text
     assert "engine       vLLM 0.32.0: VLLM_PLUGINS='other' does not name allreduce_jit" in text
     assert "engine       SGLang 0.5.23: " in text
 
@@ -74,4 +105,4 @@ def test_none_is_installed():
         raise importlib.metadata.PackageNotFoundError(name)
 
     with mock.patch.object(importlib.metadata, "version", version):
-        assert present.engines(ON) == []
+        assert present.engines(ON) == ()

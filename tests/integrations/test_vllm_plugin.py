@@ -19,7 +19,7 @@ from helpers.fake_vllm import arguments as arguments_of
 
 from allreduce_jit.errors import ClosedError, SettingsError, SetupError
 from allreduce_jit.harness import ranks
-from allreduce_jit.integrations import engines, vllm_fusion
+from allreduce_jit.integrations import engines, present, vllm_fusion
 from allreduce_jit.integrations import vllm as plugin
 from allreduce_jit.integrations.engines import Group, group_of
 from allreduce_jit.norms import add_rms_norm, add_rms_norm_fp8
@@ -83,7 +83,7 @@ def ours_first(place):
         assert (engine.sums, held.calls) == (2, 3)
         group = group_of("tp:0")
         assert group.left == {"not contiguous": 1, "int64": 1, "empty": 1, "requires grad": 1}
-        assert group.describe()["taken"] == {"all_reduce": 2} and group.describe()["communicator"]["path"] == "v2"
+        assert group.describe().taken == {"all_reduce": 2} and group.describe().communicator.path == "v2"
         groups["pp:0"].all_reduce(x.clone())
         assert groups["pp:0"].device_communicator.calls == 1
         (text,) = lines(log) or ("",)
@@ -246,7 +246,12 @@ def operators(place):
         assert group.left == {"no kernel for the size": 2}
         group.close()
         raised(ClosedError, lambda: ops.add_rms_norm(x, residual, weight, 1e-5, 0, "tp:9"), "'tp:9'", "build it before")
-        assert group.describe()["communicator"] == {} and not group.takes(x) and group.left["closed"] == 1
+        assert (
+            group.describe().communicator is None
+            and group.describe().to_dict()["communicator"] == {}
+            and not group.takes(x)
+            and group.left["closed"] == 1
+        )
 
 
 CASES = [off, ours_first, refused_groups, another_plugin_comes_after, fusion_is_installed, a_pass_that_cannot_be_made,
@@ -358,7 +363,7 @@ def test_importing_the_plugins_imports_no_engine():
     ],
 )
 def test_releases(text, release):
-    assert engines.release_of(text) == release
+    assert present.release_of(text) == release
 
 
 def test_what_is_said_is_shown(capsys):

@@ -55,7 +55,7 @@ def test_declared_verdict(name):
 @every_machine
 def test_json_is_lossless(name):
     for caps in look_all(MACHINES[name]):
-        assert Capabilities.from_json(json.loads(json.dumps(caps.to_json()))) == caps
+        assert Capabilities.from_dict(json.loads(json.dumps(caps.to_dict()))) == caps
 
 
 @every_machine
@@ -189,13 +189,13 @@ import json, sys
 from allreduce_jit.machine.probe import probe
 caps = probe("cuda:0")
 assert not {"torch", "triton"} & set(sys.modules), "the probe must not import them"
-print(json.dumps(caps.to_json()))
+print(json.dumps(caps.to_dict()))
 """
 
 
 def test_the_real_machine():
     run = subprocess.run([sys.executable, "-c", REAL], capture_output=True, text=True, check=True)
-    caps = Capabilities.from_json(json.loads(run.stdout))
+    caps = Capabilities.from_dict(json.loads(run.stdout))
     assert caps.host.hostname and caps.host.host_id and caps.software.python
     if caps.gpu is None:
         assert any(p.startswith("driver.") for p in caps.problems)

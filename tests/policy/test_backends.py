@@ -148,11 +148,11 @@ def test_doctor(third, monkeypatch):
     found = iter(NO_P2P)
     cache = SimpleNamespace(entries=list, problem=None)
     document = doctor.examine(lambda device: next(found), None, lambda directory: cache, 2, File("/nonexistent"))
-    assert document["verdict"]["path"] == "relay" and doctor.exit_code(document) == 0
-    assert not [problem for problem in document["problems"] if problem.startswith("no-p2p")]  # a path runs all the same
+    assert document.verdict.path == "relay" and doctor.exit_code(document) == 0
+    assert not [problem for problem in document.problems if problem.startswith("no-p2p")]  # a path runs all the same
     assert "would run    relay, else torch.distributed over nccl, for 2 ranks" in doctor.render(document)
     monkeypatch.setattr(doctor, "_importable", lambda module: module != "triton")
-    (problem,) = doctor.examine(None, None, lambda directory: cache, 0, File("/nonexistent"))["problems"]
+    (problem,) = doctor.examine(None, None, lambda directory: cache, 0, File("/nonexistent")).problems
     assert problem == "triton is not installed: nothing compiles the kernels of legacy, relay"
 
 
@@ -192,8 +192,8 @@ def it_is_built_where_it_is_the_best(place):
         comm = Communicator(place.control, torch.device("cpu"))
         assert isinstance(comm._engine, RelayEngine) and not built and comm.path is Third.RELAY
         described = comm.describe()
-        assert described["path"] == "relay" and {band["path"] for band in described["bands"]} == {"relay"}
-        assert [reason["code"] for reason in described["reasons"]] == ["no-nvlink", "no-p2p"]
+        assert described.path.value == "relay" and {band.path for band in described.bands} == {"relay"}
+        assert [reason.code for reason in described.reasons] == ["no-nvlink", "no-p2p"]
         assert comm.all_reduce(torch.ones(3)).tolist() == [2.0] * 3 and comm._engine.sums == 1
         comm.close()
 

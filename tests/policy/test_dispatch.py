@@ -344,7 +344,7 @@ def test_the_gathered_copy_decides_like_the_original(name, data):
     """Each rank decides on what came through the exchange, not on its own value."""
     caps = look_all(MACHINES[name])
     wishes = data.draw(st.lists(wish, min_size=len(caps), max_size=len(caps)))
-    copy = [type(c).from_json(c.to_json()) for c in caps]
+    copy = [type(c).from_dict(c.to_dict()) for c in caps]
     assert decide(copy, wishes) == decide(caps, wishes)
 
 

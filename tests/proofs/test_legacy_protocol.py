@@ -13,7 +13,7 @@ import torch
 from legacy_ranks import Call, Scenario
 
 from allreduce_jit.engine.failure import explain, heard
-from allreduce_jit.errors import CallMismatch, ConcurrentUse, PeerLost, PeerTimeout, Poisoned
+from allreduce_jit.errors import CallMismatchError, ConcurrentUseError, PeerLostError, PeerTimeoutError, PoisonedError
 
 WORLDS = range(2, 9)
 DTYPES = tuple(legacy_ranks.WORDS)
@@ -104,7 +104,7 @@ def test_an_absent_rank_is_named(stage, algorithm, world, absent):
     survivors = [rank for rank in range(world) if rank != absent]
     for rank in survivors:
         error = explained(outcome, rank)
-        assert type(error) is PeerTimeout and error.ranks == (absent,), error
+        assert type(error) is PeerTimeoutError and error.ranks == (absent,), error
         assert outcome.aborted[rank] and outcome.all_nan[rank]
     told = {outcome.reports[rank][0] for rank in survivors}
     finders = [explained(outcome, rank) for rank in survivors if outcome.reports[rank][0] >> 16 == rank]
@@ -122,8 +122,8 @@ def test_a_rank_that_dies_between_the_phases_is_named(stage):
     outcome = stage.run(Scenario(3, [Call("two_shot", "float32", 40)], dies=1, deadline=150))
     for rank in (0, 2):
         error = explained(outcome, rank, alive=lambda rank: rank != 1)
-        assert type(error) is PeerLost and error.ranks == (1,) and error.report["phase"] == "gather", error
-        assert [call and call["last_call"]["sequence"] for call in error.report["ranks"] if call["last_call"]] == [1, 1]
+        assert type(error) is PeerLostError and error.ranks == (1,) and error.report.phase == "gather", error
+        assert [call and call["last_call"]["sequence"] for call in error.report.ranks if call["last_call"]] == [1, 1]
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
@@ -131,9 +131,9 @@ def test_an_aborted_rank_says_nothing_and_believes_nothing(stage, algorithm):
     """It signs and pushes nothing, so its peers give up on it, and yields NaN though all their data is there."""
     outcome = stage.run(Scenario(2, [Call(algorithm, "float16", 100)], aborted=0, slow=0, deadline=150))
     assert outcome.all_nan == [True, True]
-    assert type(explained(outcome, 0)) is Poisoned
+    assert type(explained(outcome, 0)) is PoisonedError
     error = explained(outcome, 1)
-    assert type(error) is PeerTimeout and error.ranks == (0,) and error.report["ranks"][0]["last_call"] is None
+    assert type(error) is PeerTimeoutError and error.ranks == (0,) and error.report.ranks[0]["last_call"] is None
 
 
 def test_no_deadline_no_report(stage):
@@ -147,13 +147,13 @@ def test_calls_that_differ_are_named(stage, world, how):
     outcome = stage.run(Scenario(world, [Call("one_shot", "float16", 40)], differs=[1, how], deadline=3000))
     for rank in range(world):
         error = explained(outcome, rank)
-        assert type(error) is CallMismatch and 1 in error.ranks, error
-        if error.report["found_by"] == rank:
-            mine, theirs = error.report["mine"], error.report["theirs"]
+        assert type(error) is CallMismatchError and 1 in error.ranks, error
+        if error.report.found_by == rank:
+            mine, theirs = error.report.mine.to_dict(), error.report.theirs.to_dict()
             differing = {name for name in mine if mine[name] != theirs[name]}
             assert differing == set(how) and mine["dtype"] in ("float16", "bfloat16")
             assert str(how.get("numel", 40)) in str(error)
-    assert any(explained(outcome, rank).report["found_by"] == rank for rank in range(world))
+    assert any(explained(outcome, rank).report.found_by == rank for rank in range(world))
 
 
 def test_one_rank_in_place_and_the_other_not(stage):
@@ -200,12 +200,12 @@ def all_report(kind: type, culprit: int, ranks: Sequence[int]):
 
 
 RIGHT = {
-    "absent": all_report(PeerTimeout, 1, [0, 2]),
-    "absent, one rank hasty": all_report(PeerTimeout, 1, [0, 2]),
-    "gone after the first": all_report(PeerTimeout, 1, [0]),
-    "differing": all_report(CallMismatch, 1, [0, 1]),
-    "busy": all_report(ConcurrentUse, 1, [0, 1]),
-    "stopped midway": all_report(Poisoned, 0, [0]),
+    "absent": all_report(PeerTimeoutError, 1, [0, 2]),
+    "absent, one rank hasty": all_report(PeerTimeoutError, 1, [0, 2]),
+    "gone after the first": all_report(PeerTimeoutError, 1, [0]),
+    "differing": all_report(CallMismatchError, 1, [0, 1]),
+    "busy": all_report(ConcurrentUseError, 1, [0, 1]),
+    "stopped midway": all_report(PoisonedError, 0, [0]),
 }
 
 BUGS = {

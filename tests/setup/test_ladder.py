@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers.fake_engines import STAGES, fake_gpus, raised, suite
 
-from allreduce_jit.errors import InputError, PeerTimeout, SettingsError
+from allreduce_jit.errors import InputError, PeerTimeoutError, SettingsError
 from allreduce_jit.harness import ranks
 from allreduce_jit.policy.operation import ALL_REDUCE, OpSpec
 from allreduce_jit.policy.verdict import Path, Reason
@@ -166,11 +166,11 @@ def no_rung_below(place):
 
 
 def who_waited_in_vain_is_not_to_blame(place):
-    error = RuntimeError("wrong bytes") if place.rank == 2 else PeerTimeout("waited waiting for rank 2")
+    error = RuntimeError("wrong bytes") if place.rank == 2 else PeerTimeoutError("waited waiting for rank 2")
     with fake_gpus(place.control, fails={("v2", "verify"): error}):
         found = climb(place.control, CPU)
     assert agreed(place, found) == (Path.LEGACY, ["verify-failed"], [2])
-    with fake_gpus(place.control, fails=where(place, {1, 3}, ("v2", "verify"), error=PeerTimeout("late"))):
+    with fake_gpus(place.control, fails=where(place, {1, 3}, ("v2", "verify"), error=PeerTimeoutError("late"))):
         found = climb(place.control, CPU)
     assert agreed(place, found) == (Path.LEGACY, ["verify-failed"], [1])
 
@@ -309,7 +309,7 @@ def test_four_ranks():
 def test_a_rank_that_leaves_keeps_nobody_waiting(monkeypatch):
     """It raises at once; its connections go with it, and that is an error on the others."""
     monkeypatch.setattr(ranks, "_GRACE_S", 30.0)
-    with pytest.raises(ranks.RanksFailed) as caught:
+    with pytest.raises(ranks.RanksFailedError) as caught:
         ranks.run(interrupted_on_one_rank, cpu=3, deadline=60)
     assert sorted(caught.value.failed) == [0, 1, 2] and not caught.value.unfinished
     assert "KeyboardInterrupt" in caught.value.failed[1]

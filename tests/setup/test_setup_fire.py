@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from helpers.fake_engines import fake_gpus
 
-from allreduce_jit.errors import AllReduceError, InputError, PeerTimeout
+from allreduce_jit.errors import AllReduceError, InputError, PeerTimeoutError
 from allreduce_jit.policy.verdict import Path
 from allreduce_jit.setup import exchange as agree
 from allreduce_jit.setup import groups, ladder
@@ -162,7 +162,7 @@ def check(case, stories, fastest, slowest, most):
         if story[0] == "climbed" and at > LAST:
             continue  # it had heard from everyone; that a rank is dead will show at its first all-reduce
         # A survivor that is an exchange ahead may miss the victim and who has given up on the victim already.
-        assert story[0] == "PeerTimeout" and victim in story[1] and len(story[1]) <= most, (where, story)
+        assert story[0] == "PeerTimeoutError" and victim in story[1] and len(story[1]) <= most, (where, story)
         assert "while ranks were agreeing" in story[2], story
         assert fastest <= seconds < slowest, (where, seconds)
         assert not left and closed and not after_group, (where, left, after_group)
@@ -290,7 +290,7 @@ def garbled_length(rank, pipe, port, exchange, length):
     try:
         with garble(exchange, length) if rank == 1 else nullcontext():
             climb_once()
-    except (InputError, PeerTimeout) as e:
+    except (InputError, PeerTimeoutError) as e:
         pipe.send((type(e).__name__, str(e)))
         pipe.recv()
 
@@ -304,7 +304,7 @@ def test_an_absurd_length(exchange, length):
         for rank in (0, 2):
             ((kind, text),) = ranks.said[rank]
             assert kind == "InputError" and f"rank 1 of the group sent no exchange of this package (a length of {length}" in text
-        assert ranks.said[1][0][0] == "PeerTimeout"
+        assert ranks.said[1][0][0] == "PeerTimeoutError"
 
 
 def nonsense_results(rank, pipe, port):
@@ -337,8 +337,8 @@ def siblings(rank, pipe, port, victim, deed):
     try:
         groups.gloo_sibling(dist.group.WORLD)
         story = ("made",)
-    except PeerTimeout as e:
-        story = ("PeerTimeout", e.ranks, str(e))
+    except PeerTimeoutError as e:
+        story = ("PeerTimeoutError", e.ranks, str(e))
     pipe.send((story, time.monotonic() - start, settled(before)))
 
 
@@ -350,5 +350,5 @@ def test_a_rank_missing_where_a_group_is_made(victim, deed):
         ranks.collect(set(range(N)) - {victim}, 1, 60)
     for rank in set(range(N)) - {victim}:
         ((story, seconds, left),) = ranks.said[rank]
-        assert story[:2] == ("PeerTimeout", (victim,)), story
+        assert story[:2] == ("PeerTimeoutError", (victim,)), story
         assert seconds < 3 + SLACK_S and not left, (seconds, left)

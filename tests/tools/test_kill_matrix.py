@@ -63,7 +63,7 @@ class StandIn:
             time.sleep(2.5)
         if self.flaw == "silent":
             time.sleep(600)
-        error = errors.PeerTimeout(f"lost {ranks}")
+        error = errors.PeerTimeoutError(f"lost {ranks}")
         error.ranks = (self.rank,) if self.flaw == "wrong" else tuple(ranks)
         raise error
 
