@@ -26,10 +26,8 @@ class Gpu(Record):
     Attributes:
         uuid: its name in the world; ordinals depend on ``CUDA_VISIBLE_DEVICES``.
         pci_bus_id, name: as the driver has them.
-        compute_capability: (major, minor).
-        sm_count, memory_bytes: what it has.
-        mig: whether it is a slice.
-        virtualization: none, passthrough, vgpu, host-vgpu, host-vsga or unknown.
+        compute_capability, sm_count, memory_bytes: (major, minor); what it has.
+        mig, virtualization: whether it is a slice; none, passthrough, vgpu, host-vgpu, host-vsga or unknown.
         compute_mode: default, exclusive-thread, prohibited, exclusive-process or unknown.
         maps_host_memory: whether kernels can read and write host memory that is registered with the driver; None: unknown.
     """
@@ -70,8 +68,7 @@ class Host(Record):
     """Where the process is; None: unknown.
 
     Attributes:
-        host_id: the kernel's boot id, which containers of one host share.
-        hostname: which they do not.
+        host_id, hostname: the kernel's boot id, which containers of one host share; its name, which they do not.
         pid_namespace, ipc_namespace: which ranks have to share.
         shm_bytes: size of /dev/shm.
         memfd: whether this process can make memory that others can map through a file descriptor.
@@ -93,8 +90,7 @@ class Software(Record):
         package: this one.
         python, torch, triton, cuda_bindings, cuda_core: what it stands on.
         hip: of a torch for ROCm.
-        nvrtc, nvml: of the libraries.
-        driver: the kernel driver's.
+        nvrtc, nvml, driver: of the libraries, and the kernel driver's.
         cuda_driver: the CUDA version that it supports.
     """
 
