@@ -111,6 +111,7 @@ def _control(shapes: int, unused: int) -> list[tuple]:
         ("entered", u32),  # calls that began
         ("handshaken", u32 * shapes),  # per shape of call: whether all ranks have taken part in one
         ("channels", u32),  # how many there are of all algorithms together
+        ("abort", u32),  # where the staging memory is on the host: 0, or why this rank's kernels must stop, near to them
         ("unused", u32 * unused),
         ("table", u64 * MAX_RANKS),  # legacy: the staging memory of each rank, as mapped in this process
     ]
@@ -119,13 +120,13 @@ def _control(shapes: int, unused: int) -> list[tuple]:
 class Control(ctypes.Structure):
     """A rank's own, in device memory; its channels follow."""
 
-    _fields_ = _control(MAX_SHAPES, unused=4071)
+    _fields_ = _control(MAX_SHAPES, unused=4070)
 
 
 class SmallControl(ctypes.Structure):
     """``Control`` with short arrays. Offsets are asserted of this one: to find them in 32 KiB takes as long as to compile a kernel."""
 
-    _fields_ = _control(2, unused=1)
+    _fields_ = _control(2, unused=2)
 
 
 class Channel(ctypes.Structure):

@@ -52,7 +52,7 @@ def init(
         device: this rank's device; None = the current CUDA device, or the CPU where there is none.
         deterministic: promise the exact bits of the fp32 sum in rank order; a call that only
             torch.distributed could run is then an error.
-        max_ctas: at most so many thread blocks on the V2 path (2 or more), for all-reduces beside other kernels, such
+        max_ctas: at most so many thread blocks on paths V2 and host (2 or more), for all-reduces beside other kernels, such
             as matrix products; costs bandwidth. None: as many as are fastest. The bits are the same.
         operations: calls whose kernels are built now rather than by the first of them, which could not be captured:
             ``[allreduce_jit.norm_family(...), ...]``. Those of ``all_reduce`` always are.

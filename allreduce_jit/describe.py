@@ -31,7 +31,7 @@ class Band(Record):
     Attributes:
         dtype: as torch names it: ``bfloat16``.
         from_bytes, to_bytes: sizes of one rank's tensor, in bytes; ``to_bytes`` of the last one is None: it has no end.
-        path: ``v2``, ``legacy`` or ``torch.distributed``.
+        path: ``v2``, ``legacy``, ``host`` or ``torch.distributed``.
         algorithm: as ``Plan.algorithm``.
     """
 
@@ -101,8 +101,8 @@ class CommunicatorReport(Record):
         deterministic: whether every call has the exact bits of the fp32 sum in rank order.
         tuning: V2's table: ``package``, or the file that ``allreduce-jit tune`` wrote; None on other paths.
         bands: which algorithm runs, for each dtype from its smallest size on.
-        staging_bytes: memory of this GPU that peers write into.
-        device_bytes: that, and what else the kernels need, but for their code.
+        staging_bytes: memory of this GPU that peers write into; on path host, memory of the host that this rank writes and they read.
+        device_bytes: memory of this GPU that the kernels need, but for their code.
         watched: ranks whose deaths are known at once.
         timings: seconds that the steps of the set-up took, by their names.
         kernels: modules ``compiled`` and ``cached``.
@@ -151,11 +151,11 @@ def describe(
         kernels_of=None if row is None else KernelsOf(row.name, row.memory),
         backend=torch_engine.backend,
         reasons=tuple(reasons(ladder, torch_engine)),
-        deterministic=deterministic or verdict.path is Path.V2 or len(ladder.processes) == 1,
+        deterministic=deterministic or verdict.path in (Path.V2, Path.HOST) or len(ladder.processes) == 1,
         tuning=(ladder.tuning or "package") if verdict.path is Path.V2 else None,
         bands=tuple(band for dtype in DTYPES for band in bands(dtype, plan)),
         staging_bytes=engine.memory.nbytes if engine else 0,
-        device_bytes=engine.memory.nbytes + engine.state.nbytes if engine else 0,
+        device_bytes=engine.state.nbytes + (engine.memory.nbytes if row and row.memory == "device" else 0) if engine else 0,
         watched=tuple(watched),
         timings={name: round(seconds, 4) for name, seconds in ladder.timings.items()},
         kernels=KernelCounts(engine.compiled, engine.cached) if engine else KernelCounts(0, 0),

@@ -10,6 +10,7 @@ class Path(str, enum.Enum):
 
     V2 = "v2"
     LEGACY = "legacy"
+    HOST = "host"
     TORCH = "torch.distributed"
 
     def __str__(self) -> str:  # Python 3.12 changed what a mixed-in str prints

@@ -16,6 +16,7 @@ from allreduce_jit.setup import stages
 WORDS = {
     "v2": "V2: NVRTC kernels over NVLink",
     "legacy": "legacy: Triton kernels over peer access",
+    "host": "host: NVRTC kernels through pinned host memory",
     "torch": "torch.distributed: NCCL, or gloo on the CPU",
 }
 

@@ -148,7 +148,7 @@ def work(place: Place, options: Options, init: Callable[..., Any] | None) -> dic
 
 
 class _Bench(Stopwatch):
-    def __init__(self, place: Place, communicator: Any, options: Options, light: speed_of_light.Floor | None):
+    def __init__(self, place: Place, communicator: Any, options: Options, light: Any):
         super().__init__(place, communicator, options)
         self.floor, self.dtype = light, DTYPES[options.dtype]
         self.sizes = options.sizes(place.device)

@@ -113,7 +113,7 @@ def work(place: Place, options: Options, init: Callable[..., Any] | None) -> dic
 
 
 class _Bench(Stopwatch):
-    def __init__(self, place: Place, communicator: Any, options: Options, light: speed_of_light.Floor | None):
+    def __init__(self, place: Place, communicator: Any, options: Options, light: Any):
         super().__init__(place, communicator, options)
         self.floor = light
         largest = max(rows * hidden for rows, hidden in options.shapes(place.device)) * options.kind(64).torch_dtype.itemsize

@@ -71,7 +71,12 @@ def _section(document: dict[str, Any]) -> str:
         f"{document['unit']}; NVLink multicast {document['multicast']}",
         f"wrong elements: {document['wrong']}" + ("" if options.get("check", True) else " (not checked)"),
     ]
-    if "flag_us" in floor:
+    if "both_gbs" in floor:
+        notes.append(
+            "SoL: an exchange of 16-byte packets through host memory up to 1 MB, beyond t_flag "
+            f"{floor['flag_us']:.2f} µs + 2(n−1)/n·S/BW with BW {floor['both_gbs']:.1f} GB/s in and out at once, measured in this run"
+        )
+    elif "flag_us" in floor:
         notes.append(
             f"SoL, the speed of light: t_flag {floor['flag_us']:.2f} µs + min((n−1)·S/BW, t_hop "
             f"{floor['hop_us']:.2f} µs + 2(n−1)/n·S/BW) with BW {floor['egress_gbs']:.1f} GB/s, measured in this run"

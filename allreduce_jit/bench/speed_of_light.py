@@ -18,7 +18,7 @@ from ..abi import FloorArgs
 from ..errors import PeerTimeoutError, SetupError
 from ..harness.place import Place
 from ..policy.catalogue import KernelSpec
-from . import timing
+from . import host_floor, timing
 from .competitors import agreed
 
 EGRESS_BYTES = 256 << 20  # that each rank stores in one kernel: its start and end are half a percent of it
@@ -69,7 +69,7 @@ def module(world_size: int) -> KernelSpec:
     return KernelSpec(f"floor_ws{world_size}", "cuda", "floor.cu", (("WORLD_SIZE", world_size),), ENTRIES)
 
 
-def measure(place: Place, communicator: Any) -> tuple[Floor | None, str | None]:
+def measure(place: Place, communicator: Any) -> tuple[Floor | host_floor.HostFloor | None, str | None]:
     """The floor, or why there is none; the same answer on all ranks. Collective.
 
     Args:
@@ -80,8 +80,10 @@ def measure(place: Place, communicator: Any) -> tuple[Floor | None, str | None]:
     if place.device.type != "cuda":
         return None, "the ranks are on the CPU"
     path = communicator.path
+    if path == "host":
+        return host_floor.measure(place, communicator)
     if path != "v2":
-        return None, f"measured on path v2 alone, this is {path}"
+        return None, f"measured on paths v2 and host, this is {path}"
     probe = _Probe(place, communicator)
     handle, trouble = agreed(place, probe.allocate)
     handles = place.gather(handle)

@@ -45,6 +45,11 @@ def _speed_of_light(document: dict[str, Any]) -> str:
     light = document.get("floor", {"reason": "not measured"})
     if "reason" in light:
         return f"no SoL: {light['reason']}"
+    if "both_gbs" in light:
+        return (
+            f"SoL: an exchange of 16-byte packets through host memory up to 1 MB, beyond t_flag {light['flag_us']:.2f} µs + "
+            f"2(n-1)/n·S/BW, BW {light['both_gbs']:.1f} GB/s in and out at once, measured in this run"
+        )
     return (
         f"SoL: t_flag {light['flag_us']:.2f} µs + min((n-1)·S/BW, t_hop {light['hop_us']:.2f} µs + 2(n-1)/n·S/BW), "
         f"BW {light['egress_gbs']:.1f} GB/s, measured in this run"

@@ -21,6 +21,8 @@ _REMEDIES = {
     "no-nvrtc": "install what compiles the kernels: pip install cuda-core nvidia-cuda-nvrtc",
     "no-triton": "install Triton: pip install triton",
     "build-failed": "read the reason above: the rank that it names could not compile, load or allocate",
+    "no-host-memory": "use a driver that maps pinned host memory (in a virtual machine or WSL, a newer one), or leave it to NCCL",
+    "no-shared-memory": "let processes make shared memory (memfd_create), which a container's seccomp profile may forbid",
     "map-failed": "read the reason above, and see that all ranks share PID and IPC namespaces",
     "verify-failed": "have the link between these GPUs checked (IOMMU and ACS settings, nvidia-smi nvlink -e): data was lost on it",
     "no-nccl": "use a build of torch that has NCCL, or free GPU memory for it",
@@ -38,6 +40,7 @@ _FACTS = {
     "no-nvlink": "without NVLink this is the fastest path of this machine",
     "partial-nvlink": "with NVLink between some pairs only this is the fastest path; groups within a pair are faster",
     "no-p2p": "the GPUs cannot reach each other's memory: see whether a virtual machine, IOMMU or ACS keeps them apart",
+    "has-p2p": "the GPUs reach each other, which NCCL makes use of: what kept the kernels from it stands above",
 }
 
 

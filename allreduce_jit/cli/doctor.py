@@ -15,6 +15,7 @@ from typing import Any
 from ..harness import report, terminal
 from ..integrations.present import EngineReport, engines
 from ..machine.probe import Capabilities
+from ..paths import Path as Rung
 from ..policy import backends
 from ..policy.verdict import Reason
 from ..records import Record, plain
@@ -246,11 +247,24 @@ def render(found: DoctorReport) -> str:
         kernels = f"{verdict.path}, else " if verdict.path in backends.names() else ""
         lines.append(f"would run    {kernels}torch.distributed over {verdict.backend}, for {who}")
         lines += [f"  because    {line}" for line in _said(verdict.reasons)]
+    lines += [f"note         {estimate}" for estimate in _estimates(verdict, ranks)]
     notes = dict.fromkeys(" ".join(note.split()) for facts in probes for note in facts.get("problems", ()))
     lines += [f"note         {note}" for note in notes]
     lines += [f"PROBLEM      {problem}" for problem in found.problems] or ["no problems"]
     lines.append(f"advice       {found.advice}")
     return terminal.painted(terminal.wrapped("\n".join(lines), _LABEL), _COLOURS)
+
+
+def _estimates(verdict: VerdictReport | None, ranks: int) -> list[str]:
+    """What the tables of the path that would run were not measured for."""
+    if verdict is None:
+        return []
+    path = str(verdict.path)
+    if path == Rung.LEGACY.value and not verdict.full_nvlink:
+        return ["from which size on calls go to NCCL is an estimate on PCIe: allreduce-jit bench compares the two"]
+    if path == Rung.HOST.value and ranks > 2:
+        return [f"which algorithm runs which size is an estimate for {ranks} ranks: it was measured for 2"]
+    return []
 
 
 def _host_lines(facts: dict[str, Any]) -> list[str]:

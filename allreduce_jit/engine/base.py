@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ..abi import MAX_SHAPES
+from ..abi import MAX_SHAPES, Header
 from ..errors import CommunicatorFailedError, PoisonedError, SetupError
 from ..jit.cache import Artifact, KernelCache, decode, encode
 from ..jit.compiler import build_all
@@ -41,6 +41,7 @@ class EngineConfig:
     Attributes:
         max_ctas: blocks that a launch may have; None = as many as are fastest.
         tuned: V2's table of each dtype as measured on this machine; None = the package's.
+        bus_ids: PCI bus id of each rank's GPU.
     """
 
     rank: int
@@ -52,6 +53,7 @@ class EngineConfig:
     settings: Settings
     max_ctas: int | None = None
     tuned: Mapping[str, Bands] | None = None
+    bus_ids: tuple[str, ...] = ()
 
 
 class KernelEngine:
@@ -61,7 +63,7 @@ class KernelEngine:
     uses_device = True  # calls may be in flight on the GPU
     channel_bytes: int  # what a channel keeps from call to call
     # From ``allocate`` to ``close``:
-    memory: StagingMemory
+    memory: Any  # StagingMemory, or what a subclass has in its place
     state: LocalState
     side: SideChannel
     _streams: StreamOrder
@@ -112,14 +114,14 @@ class KernelEngine:
         self.state = LocalState(self.layout.channels, self.channel_bytes)
         self.side = SideChannel()
         self._streams = StreamOrder()
-        self.memory = StagingMemory(self.layout.nbytes, self.config.rank)
+        self.memory = self._staging()
         return self.memory.handle()
 
     def connect(self, handles: Sequence[str]) -> None:
-        """Map the peers' memory and read it once through the copy engine: it must hold the poison."""
+        """Map the peers' memory and read it once through the copy engine: it must hold what it began with."""
         self.memory.connect(handles)
         for rank in range(self.config.world_size):
-            if self.memory.read(rank, READ_BYTES).count(0xFF) != READ_BYTES:
+            if self.memory.read(rank, READ_BYTES).count(self.memory.FILL) != READ_BYTES:
                 raise SetupError(f"rank {self.config.rank} reads wrong bytes from the memory of rank {rank}")
 
     def verify(self, families: Sequence[OpSpec] = ALL_REDUCE) -> None:
@@ -160,12 +162,11 @@ class KernelEngine:
         """Stop the kernels of all ranks, from any thread; they end at once, with NaN."""
         rank = self.config.rank
         code = abort_code(kind, rank if culprit is None else culprit, rank)
-        # One's own first: a kernel here may wait for somebody whose memory cannot be reached any more.
-        memory, side = getattr(self, "memory", None), getattr(self, "side", None)
-        if memory is None or side is None:
+        if getattr(self, "memory", None) is None or getattr(self, "side", None) is None:
             return
-        own, others = memory.addresses[rank], enumerate(memory.addresses)
-        side.write([own, *(address for r, address in others if r != rank and r not in self.dead)], code)
+        # One's own first: a kernel here may wait for somebody whose memory cannot be reached any more.
+        others = [peer for peer in range(self.config.world_size) if peer != rank and peer not in self.dead]
+        self._write_abort([rank, *others], code)
         if kind is Kind.ABORTED:
             self._fail(code)
 
@@ -182,7 +183,7 @@ class KernelEngine:
     def _peer_abort_code(self) -> int:
         """The abort code that a peer left here and no kernel of this rank has met. Not a death: whoever needed that rank
         is stopped by it, and calls that completed stay valid."""
-        code = int.from_bytes(self.side.read(self.memory.addresses[self.config.rank], 4), "little")
+        code = int.from_bytes(self._read_header(self.config.rank, Header.abort.offset, Header.abort.size), "little")
         return 0 if code & 0xFF == Kind.LOST else code
 
     def _refuse(self) -> None:
@@ -193,15 +194,15 @@ class KernelEngine:
         self.check()
 
     def _fail(self, code: int) -> None:
-        rank, addresses = self.config.rank, self.memory.addresses
+        rank = self.config.rank
         words = list(self.state.words[:10])
-        header, told = self.side.read(addresses[rank] + SIGNATURES_AT, SIGNED), (None, None)
+        header, told = self._read_header(rank, SIGNATURES_AT, SIGNED), (None, None)
         culprit = code >> 8 & 0xFF
         # V2's kernels leave to us what is still there to be read.
         if words[0] and not words[1]:
             words[1] = int.from_bytes(self.side.read(self.state.control, 4), "little")
         if code & 0xFF == Kind.MISMATCH and culprit != rank and (culprit not in self.dead or not any(words[8:])):
-            theirs = self.side.read(addresses[culprit] + SIGNATURES_AT, SIGNED)
+            theirs = self._read_header(culprit, SIGNATURES_AT, SIGNED)
             # Another thread of this rank may have been quicker with the report than the one that knows their signature.
             if not any(words[6:8]):
                 words[6:8] = (last_signed(theirs, rank) or (0, 0, 0))[1:]
@@ -223,6 +224,17 @@ class KernelEngine:
             for part in (*allocated, self._graph_cache):
                 if part is not None:
                     stack.callback(part.close)
+
+    # -- where staging memory is not the device's, a subclass has its own
+
+    def _staging(self) -> Any:
+        return StagingMemory(self.layout.nbytes, self.config.rank)
+
+    def _read_header(self, rank: int, offset: int, nbytes: int) -> bytes:
+        return self.side.read(self.memory.addresses[rank] + offset, nbytes)
+
+    def _write_abort(self, ranks: Sequence[int], code: int) -> None:
+        self.side.write([self.memory.addresses[rank] + Header.abort.offset for rank in ranks], code)
 
     # -- for subclasses
 

@@ -16,7 +16,7 @@ from ..errors import (
     PeerTimeoutError,
     PoisonedError,
 )
-from ..policy.catalogue import NVLINK_ALGORITHMS
+from ..policy.catalogue import HOST_ALGORITHMS, NVLINK_ALGORITHMS
 from ..policy.norm import read_signed
 from ..policy.norm_forms import NORM_ALGORITHMS
 from ..policy.operation import DTYPES
@@ -25,7 +25,7 @@ from ..policy.operation import DTYPES
 SIGNATURES_AT, SIGNATURES = abi.Header.signatures.offset, abi.Header.signatures.size
 SIGNED = SIGNATURES + abi.Header.parameters.size
 LEGACY_NUMBERS = {"legacy_one_shot": 32, "legacy_two_shot": 33}
-_NUMBERS = {name: what.number for name, what in (NVLINK_ALGORITHMS | NORM_ALGORITHMS).items()} | LEGACY_NUMBERS
+_NUMBERS = {name: what.number for name, what in (NVLINK_ALGORITHMS | NORM_ALGORITHMS | HOST_ALGORITHMS).items()} | LEGACY_NUMBERS
 _ALGORITHMS = {number: name for name, number in _NUMBERS.items()}
 _Signatures = abi.Signature * abi.MAX_RANKS * 2
 
@@ -180,9 +180,10 @@ def explain(
 
 
 def _phase(algorithm: str, buffer: int) -> str:
-    if "one_shot" in algorithm:
+    if "one_shot" in algorithm or algorithm in HOST_ALGORITHMS and not HOST_ALGORITHMS[algorithm].parts:
         return "exchange"
     if algorithm in NORM_ALGORITHMS:
         algorithm = NORM_ALGORITHMS[algorithm].region
-    gathers = NVLINK_ALGORITHMS[algorithm].gathers if algorithm in NVLINK_ALGORITHMS else (2, 3)  # legacy's
+    known = NVLINK_ALGORITHMS.get(algorithm) or HOST_ALGORITHMS.get(algorithm)
+    gathers = known.gathers if known else (2, 3)  # legacy's
     return "gather" if buffer in gathers else "scatter"

@@ -29,6 +29,8 @@ class StagingMemory:
         nbytes: size, the same on all ranks.
     """
 
+    FILL = 0xFF  # of slots, at first
+
     def __init__(self, nbytes: int, rank: int):
         self.nbytes = -(-nbytes // GRANULARITY) * GRANULARITY
         self.rank = rank

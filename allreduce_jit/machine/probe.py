@@ -15,6 +15,7 @@ from ..errors import InputError
 from ..records import Record
 from .sources import Sources
 
+_HOST_MEMORY = "host_register_supported", "can_map_host_memory"
 _COMPUTE_MODES = {0: "default", 1: "exclusive-thread", 2: "prohibited", 3: "exclusive-process"}
 
 
@@ -25,11 +26,10 @@ class Gpu(Record):
     Attributes:
         uuid: its name in the world; ordinals depend on ``CUDA_VISIBLE_DEVICES``.
         pci_bus_id, name: as the driver has them.
-        compute_capability: (major, minor).
-        sm_count, memory_bytes: what it has.
-        mig: whether it is a slice.
-        virtualization: none, passthrough, vgpu, host-vgpu, host-vsga or unknown.
+        compute_capability, sm_count, memory_bytes: (major, minor); what it has.
+        mig, virtualization: whether it is a slice; none, passthrough, vgpu, host-vgpu, host-vsga or unknown.
         compute_mode: default, exclusive-thread, prohibited, exclusive-process or unknown.
+        maps_host_memory: whether kernels can read and write host memory that is registered with the driver; None: unknown.
     """
 
     uuid: str
@@ -41,6 +41,7 @@ class Gpu(Record):
     mig: bool
     virtualization: str
     compute_mode: str
+    maps_host_memory: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -67,10 +68,10 @@ class Host(Record):
     """Where the process is; None: unknown.
 
     Attributes:
-        host_id: the kernel's boot id, which containers of one host share.
-        hostname: which they do not.
+        host_id, hostname: the kernel's boot id, which containers of one host share; its name, which they do not.
         pid_namespace, ipc_namespace: which ranks have to share.
         shm_bytes: size of /dev/shm.
+        memfd: whether this process can make memory that others can map through a file descriptor.
     """
 
     host_id: str | None
@@ -78,6 +79,7 @@ class Host(Record):
     pid_namespace: str | None
     ipc_namespace: str | None
     shm_bytes: int | None
+    memfd: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -88,8 +90,7 @@ class Software(Record):
         package: this one.
         python, torch, triton, cuda_bindings, cuda_core: what it stands on.
         hip: of a torch for ROCm.
-        nvrtc, nvml: of the libraries.
-        driver: the kernel driver's.
+        nvrtc, nvml, driver: of the libraries, and the kernel driver's.
         cuda_driver: the CUDA version that it supports.
     """
 
@@ -229,6 +230,7 @@ class _Probe:
         major, minor, sms, mode = (self.ask("driver", "attribute", ordinal, name) for name in names)
         if None in facts.values() or None in (major, minor, sms):
             return None
+        maps = [self.ask("driver", "attribute", ordinal, name) for name in _HOST_MEMORY]
         # The names betray slices and vGPUs ("A100 MIG 3g.20gb", "NVIDIA A40-48Q") where NVML cannot be asked.
         by_name = "vgpu" if re.search(r"-\d+[ABCQ]$", facts["name"]) else "unknown"
         return Gpu(
@@ -238,6 +240,7 @@ class _Probe:
             mig=bool(self.ask("nvml", "is_mig", facts["uuid"])) or " MIG " in facts["name"],
             virtualization=self.ask("nvml", "virtualization", facts["uuid"]) or by_name,
             compute_mode=_COMPUTE_MODES.get(mode, "unknown"),
+            maps_host_memory=both(*(None if one is None else bool(one) for one in maps)),
         )
 
     def _links(self, ordinal: int, gpu: Gpu, seen: dict[str, int]) -> tuple[Link, ...]:
@@ -272,7 +275,7 @@ class _Probe:
     def _host(self) -> Host:
         name = self.ask("host", "hostname") or "unknown"
         pid, ipc = (self.ask("host", "namespace", kind) for kind in ("pid", "ipc"))
-        return Host(self.ask("host", "boot_id"), name, pid, ipc, self.ask("host", "shm_bytes"))
+        return Host(self.ask("host", "boot_id"), name, pid, ipc, self.ask("host", "shm_bytes"), self.ask("host", "memfd"))
 
     def _software(self, cuda_driver: str | None) -> Software:
         return Software(

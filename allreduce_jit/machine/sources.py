@@ -161,6 +161,11 @@ class HostSource:
         stat = os.statvfs("/dev/shm")
         return stat.f_frsize * stat.f_blocks
 
+    def memfd(self) -> bool:
+        """Whether memory can be made that has a file descriptor and no name."""
+        os.close(os.memfd_create("allreduce_jit_probe", os.MFD_CLOEXEC))
+        return True
+
 
 class SoftwareSource:
     """Versions, found without importing torch or triton."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from ..paths import Path
 from ..settings import V2_SWITCH, VARIABLES
 from . import checks, norm_catalogue
-from .catalogue import KernelSpec, p2p_modules
+from .catalogue import KernelSpec, host_modules, p2p_modules
 from .checks import Check, Group, first_rank, unmet
 from .operation import ALL_REDUCE, OpSpec
 from .verdict import Reason
@@ -59,7 +59,7 @@ class Backend:
         modules: (world size, families of calls, architecture) -> the modules that those calls may run.
         operations: those that its kernels do.
         engine: ``module:class``, imported once it is to be built.
-        memory: where staging memory is: ``device`` (CUDA IPC, mapped by peers).
+        memory: where staging memory is: ``device`` (CUDA IPC, mapped by peers) or ``host`` (pinned, a memfd that all have mapped).
         switch: the environment variable that turns this backend off alone.
         why: code and text of the reason to give where nothing was stepped down from; ``{n}``: how many ranks.
     """
@@ -123,6 +123,15 @@ BACKENDS: tuple[Backend, ...] = (
         toolchain=TRITON,
         modules=p2p_modules,
         engine="allreduce_jit.engine.p2p:P2PEngine",
+    ),
+    Backend(
+        name="host",
+        path=Path.HOST,
+        requires=(checks.no_better_way, checks.host_memory, checks.shared_memory),
+        toolchain=NVRTC,
+        modules=host_modules,
+        engine="allreduce_jit.engine.host:HostEngine",
+        memory="host",
     ),
 )
 

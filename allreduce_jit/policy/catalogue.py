@@ -72,6 +72,40 @@ NVLINK_ALGORITHMS = {
 }
 
 
+@dataclass(frozen=True)
+class HostAlgorithm:
+    """An algorithm of the kernels whose staging memory is on the host.
+
+    Attributes:
+        source: a file of ``kernels/cuda``.
+        number: its name in signatures and reports.
+        parts: whether a rank sums a part of its own, or all.
+        gathers: numbers of the phases in which sums come in.
+        packets: packets of a lane in a chunk, 1 or 2.
+        ahead: chunks that a channel stores before it has received the first one; of algorithms without parts.
+        patient: whether a warp asks for its slot by one lane, once it was too early.
+    """
+
+    source: str
+    number: int
+    parts: bool = False
+    gathers: tuple[int, ...] = ()
+    packets: int = 1
+    ahead: int = 1
+    patient: bool = False
+
+    def slots(self, world_size: int) -> int:
+        """Of a channel."""
+        return world_size if self.parts else 2 * self.ahead
+
+
+HOST_ALGORITHMS = {
+    "host_one_shot": HostAlgorithm("host_one_shot.cu", 48),
+    "host_stream": HostAlgorithm("host_one_shot.cu", 49, packets=2, ahead=2, patient=True),
+    "host_two_shot": HostAlgorithm("host_two_shot.cu", 50, parts=True, gathers=(1,), patient=True),
+}
+
+
 def nvlink_algorithms(world_size: int, few_sms: bool = False) -> tuple[str, ...]:
     """From small to large messages. ``few_sms``: those of a communicator with ``max_ctas``.
 
@@ -109,13 +143,47 @@ def cuda_module(algorithm: str, world_size: int, virtual_ranks: bool = False, gu
         ("STREAM", int(what.stream)),
         ("GUARDED", int(guarded)),
         ("VIRTUAL_RANKS", int(virtual_ranks)),
+        ("HOST", 0),
     )
+    return _cuda_module(algorithm, world_size, what.source, constants)
+
+
+def _cuda_module(algorithm: str, world_size: int, source: str, constants: tuple[tuple[str, object], ...]) -> KernelSpec:
+    """A module with a kernel of each dtype and form."""
+    told = dict(constants)
     forms = [(dtype, whole) for dtype in DTYPES for whole in (True, False)]
     entries = tuple(entry(algorithm, dtype, world_size, whole) for dtype, whole in forms)
-    function = what.source.removesuffix(".cu")
+    function = source.removesuffix(".cu")
     bodies = tuple(f"{function}<Config, {DTYPES[dtype].title()}, {str(whole).lower()}>" for dtype, whole in forms)
-    suffix = ("_virtual" if virtual_ranks else "") + ("" if guarded else "_unguarded")
-    return KernelSpec(f"{algorithm}_ws{world_size}{suffix}", "cuda", what.source, constants, entries, bodies)
+    suffix = ("_virtual" if told["VIRTUAL_RANKS"] else "") + ("" if told["GUARDED"] else "_unguarded")
+    return KernelSpec(f"{algorithm}_ws{world_size}{suffix}", "cuda", source, constants, entries, bodies)
+
+
+def host_algorithms(world_size: int) -> tuple[str, ...]:
+    """From small to large messages. Two ranks have no use for two-shot: one-shot moves as many bytes, in one hop."""
+    return ("host_one_shot", "host_stream") if world_size == 2 else ("host_one_shot", "host_two_shot")
+
+
+def host_modules(world_size: int, families: Sequence[OpSpec] = ALL_REDUCE, arch: str | None = None) -> list[KernelSpec]:
+    """All CUDA modules of all-reduces of ``families`` through host memory, the same for every ``arch``."""
+    return [host_module(name, world_size) for name in host_algorithms(world_size)] if families else []
+
+
+def host_module(algorithm: str, world_size: int, virtual_ranks: bool = False, guarded: bool = True) -> KernelSpec:
+    """As ``cuda_module``, of ``HOST_ALGORITHMS``."""
+    what = HOST_ALGORITHMS[algorithm]
+    constants: tuple[tuple[str, object], ...] = (
+        ("WORLD_SIZE", world_size),
+        ("PACKETS", what.packets),
+        ("STREAM", 0),
+        ("GUARDED", int(guarded)),
+        ("VIRTUAL_RANKS", int(virtual_ranks)),
+        ("HOST", 1),
+        ("AHEAD", what.ahead),
+        ("RING", what.slots(world_size)),
+        ("PATIENT", int(what.patient)),
+    )
+    return _cuda_module(algorithm, world_size, what.source, constants)
 
 
 def entry(algorithm: str, dtype: str, world_size: int, whole: bool) -> str:

@@ -6,11 +6,12 @@ is assumed of it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import permutations
 from typing import TYPE_CHECKING, TypeVar
 
+from ..paths import Path
 from ..settings import Settings
 from .verdict import CODES, Reason
 
@@ -32,12 +33,14 @@ class Group:
         settings: one per rank.
         world_sizes: numbers of ranks there are kernels for.
         nnodes: machines of the job as the engine counts them.
+        left: paths that all ranks have left, with the reason of each.
     """
 
     caps: Sequence[Capabilities]
     settings: Sequence[Settings]
     world_sizes: Collection[int]
     nnodes: int = 1
+    left: Mapping[Path, Reason] = field(default_factory=dict)
 
     @property
     def gpus(self) -> list[Gpu]:
@@ -207,6 +210,37 @@ def peer_access(group: Group) -> Reason | None:
         return Reason("no-p2p", f"rank {rank} has no peer access to the GPU of rank {peer}", rank)
     text = f"rank {rank} cannot tell whether it reaches the GPU of rank {peer}{problem(group.caps[rank], 'nvml')}"
     return Reason("no-p2p", text, rank)
+
+
+def no_better_way(group: Group) -> Reason | None:
+    """That GPUs cannot reach each other, or somebody wants no way on which they would, or it failed when it was tried.
+
+    Otherwise NCCL goes there, faster than host memory is for all but small messages."""
+    if any(s.path == Path.HOST.short for s in group.settings) or _lacking(group, "p2p_access"):
+        return None
+    if any(reason.code in ("path-forced", "map-failed", "verify-failed") for reason in group.left.values()):
+        return None
+    return Reason("has-p2p", CODES["has-p2p"])
+
+
+def host_memory(group: Group) -> Reason | None:
+    """That a GPU can read and write memory of this process which is pinned after it was allocated."""
+
+    def text(gpu: Gpu) -> str:
+        if gpu.maps_host_memory is None:
+            return f"cannot tell whether {gpu.name} can map host memory that is registered with it"
+        return f"has a GPU or a driver that cannot map host memory which is registered with it ({gpu.name})"
+
+    return first_rank(group.gpus, "no-host-memory", text, lambda gpu: not gpu.maps_host_memory)
+
+
+def shared_memory(group: Group) -> Reason | None:
+    """Ranks of one host and PID namespace (``COMMON``) share memory through /proc. How much is left, only trying tells."""
+
+    def text(c: Capabilities) -> str:
+        return f"cannot make memory to share (memfd_create){problem(c, 'host.memfd')}"
+
+    return first_rank(group.caps, "no-shared-memory", text, lambda c: not c.host.memfd)
 
 
 def _differs(group: Group, code: str, what: str, key: Callable[[Capabilities], str | None], source: str) -> Reason | None:

@@ -45,7 +45,7 @@ def decide(
         raise InputError(f"decide needs one Capabilities and one Settings a rank, got {len(caps)} and {len(settings)}")
     if not supported_world_sizes:
         raise InputError("supported_world_sizes is empty: the configuration was not loaded before the check")
-    group = Group(caps, settings, supported_world_sizes, nnodes)
+    group = Group(caps, settings, supported_world_sizes, nnodes, left or {})
     backend = "nccl" if unmet((checks.has_cuda, checks.gpu_each), group) is None else "gloo"
     always = unmet(checks.COMMON, group)
     if always:

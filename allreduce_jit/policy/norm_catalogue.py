@@ -37,6 +37,7 @@ def norm_module(form: Form, family: OpSpec, world_size: int, virtual_ranks: bool
         ("STREAM", 0),
         ("GUARDED", int(guarded)),
         ("VIRTUAL_RANKS", int(virtual_ranks)),
+        ("HOST", 0),
         ("HIDDEN", family.hidden),
         ("ROUNDING", ROUNDINGS.index(norm.rounding)),
         ("QUANT", QUANTS.index(norm.quant)),

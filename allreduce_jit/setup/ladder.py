@@ -230,6 +230,7 @@ def _construct(
         settings=ladder.settings,
         max_ctas=max_ctas,
         tuned=ladder.tuned,
+        bus_ids=tuple(gpu.pci_bus_id for gpu in gpus),
     )
     return _engine_class(row)(config)
 

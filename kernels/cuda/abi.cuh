@@ -66,11 +66,12 @@ struct ControlOf {
     u32 entered;      // calls that began
     u32 handshaken[SHAPES];  // per shape of call: whether all ranks have taken part in one
     u32 channels;                // how many there are of all algorithms together
+    u32 abort;                   // where the staging memory is on the host: 0, or why this rank's kernels must stop, near to them
     u32 unused[UNUSED];
     u64 table[MAX_RANKS];  // of the Triton kernels
 };
-typedef ControlOf<MAX_SHAPES, 4071> Control;
-typedef ControlOf<2, 1> SmallControl;
+typedef ControlOf<MAX_SHAPES, 4070> Control;
+typedef ControlOf<2, 2> SmallControl;
 
 // What a channel keeps from call to call; one load reads both.
 struct Channel {

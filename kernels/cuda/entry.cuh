@@ -1,5 +1,6 @@
 // Kernel entry points, which the compiler front appends to a source: ENTRY(NAME, body). The names show in profilers. `Config` is
-// the front's, too: a struct of the compile-time constants WORLD_SIZE, PACKETS (of a thread), STREAM, GUARDED, VIRTUAL_RANKS.
+// the front's, too: a struct of the compile-time constants WORLD_SIZE, PACKETS (of a thread), STREAM, GUARDED, VIRTUAL_RANKS, HOST
+// (staging memory is on the host), and what else a source takes.
 //
 // With VIRTUAL_RANKS the kernels take an array of Args and blockIdx.y is the rank: all ranks of a world in one cooperative
 // launch on one GPU, for tests and compute-sanitizer.
@@ -18,9 +19,10 @@ struct Parameter<A, true> {
     __device__ static const A &of(const A *ranks) { return ranks[blockIdx.y]; }
 };
 
-// Blocks of 512 threads that an SM must have registers for. Few-SM modes and many peers need more registers a thread.
+// Blocks of 512 threads that an SM must have registers for. Few-SM modes and many peers need more registers a thread, and kernels of
+// staging memory on the host, whose blocks are small and few, may have them.
 template <class Config>
-constexpr u32 MIN_BLOCKS = Config::WORLD_SIZE > 4 || Config::PACKETS > 1 ? 1 : 2;
+constexpr u32 MIN_BLOCKS = Config::WORLD_SIZE > 4 || Config::PACKETS > 1 || Config::HOST ? 1 : 2;
 
 #define ENTRY(name, ...)                                                                        \
     extern "C" __global__ void __launch_bounds__(512, MIN_BLOCKS<Config>)                       \

@@ -27,11 +27,22 @@ __device__ inline void report(const Args &a, u32 code, u32 buffer, u64 waited_ns
 
 // Stop this communicator on all ranks: broadcasts the abort code, unless there is one already, as the first cause counts. Only
 // the guard knows the call's number and the signatures.
+//
+// HOST: headers are in host memory, where atomic operations may not be (PCIe need not have them). So threads of this rank settle
+// in its Control which is first, and what peers and the host tell comes before that.
 template <class Config>
 __device__ inline void stop(const Args &a, u32 kind, u32 culprit, u32 buffer, u64 waited_ns, u32 sequence = 0, u64 mine = 0,
                             u64 theirs = 0) {
     u32 code = kind | culprit << CULPRIT_SHIFT | a.rank << FINDER_SHIFT;
-    const u32 before = atom_cas_relaxed_sys_u32(a.own + offsetof(Header, abort), 0, code);
+    u32 before;
+    if constexpr (Config::HOST) {
+        const u32 told = ld_relaxed_sys_u32(a.own + offsetof(Header, abort));
+        before = atom_cas_relaxed_sys_u32(a.control + offsetof(Control, abort), 0, told ? told : code);
+        if (before == 0 && told) before = told;
+        if (before == 0) st_relaxed_sys_u32(a.own + offsetof(Header, abort), code);
+    } else {
+        before = atom_cas_relaxed_sys_u32(a.own + offsetof(Header, abort), 0, code);
+    }
     for (u32 j = 0; j < PEERS<Config> && before == 0; j++)
         st_relaxed_sys_u32(a.staging[source_at(j, a.rank)] + offsetof(Header, abort), code);
     report<Config>(a, before ? before : code, buffer, waited_ns, sequence, mine, theirs);
@@ -41,10 +52,11 @@ __device__ inline void stop(const Args &a, u32 kind, u32 culprit, u32 buffer, u6
 // overwrite slots that this peer has not read yet. Two checks prevent that. This one comes before griddepcontrol.wait, where
 // it costs nothing, and ends a stopped rank's kernels at once. It may miss what the kernel just before has stopped; that is in
 // Channel.stopped, which is read behind the kernel boundary. Device scope, which is faster, is enough: whoever waits will see
-// what peers and the host write.
+// what peers and the host write. (HOST: the header is a round trip over the bus away, and whoever waits looks there. Here
+// it is what this rank's own kernels and its own process have found.)
 template <class Config>
 __device__ inline bool stopped(const Args &a) {
-    return Config::GUARDED && ld_relaxed_gpu_u32(a.own + offsetof(Header, abort));
+    return Config::GUARDED && ld_relaxed_gpu_u32(Config::HOST ? a.control + offsetof(Control, abort) : a.own + offsetof(Header, abort));
 }
 
 // Of a thread that did not get every packet: the epilogue's substitute for its results, and the abort.

@@ -169,6 +169,12 @@ __device__ inline bool all_sync(u32 mask, bool p) { return __all_sync(mask, p); 
 // Whether `p` holds in a lane of `mask`; all of them take part.
 __device__ inline bool any_sync(u32 mask, bool p) { return __any_sync(mask, p); }
 
+// A bit of each lane: whether `p` holds there; all lanes of the warp take part.
+__device__ inline u32 ballot(bool p) { return __ballot_sync(~0u, p); }
+
+// That lane's value; all lanes of the warp take part.
+__device__ inline u32 shfl(u32 v, u32 lane) { return __shfl_sync(~0u, v, lane); }
+
 // Lane 0's value; the lanes of `mask` take part.
 __device__ inline u32 broadcast(u32 mask, u32 v) { return __shfl_sync(mask, v, 0); }
 

@@ -40,7 +40,7 @@ def test_json_has_everything_that_sol_is_made_of():
 
 @pytest.mark.parametrize(
     ("device", "path", "reason"),
-    [("cpu", "v2", "the ranks are on the CPU"), ("cuda", "legacy", "measured on path v2 alone, this is legacy")],
+    [("cpu", "v2", "the ranks are on the CPU"), ("cuda", "legacy", "measured on paths v2 and host, this is legacy")],
 )
 def test_no_floor_has_a_reason(device, path, reason):
     place = SimpleNamespace(device=torch.device(device))

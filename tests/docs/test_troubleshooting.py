@@ -7,6 +7,7 @@ import inspect
 import re
 import resource
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -127,6 +128,10 @@ def without(name, part, fact):
     return lambda: told(with_part(name, part, **{fact: None}))
 
 
+def no_host_memory(value):
+    return told(with_part("rtx4090-x2", "gpu", maps_host_memory=value))
+
+
 PROVOKED = {
     "full-nvlink": [machine("h200-x4")],
     "world-size-1": [lambda: told(look_all(MACHINES["h200-x4"])[:1])],
@@ -149,6 +154,9 @@ PROVOKED = {
     "no-nvlink": [machine("l40s-x4"), machine("ray-h100-x4-nvml-missing")],
     "partial-nvlink": [machine("h100-nvl-x4-two-bridges")],
     "no-p2p": [machine("rtx4090-x2"), machine("ray-h100-x4-nvml-missing")],
+    "has-p2p": [lambda: told(with_part("a100-pcie-x4", "software", triton=None))],
+    "no-host-memory": [partial(no_host_memory, False), partial(no_host_memory, None)],
+    "no-shared-memory": [without("rtx4090-x2", "host", "memfd")],
     "no-nvrtc": [without("h200-x4", "software", "nvrtc")],
     "no-triton": [without("l40s-x4", "software", "triton")],
 }

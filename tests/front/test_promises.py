@@ -7,6 +7,7 @@ import re
 
 from helpers import ROOT, TESTS
 
+RANKS = ("test_gpus.py", "test_host_gpus.py")  # of real ranks
 TABLE = (ROOT / "docs/verification.md").read_text().split("## Promises")[1]
 
 
@@ -16,7 +17,8 @@ def functions(name: str) -> set[str]:
 
 
 def test_what_the_table_names_exists_and_is_run():
-    tests, source = functions("test_gpus.py"), (TESTS / "gpu/test_gpus.py").read_text()
+    tests = set().union(*map(functions, RANKS))
+    source = "".join((TESTS / "gpu" / name).read_text() for name in RANKS)
     bodies = set().union(
         *(
             functions(name)
@@ -40,5 +42,6 @@ def test_what_the_table_names_exists_and_is_run():
 
 
 def test_every_gpu_test_keeps_a_promise():
-    missing = {name for name in functions("test_gpus.py") if name.startswith("test_") and f"`{name}`" not in TABLE}
+    tests = set().union(*map(functions, RANKS))
+    missing = {name for name in tests if name.startswith("test_") and f"`{name}`" not in TABLE}
     assert not missing

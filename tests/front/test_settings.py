@@ -30,7 +30,7 @@ VALID = {
     PLUGINS_SWITCH: [(t, "on") for t in TRUE] + [(t, "off") for t in FALSE] + [("require", "require"), (" Require ", "require")],
     "ALLREDUCE_JIT_TUNING": [(t, True) for t in TRUE] + [(t, False) for t in FALSE],
     "ALLREDUCE_JIT_PDL": [(t, True) for t in TRUE] + [(t, False) for t in FALSE],
-    "ALLREDUCE_JIT_PATH": [("auto", "auto"), ("Legacy", "legacy"), (" TORCH ", "torch")],
+    "ALLREDUCE_JIT_PATH": [("auto", "auto"), ("Legacy", "legacy"), ("host", "host"), (" TORCH ", "torch")],
     "ALLREDUCE_JIT_CACHE_DIR": [("/tmp/x", Path("/tmp/x")), ("rel", Path("rel"))],
     "ALLREDUCE_JIT_TIMEOUT": [("0", 0.0), ("0.5", 0.5), ("30", 30.0), ("1e3", 1000.0), ("86400", 86400.0)],
     "ALLREDUCE_JIT_SETUP_TIMEOUT": [("0", 0.0), ("0.5", 0.5), ("300", 300.0), ("86400", 86400.0)],

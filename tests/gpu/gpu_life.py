@@ -45,10 +45,10 @@ def build(place, path, group=None):
     return comm
 
 
-def recovery(place):
+def recovery(place, paths=PATHS):
     """The last rank skips a call. The others are told, drop the communicator without it, and build one without it."""
     victim = place.world_size - 1
-    for path in PATHS:
+    for path in paths:
         with deadlines(DEADLINE_S):
             comm = build(place, path)
         check(place, comm, 300_000, torch.bfloat16, 1)
@@ -69,9 +69,9 @@ def recovery(place):
         comm.close(local=True)
 
 
-def aborted(place):
+def aborted(place, paths=PATHS):
     """One rank's host stops everybody, in the midst of a call; later calls and replays end at once and are refused."""
-    for path in PATHS:
+    for path in paths:
         comm = build(place, path)
         x = reference.values(0, place.rank, 200_000, torch.bfloat16, place.device)
         graph = torch.cuda.CUDAGraph()
@@ -101,9 +101,9 @@ def aborted(place):
         comm.close()
 
 
-def concurrent(place):
+def concurrent(place, paths=PATHS):
     """Two graphs of one communicator in flight on two streams that nobody ordered: an error on all ranks, not a wrong sum."""
-    for path in PATHS:
+    for path in paths:
         with deadlines(DEADLINE_S):
             comm = build(place, path)
         graphs = []
@@ -132,9 +132,9 @@ def concurrent(place):
         comm.close(local=True)
 
 
-def aborted_by_an_exception(place):
+def aborted_by_an_exception(place, paths=PATHS):
     """Who leaves a communicator's ``with`` by an exception stops the others' calls at once, whatever the deadline."""
-    for path in PATHS:
+    for path in paths:
         started, told = time.monotonic(), None
         try:
             with build(place, path) as comm:
@@ -155,10 +155,10 @@ def aborted_by_an_exception(place):
         place.barrier()
 
 
-def skipped_and_extra_calls(place):
+def skipped_and_extra_calls(place, paths=PATHS):
     """One rank makes a call less, or more, than the others: nobody takes a sum of different calls for a result."""
     odd = place.world_size - 1
-    for path in PATHS:
+    for path in paths:
         for calls in (1, 3):  # of the odd rank; 2 of all others, and each of another size
             with deadlines(DEADLINE_S):
                 comm = build(place, path)
@@ -246,9 +246,9 @@ def cycles(place, count):
     assert after["device_bytes"] - before["device_bytes"] <= 4 << 20, (before, after)
 
 
-def captures(place):
+def captures(place, paths=PATHS):
     """The first call inside a capture; a capture that fails on one rank; memory given back under a live graph."""
-    for path in PATHS:
+    for path in paths:
         comm = build(place, path)
         x = reference.values(3, place.rank, 70_000, torch.bfloat16, place.device)
         want = reference.expected(3, comm.world_size, 70_000, torch.bfloat16, place.device)

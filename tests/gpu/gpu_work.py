@@ -25,8 +25,8 @@ from allreduce_jit.engine import nvlink as engine_module
 from allreduce_jit.engine import reference
 from allreduce_jit.engine.driver import Graph
 from allreduce_jit.engine.graph_cache import SHORTS
+from allreduce_jit.policy import host, nvlink
 from allreduce_jit.policy import measured_tables as tuned
-from allreduce_jit.policy import nvlink
 from allreduce_jit.policy.catalogue import NVLINK_ALGORITHMS, nvlink_algorithms
 from allreduce_jit.policy.operation import all_reduce as all_reduce_spec
 from allreduce_jit.policy.tables import BLOCKS
@@ -88,6 +88,44 @@ def algorithms(place):
         if comm.rank == 0:
             time.sleep(0.2)  # a late rank
         check(place, comm, 5000, torch.bfloat16, 1)
+
+
+def host_algorithms(place):
+    """Every algorithm of path host at every size, in any number of channels: the same bits."""
+    with allreduce_jit.init(device=place.device, deterministic=True) as comm:
+        expect_path(comm, Path.HOST)
+        engine, dice = comm._engine, random.Random(7)
+        assert engine.memory.nbytes <= 32 << 20
+        for seed in range(200):
+            dtype, name = dice.choice(DTYPES), dice.choice(list(engine.layout.regions))
+            numel, block, channels = int(2 ** dice.uniform(0, 22)), dice.choice([32, 64, 128, 512]), dice.choice([16, 64, 512])
+            spec = all_reduce_spec(str(dtype).removeprefix("torch."), numel)
+            plan = host.plan_of(name, block, max(channels, block // 32), spec, comm.world_size, engine.layout)
+            check(place, comm, numel, dtype, seed, offset=dice.randint(0, 2), call=partial(engine.run, spec, plan))
+        if comm.rank == 0:
+            time.sleep(0.2)  # a late rank
+        check(place, comm, 5000, torch.bfloat16, 1)
+    with allreduce_jit.init(device=place.device, max_ctas=4) as comm:
+        expect_path(comm, Path.HOST)
+        assert comm.plan(1 << 24, torch.bfloat16).grid <= 3
+        check(place, comm, 1_000_001, torch.bfloat16, 2)
+
+
+def nothing_is_left(place):
+    """A communicator of path host has no name in the file system, and none of its memory is mapped once it is closed."""
+
+    def mapped():
+        with open("/proc/self/maps") as f:
+            return sum("memfd:allreduce_jit" in line for line in f)
+
+    before = set(os.listdir("/dev/shm"))
+    for _ in range(3):
+        with allreduce_jit.init(device=place.device) as comm:
+            expect_path(comm, Path.HOST)
+            check(place, comm, 1000, torch.bfloat16, 1)
+            assert mapped() == place.world_size
+            assert not [name for name in set(os.listdir("/dev/shm")) - before if "allreduce" in name]
+        assert mapped() == 0
 
 
 def few_blocks(place):
@@ -375,10 +413,10 @@ def failures_step_down(place):
             engine.VERIFY_SECONDS = saved
 
 
-def late_peer(place):
+def late_peer(place, paths=(Path.V2, Path.LEGACY)):
     """A rank that skips a call: the others are told who, within the deadline, and a new communicator works."""
     os.environ["ALLREDUCE_JIT_TIMEOUT"] = "1.5"
-    for highest in (Path.V2, Path.LEGACY):
+    for highest in paths:
         comm = Communicator(dist.group.WORLD, place.device, deterministic=True, highest=highest)
         expect_path(comm, highest)
         x = reference.values(0, place.rank, 300_000, torch.bfloat16, place.device)
@@ -406,11 +444,11 @@ def late_peer(place):
         check(place, comm, 300_000, torch.bfloat16, 9)
 
 
-def mismatch(place):
+def mismatch(place, paths=(Path.V2, Path.LEGACY)):
     """Calls that differ between ranks are an error on all of them, in size or dtype, and a new communicator works."""
     deadline = 1.5
     os.environ["ALLREDUCE_JIT_TIMEOUT"] = os.environ["ALLREDUCE_JIT_FIRST_TIMEOUT"] = str(deadline)
-    for highest in (Path.V2, Path.LEGACY):
+    for highest in paths:
         for numel, dtype in ((2999, torch.bfloat16), (3000, torch.float16)):  # rank 1's; as many bytes in the second
             with Communicator(dist.group.WORLD, place.device, deterministic=True, highest=highest) as comm:
                 expect_path(comm, highest)

@@ -12,13 +12,13 @@ from allreduce_jit.engine.nvlink import NvlinkEngine
 from allreduce_jit.jit.cache import KernelCache
 from allreduce_jit.jit.compiler import build
 from allreduce_jit.policy import nvlink_norm
-from allreduce_jit.policy.catalogue import cuda_module, entry, nvlink_algorithms
+from allreduce_jit.policy.catalogue import KernelSpec, cuda_module, entry, nvlink_algorithms
 from allreduce_jit.policy.norm import signed
 from allreduce_jit.policy.norm_catalogue import norm_module
 from allreduce_jit.policy.norm_forms import Form
 from allreduce_jit.policy.nvlink import launches, make_layout
 from allreduce_jit.policy.operation import OpSpec, all_reduce
-from allreduce_jit.policy.plan import HEADER_BYTES, PACKET
+from allreduce_jit.policy.plan import HEADER_BYTES, PACKET, Launch, Layout
 from allreduce_jit.policy.tables import Band
 from allreduce_jit.settings import Settings
 
@@ -31,22 +31,21 @@ def algorithms(world_size: int) -> list[str]:
 class VirtualWorld:
     """``world_size`` ranks whose staging memories are tensors of one GPU."""
 
+    EMPTY = -1  # what slots hold at first
+
     def __init__(self, world_size: int, staging_mb: int = 32, cache: KernelCache | None = None):
         self.world_size = world_size
         # All ranks share the SMs, and a cooperative launch wants them all at once.
         self.sm_count = torch.cuda.get_device_properties(0).multi_processor_count // world_size
-        names = algorithms(world_size)
-        bands = tuple(Band(1 << 20, name, 32) for name in names)
-        self.layout = make_layout(world_size, staging_mb << 20, bands)
+        self.layout, specs = self._algorithms(staging_mb << 20)
         major, minor = torch.cuda.get_device_capability()
         self.kernels = {}
         self.cache = cache or KernelCache(Settings.from_env().cache_dir)
-        for algorithm in names:
-            spec = cuda_module(algorithm, world_size, virtual_ranks=True)
+        for spec in specs:
             module = load_module(build(spec, f"sm_{major}{minor}", self.cache)[0].cubin)
             self.kernels |= {name: module.kernel(name) for name in spec.entries}
         words = self.layout.nbytes // 4
-        self.staging = [torch.full((words,), -1, dtype=torch.int32, device="cuda") for _ in range(world_size)]
+        self.staging = [self._memory(words) for _ in range(world_size)]
         for staging in self.staging:
             staging[: HEADER_BYTES // 4] = 0
         words = (ctypes.sizeof(Control) + self.layout.channels * NvlinkEngine.channel_bytes) // 4
@@ -54,6 +53,19 @@ class VirtualWorld:
         for local in self.local:
             local[Control.channels.offset // 4] = self.layout.channels
         self.report = torch.zeros(world_size, 16, dtype=torch.int32).pin_memory()
+
+    def _algorithms(self, staging_bytes: int) -> tuple[Layout, list[KernelSpec]]:
+        """The layout of all algorithms, and their modules."""
+        names = algorithms(self.world_size)
+        bands = tuple(Band(1 << 20, name, 32) for name in names)
+        specs = [cuda_module(name, self.world_size, virtual_ranks=True) for name in names]
+        return make_layout(self.world_size, staging_bytes, bands), specs
+
+    def _memory(self, words: int) -> torch.Tensor:
+        return torch.full((words,), self.EMPTY, dtype=torch.int32, device="cuda")
+
+    def _launches(self, plan, spec: OpSpec) -> list[Launch]:
+        return launches(plan, spec, self.world_size)
 
     def set_deadlines(self, seconds: float, grace: float | None = None) -> None:
         for local in self.local:
@@ -70,7 +82,7 @@ class VirtualWorld:
         self.report.zero_()
         for staging, local in zip(self.staging, self.local, strict=True):
             staging[: HEADER_BYTES // 4] = 0
-            staging[HEADER_BYTES // 4 :] = -1
+            staging[HEADER_BYTES // 4 :] = self.EMPTY
             local[Control.reported.offset // 4] = 0
             local[ctypes.sizeof(Control) // 4 + 1 :: 2] = 0  # Channel.stopped
             # What was signed is gone from the header.
@@ -83,7 +95,7 @@ class VirtualWorld:
         itemsize = inputs[0].element_size()
         aligned = all(t.data_ptr() % PACKET == 0 for t in (*inputs, *outs)) and numel * itemsize % PACKET == 0
         kernel = self.kernels[entry(plan.algorithm, dtype, self.world_size, aligned)]
-        for piece in launches(plan, all_reduce(dtype, numel), self.world_size):
+        for piece in self._launches(plan, all_reduce(dtype, numel)):
             table = b""
             for rank in range(self.world_size):
                 args = self._args(rank, plan.algorithm, dtype)

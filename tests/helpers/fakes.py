@@ -102,6 +102,8 @@ class FakeDriver:
             "multiprocessor_count": gpu["sm_count"],
             "compute_mode": gpu["compute_mode"],
             "mps_enabled": self.host["mps"],
+            "host_register_supported": int(gpu.get("maps_host_memory", True)),
+            "can_map_host_memory": 1,
         }[name]
 
     def p2p_attribute(self, ordinal: int, peer: int, name: str) -> int:
@@ -132,6 +134,11 @@ class FakeHost:
 
     def shm_bytes(self) -> int:
         return self.host["shm_bytes"]
+
+    def memfd(self) -> bool:
+        if self.host.get("memfd", True) is not True:
+            raise OSError(self.host["memfd"])
+        return True
 
 
 @dataclass

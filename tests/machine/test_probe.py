@@ -23,7 +23,7 @@ from allreduce_jit.policy.dispatch import Path as Rung
 from allreduce_jit.policy.dispatch import decide
 from allreduce_jit.settings import Settings
 
-HEIGHT = {Rung.TORCH: 0, Rung.LEGACY: 1, Rung.V2: 2}
+HEIGHT = {rung: len(Rung) - i for i, rung in enumerate(Rung)}
 every_machine = pytest.mark.parametrize("name", MACHINES)
 
 

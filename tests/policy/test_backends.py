@@ -1,4 +1,4 @@
-"""The table of backends: each row in itself, and that one more row is a rung everywhere without any other edit."""
+"""The table of backends: each row in itself, and that another row is a rung everywhere without any other edit."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ ROOT = next(folder for folder in File(__file__).parents if (folder / "pyproject.
 
 def test_every_path_but_the_last_has_a_row():
     assert [row.path for row in BACKENDS] == list(Path)[:-1] and list(Path)[-1] is Path.TORCH
-    assert [row.name for row in BACKENDS] == ["nvlink", "p2p"]
+    assert [row.name for row in BACKENDS] == ["nvlink", "p2p", "host"]
     assert [backends.of(path) for path in Path] == [*BACKENDS, None]
 
 
 def test_the_variable_takes_every_path_below_the_highest():
-    assert PATHS == ("auto", *(path.short for path in list(Path)[1:])) == ("auto", "legacy", "torch")
+    assert PATHS == ("auto", *(path.short for path in list(Path)[1:])) == ("auto", "legacy", "host", "torch")
     row = next(line for line in (ROOT / "docs/environment.md").read_text().splitlines() if "`ALLREDUCE_JIT_PATH`" in line)
     assert ", ".join(f"`{choice}`" for choice in PATHS) in row
 
@@ -66,7 +66,7 @@ def test_a_path_that_was_left_gives_its_reason_and_no_check_of_its_own():
     found = decide(NVLINK, [Settings()] * 4, left={Path.V2: left})
     assert (found.path, found.reasons, found.full_nvlink) == (Path.LEGACY, (left,), True)
     found = decide(NVLINK, [Settings()] * 4, left=dict.fromkeys(Path, left))
-    assert (found.path, found.reasons, found.full_nvlink) == (Path.TORCH, (left, left), None)
+    assert (found.path, found.reasons, found.full_nvlink) == (Path.TORCH, (left, left, left), None)
     found = decide(NO_P2P, [Settings()] * 2, left={Path.V2: left})
     assert [reason.code for reason in found.reasons] == ["verify-failed", "no-p2p"]
 
@@ -77,29 +77,29 @@ def test_a_path_that_was_left_gives_its_reason_and_no_check_of_its_own():
 class Third(str, enum.Enum):
     """The name that the row would have in ``Path``."""
 
-    HOST = "host"
+    RELAY = "relay"
     __str__, short = Path.__str__, Path.short
 
 
-class HostEngine(FakeEngine):
+class RelayEngine(FakeEngine):
     def __init__(self, config):
-        super().__init__("host", config, dist.group.WORLD, {})
+        super().__init__("relay", config, dist.group.WORLD, {})
 
 
 def shared_memory(group: Group):
     return first_rank(group.caps, "map-failed", "has no shared memory", lambda c: not c.host.shm_bytes)
 
 
-def host_modules(world_size, families, arch):
-    return [SimpleNamespace(name=f"host_ws{world_size}", families=families)]
+def relay_modules(world_size, families, arch):
+    return [SimpleNamespace(name=f"relay_ws{world_size}", families=families)]
 
 
-HOST = Backend("host", Third.HOST, (shared_memory,), TRITON, host_modules, f"{__name__}:HostEngine", memory="host")
+RELAY = Backend("relay", Third.RELAY, (shared_memory,), TRITON, relay_modules, f"{__name__}:RelayEngine", memory="host")
 
 
 @contextmanager
 def one_row_more():
-    with mock.patch.object(backends, "BACKENDS", (*BACKENDS, HOST)):
+    with mock.patch.object(backends, "BACKENDS", (*BACKENDS[:2], RELAY)):
         yield
 
 
@@ -115,7 +115,7 @@ def codes(verdict):
 
 def test_decide(third):
     found = decide(NO_P2P, [Settings()] * 2)
-    assert (found.path, codes(found), found.full_nvlink, found.backend) == (Third.HOST, ["no-nvlink", "no-p2p"], False, "nccl")
+    assert (found.path, codes(found), found.full_nvlink, found.backend) == (Third.RELAY, ["no-nvlink", "no-p2p"], False, "nccl")
     assert decide(NVLINK, [Settings()] * 4).path is Path.V2 and decide(PCIE, [Settings()] * 4).path is Path.LEGACY
     poor = [NO_P2P[0], replace(NO_P2P[1], host=replace(NO_P2P[1].host, shm_bytes=0))]
     found = decide(poor, [Settings()] * 2)
@@ -131,11 +131,11 @@ def test_decide(third):
 @pytest.mark.parametrize(
     ("wishes", "path", "rank"),
     [
-        (["auto", "auto", "host", "auto"], "host", 2),
-        (["auto", "legacy", "auto", "host"], "host", 3),
-        (["auto", "host", "legacy", "auto"], "host", 1),
+        (["auto", "auto", "relay", "auto"], "relay", 2),
+        (["auto", "legacy", "auto", "relay"], "relay", 3),
+        (["auto", "relay", "legacy", "auto"], "relay", 1),
         (["auto", "legacy", "legacy", "auto"], "legacy", 1),
-        (["legacy", "host", "auto", "torch"], "torch.distributed", 3),
+        (["legacy", "relay", "auto", "torch"], "torch.distributed", 3),
     ],
 )
 def test_the_lowest_wish_of_any_rank_counts_and_is_told(third, wishes, path, rank):
@@ -148,12 +148,12 @@ def test_doctor(third, monkeypatch):
     found = iter(NO_P2P)
     cache = SimpleNamespace(entries=list, problem=None)
     document = doctor.examine(lambda device: next(found), None, lambda directory: cache, 2, File("/nonexistent"))
-    assert document.verdict.path == "host" and doctor.exit_code(document) == 0
+    assert document.verdict.path == "relay" and doctor.exit_code(document) == 0
     assert not [problem for problem in document.problems if problem.startswith("no-p2p")]  # a path runs all the same
-    assert "would run    host, else torch.distributed over nccl, for 2 ranks" in doctor.render(document)
+    assert "would run    relay, else torch.distributed over nccl, for 2 ranks" in doctor.render(document)
     monkeypatch.setattr(doctor, "_importable", lambda module: module != "triton")
     (problem,) = doctor.examine(None, None, lambda directory: cache, 0, File("/nonexistent")).problems
-    assert problem == "triton is not installed: nothing compiles the kernels of legacy, host"
+    assert problem == "triton is not installed: nothing compiles the kernels of legacy, relay"
 
 
 def test_warmup(third, monkeypatch, capsys):
@@ -165,13 +165,13 @@ def test_warmup(third, monkeypatch, capsys):
         return [kernel["name"] for kernel in json.loads(capsys.readouterr().out)["kernels"]]
 
     names = [spec.name for spec in (*nvlink_modules(2), *p2p_modules(2))]
-    assert kernels() == [*names, "host_ws2"] and kernels("--path", "host") == ["host_ws2"]
+    assert kernels() == [*names, "relay_ws2"] and kernels("--path", "relay") == ["relay_ws2"]
 
 
 def test_command_line_without_the_row(capsys):
     with pytest.raises(SystemExit):
-        cli._parser().parse_args(["warmup", "--path", "host"])
-    assert "invalid choice: 'host'" in capsys.readouterr().err
+        cli._parser().parse_args(["warmup", "--path", "relay"])
+    assert "invalid choice: 'relay'" in capsys.readouterr().err
 
 
 real_engine_class = ladder._engine_class
@@ -182,7 +182,7 @@ def fake_gpus_and_a_third_row(place, machine, fails=None):
     """Fake engines, but for the third row's: that one the ladder finds by the name in the row."""
     with fake_gpus(place.control, machine, fails) as built, one_row_more():
         fake = ladder._engine_class
-        choose = lambda row: real_engine_class(row) if row is HOST else fake(row)  # noqa: E731
+        choose = lambda row: real_engine_class(row) if row is RELAY else fake(row)  # noqa: E731
         with mock.patch.object(ladder, "_engine_class", choose):
             yield built
 
@@ -190,9 +190,9 @@ def fake_gpus_and_a_third_row(place, machine, fails=None):
 def it_is_built_where_it_is_the_best(place):
     with fake_gpus_and_a_third_row(place, "rtx4090-x2") as built:
         comm = Communicator(place.control, torch.device("cpu"))
-        assert isinstance(comm._engine, HostEngine) and not built and comm.path is Third.HOST
+        assert isinstance(comm._engine, RelayEngine) and not built and comm.path is Third.RELAY
         described = comm.describe()
-        assert described.path.value == "host" and {band.path for band in described.bands} == {"host"}
+        assert described.path.value == "relay" and {band.path for band in described.bands} == {"relay"}
         assert [reason.code for reason in described.reasons] == ["no-nvlink", "no-p2p"]
         assert comm.all_reduce(torch.ones(3)).tolist() == [2.0] * 3 and comm._engine.sums == 1
         comm.close()
@@ -203,16 +203,16 @@ def it_is_built_where_those_above_fail(place):
     with fake_gpus_and_a_third_row(place, "h200-x4", fails) as built:
         found = ladder.climb(place.control, torch.device("cpu"))
         assert [engine.path for engine in built] == ["v2", "legacy"] and all(engine.closed for engine in built)
-        assert (found.verdict.path, codes(found.verdict)) == (Third.HOST, ["build-failed"] * 2)
-        assert isinstance(found.engine, HostEngine) and found.verdict.full_nvlink and found.engine.config.nvlink
+        assert (found.verdict.path, codes(found.verdict)) == (Third.RELAY, ["build-failed"] * 2)
+        assert isinstance(found.engine, RelayEngine) and found.verdict.full_nvlink and found.engine.config.nvlink
 
 
 def it_can_be_the_only_one_that_is_wanted(place):
     cpu = torch.device("cpu")
     with fake_gpus_and_a_third_row(place, "h200-x4") as built:
-        found = ladder.climb(place.control, cpu, highest=Third.HOST)
-        assert (found.verdict.path, codes(found.verdict)) == (Third.HOST, ["v2-switched-off", "path-forced"]) and not built
-        assert {reason.text for reason in found.verdict.reasons} == {"the caller asked for the host kernels"}
+        found = ladder.climb(place.control, cpu, highest=Third.RELAY)
+        assert (found.verdict.path, codes(found.verdict)) == (Third.RELAY, ["v2-switched-off", "path-forced"]) and not built
+        assert {reason.text for reason in found.verdict.reasons} == {"the caller asked for the relay kernels"}
     with fake_gpus_and_a_third_row(place, "rtx4090-x2") as built:
         found = ladder.climb(place.control, cpu, lowest=Path.LEGACY)
         assert (found.verdict.path, found.engine) == (Path.TORCH, None) and not built

@@ -17,12 +17,13 @@ from allreduce_jit.errors import InputError
 from allreduce_jit.policy import checks
 from allreduce_jit.policy.dispatch import apply_multi_node_policy, decide
 from allreduce_jit.policy.verdict import CODES, Path, Reason, Verdict
-from allreduce_jit.settings import V2_SWITCH, Settings
+from allreduce_jit.settings import PATHS, V2_SWITCH, Settings
 
 AUTO, OFF = Settings(), Settings(use_v2=False)
 LEGACY, TORCH = Settings(path="legacy"), Settings(path="torch")
 NVLINK = tuple(look_all(MACHINES["h200-x4"]))
 PCIE = tuple(look_all(MACHINES["a100-pcie-x4"]))
+NO_P2P = tuple(look_all(MACHINES["rtx4090-x2"]))
 
 
 def judge(caps, settings=AUTO, **kwargs):
@@ -92,13 +93,16 @@ def test_missing_compilers(rank):
     assert no_nvrtc.reasons[0].rank == rank
     assert judge(with_software(NVLINK, rank, triton=None)).path is Path.V2
     no_triton = judge(with_software(PCIE, rank, triton=None))
-    assert (no_triton.path, codes(no_triton)) == (Path.TORCH, ["no-nvlink", "no-triton"])
+    assert (no_triton.path, codes(no_triton)) == (Path.TORCH, ["no-nvlink", "no-triton", "has-p2p"])
     assert no_triton.reasons[1].rank == rank
     assert judge(with_software(PCIE, rank, nvrtc=None)).path is Path.LEGACY
     neither = judge(with_software(NVLINK, rank, nvrtc=None, triton=None))
-    assert (neither.path, codes(neither), neither.full_nvlink) == (Path.TORCH, ["no-nvrtc", "no-triton"], None)
+    assert (neither.path, codes(neither), neither.full_nvlink) == (Path.TORCH, ["no-nvrtc", "no-triton", "has-p2p"], None)
     off = judge(with_software(NVLINK, rank, triton=None), OFF)
-    assert (off.path, codes(off)) == (Path.TORCH, ["v2-switched-off", "no-triton"])
+    assert (off.path, codes(off)) == (Path.TORCH, ["v2-switched-off", "no-triton", "has-p2p"])
+    apart = judge(with_software(NO_P2P, min(rank, 1), nvrtc=None))
+    assert (apart.path, codes(apart)) == (Path.TORCH, ["no-nvlink", "no-p2p", "no-nvrtc"])
+    assert judge(with_software(NO_P2P, min(rank, 1), triton=None)).path is Path.HOST
 
 
 @pytest.mark.parametrize(("rank", "peer"), list(itertools.permutations(range(4), 2)))
@@ -108,9 +112,9 @@ def test_one_direction_of_one_pair_is_enough_to_step_down(rank, peer, value):
     assert (found.path, codes(found), found.full_nvlink) == (Path.LEGACY, ["partial-nvlink"], False)
     assert found.reasons[0].rank == rank and f"rank {peer}" in found.reasons[0].text
     found = judge(with_link(NVLINK, rank, peer, p2p_access=value))
-    assert (found.path, codes(found), found.full_nvlink) == (Path.TORCH, ["no-p2p"], None)
+    assert (found.path, codes(found), found.full_nvlink) == (Path.HOST, ["no-p2p"], True)
     found = judge(with_link(PCIE, rank, peer, p2p_access=value))
-    assert (found.path, codes(found)) == (Path.TORCH, ["no-nvlink", "no-p2p"])
+    assert (found.path, codes(found)) == (Path.HOST, ["no-nvlink", "no-p2p"])
 
 
 def test_planted_one_directional_check_would_be_noticed(monkeypatch):
@@ -128,8 +132,36 @@ def test_planted_optimism_about_the_unknown_would_be_noticed(monkeypatch):
 def test_a_link_that_nobody_knows_of():
     caps = [replace(c, links=()) for c in NVLINK]
     found = judge(caps)
-    assert (found.path, codes(found)) == (Path.TORCH, ["no-nvlink", "no-p2p"])
+    assert (found.path, codes(found)) == (Path.HOST, ["no-nvlink", "no-p2p"])
     assert "cannot tell" in found.reasons[1].text
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_what_host_memory_needs(rank):
+    """Each refusal is a reason, with the rank; what is not known is not assumed."""
+    assert judge(NO_P2P).path is Path.HOST
+    for value, words in ((False, "cannot map host memory"), (None, "cannot tell whether NVIDIA GeForce RTX 4090 can map")):
+        found = judge(with_gpu(NO_P2P, rank, maps_host_memory=value))
+        assert (found.path, codes(found)) == (Path.TORCH, ["no-nvlink", "no-p2p", "no-host-memory"])
+        assert found.reasons[2].rank == rank and words in found.reasons[2].text
+    for value in (False, None):
+        caps = [replace(c, host=replace(c.host, memfd=value)) if i == rank else c for i, c in enumerate(NO_P2P)]
+        found = judge([replace(c, problems=("host.memfd(): OSError: no",)) for c in caps])
+        assert (found.path, codes(found)) == (Path.TORCH, ["no-nvlink", "no-p2p", "no-shared-memory"])
+        assert found.reasons[2] == Reason(
+            "no-shared-memory", f"rank {rank} cannot make memory to share (memfd_create) (host.memfd(): OSError: no)", rank
+        )
+
+
+def test_host_memory_is_for_gpus_that_cannot_reach_each_other_or_for_who_asks_for_it():
+    broken = {Path.V2: Reason("verify-failed", "rank 1: wrong", 1)}
+    built = {Path.V2: Reason("build-failed", "rank 1: no", 1), Path.LEGACY: Reason("build-failed", "rank 1: no", 1)}
+    for caps in (NVLINK, PCIE):
+        found = decide(caps, [AUTO] * 4, left=built)
+        assert found.path is Path.TORCH and found.reasons[-1] == Reason("has-p2p", CODES["has-p2p"])
+        assert decide(caps, [AUTO] * 4, left={**built, **broken}).path is Path.HOST
+        assert decide(caps, [AUTO, Settings(path="host"), AUTO, AUTO]).path is Path.HOST
+        assert decide(caps, [AUTO, Settings(path="host"), AUTO, Settings(path="torch")]).path is Path.TORCH
 
 
 @pytest.mark.parametrize("rank", [0, 1, 3])
@@ -290,7 +322,7 @@ def test_fabric(state, path):
 
 
 everyone = st.sampled_from(sorted(name for name in MACHINES if len(MACHINES[name]["ranks"]) <= 8))
-wish = st.sampled_from([AUTO, AUTO, AUTO, OFF, LEGACY, TORCH])
+wish = st.sampled_from([AUTO, AUTO, AUTO, OFF, LEGACY, Settings(path="host"), TORCH])
 
 
 @hypothesis_settings(max_examples=150, deadline=None)
@@ -323,10 +355,13 @@ def test_a_more_cautious_wish_never_climbs(name, data):
     wishes = data.draw(st.lists(wish, min_size=len(caps), max_size=len(caps)))
     extra, rank = data.draw(wish), data.draw(st.integers(0, len(caps) - 1))
     lower = list(wishes)
-    path = min(wishes[rank].path, extra.path, key=["torch", "legacy", "auto"].index)
+    path = min(wishes[rank].path, extra.path, key=[*reversed(PATHS)].index)
     lower[rank] = Settings(use_v2=wishes[rank].use_v2 and extra.use_v2, path=path)
-    height = [Path.TORCH, Path.LEGACY, Path.V2]
-    assert height.index(decide(caps, lower).path) <= height.index(decide(caps, wishes).path)
+    height = [*reversed(Path)].index
+    found = decide(caps, lower).path
+    # Who names host memory gets it, also where it would be left out because NCCL has a better way.
+    asked = found is Path.HOST and "host" in [one.path for one in lower]
+    assert asked or height(found) <= height(decide(caps, wishes).path)
 
 
 def test_values():

@@ -444,6 +444,29 @@ OURS = [
          {"g1": "st_relaxed_sys_v2_u64 [signature], 5 9 6 9", "g0": "ld_relaxed_sys_v2_u64 s, [signature]"}),
     Case("signature: one half does not prove the other", "allowed", "s1 == 9 and s2 != 6",
          {"g1": "st_relaxed_sys_v2_u64 [signature], 5 9 6 9", "g0": "ld_relaxed_sys_v2_u64 s, [signature]"}),
+    # kernels/cuda/outbox.cuh, wire/phase.cuh: a slot in host memory is two halves of 8 bytes, payload and phase in each; phases 1, 0, 1, …
+    Case("phase: each half proves itself", "forbidden", "s1 == 1 and s0 != 5 or s3 == 1 and s2 != 6",
+         {"g1": "st_relaxed_sys_v2_u64 [slot], 5 1 6 1", "g0": "ld_relaxed_sys_v2_u64 s, [slot]"}),
+    Case("phase: one half does not prove the other", "allowed", "s1 == 1 and s2 != 6",
+         {"g1": "st_relaxed_sys_v2_u64 [slot], 5 1 6 1", "g0": "ld_relaxed_sys_v2_u64 s, [slot]"}),
+    Case("phase: a slot does not go back, for a later kernel's thread either", "forbidden", "p1 == 1 and q1 == 0",
+         {"g1": "st_relaxed_sys_v2_u64 [slot], 5 1 6 1", "g0:k0": "ld_relaxed_sys_v2_u64 p, [slot]",
+          "g0:k1:b1": "griddepcontrol_wait; ld_relaxed_sys_v2_u64 q, [slot]"}),
+    # The theorem: what has the phase of this use is of this use. Nothing is asked of the order of stores to different places.
+    Case("phase: what arrives is of this use", "forbidden", "q1 == 0 and q0 != 7 or q3 == 0 and q2 != 8",
+         {"g0:k0": "ld_relaxed_sys_v2_u64 p, [slot]; assume p1 == 1 and p3 == 1",
+          "g0:k1:b1": "griddepcontrol_wait; st_relaxed_sys_v2_u64 [back], 1 1 1 1; ld_relaxed_sys_v2_u64 q, [slot]",
+          "g1": "st_relaxed_sys_v2_u64 [slot], 5 1 6 1; ld_relaxed_sys_v2_u64 b, [back]; assume b1 == 1 and b3 == 1; "
+                "st_relaxed_sys_v2_u64 [slot], 7 0 8 0"}, control=True),
+    Case("phase: a reader that has left a use out may take the one before that for this one", "allowed", "q1 == 0 and q0 != 7",
+         {"g1": "st_relaxed_sys_v2_u64 [slot], 5 1 6 1; st_relaxed_sys_v2_u64 [slot], 7 0 8 0",
+          "g0": "ld_relaxed_sys_v2_u64 q, [slot]"}),
+    # A chunk that is stored when the peer has answered is not what the peer read before it answered.
+    Case("phase: nobody reads a chunk that its answer has yet to cause", "forbidden", "p1 == 0 and p0 == 7",
+         {"g0:k0": "ld_relaxed_sys_v2_u64 p, [slot]; assume p0 != 0",
+          "g0:k1:b1": "griddepcontrol_wait; st_relaxed_sys_v2_u64 [back], 1 1 1 1",
+          "g1": "st_relaxed_sys_v2_u64 [slot], 5 1 6 1; ld_relaxed_sys_v2_u64 b, [back]; assume b1 == 1; "
+                "st_relaxed_sys_v2_u64 [slot], 7 0 8 0"}, control=True),
     Case("in flight: of two calls at once, one sees the other", "forbidden", "a == 0 and b == 0",
          {"g0:b0": "atom_add_relaxed_gpu_u32 a, [entered], 1",
           "g0:b1": "atom_add_relaxed_gpu_u32 b, [entered], 1"}),

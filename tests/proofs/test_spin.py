@@ -1,4 +1,4 @@
-"""The V2 protocols, all interleavings of them: ``spin/allreduce.pml`` and ``spin/norm.pml`` checked by Spin. LONG=1 adds larger ones."""
+"""The protocols of V2 and host, all interleavings of them: the models in ``spin/`` checked by Spin. LONG=1 adds larger ones."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import pytest
 
 MODEL = Path(__file__).parent / "spin/allreduce.pml"
 ROWS = Path(__file__).parent / "spin/norm.pml"
+HOST = Path(__file__).parent / "spin/host.pml"
 
 pytestmark = [
     pytest.mark.skipif(not shutil.which("spin"), reason="needs spin (Debian's package of that name)"),
@@ -172,8 +173,62 @@ def test_a_planted_mistake_of_rows_is_found(tmp_path, found, mutant, options):
     assert re.match(found, error)
 
 
+# -- through host memory
+
+
 @pytest.mark.parametrize(
-    ("model", "test", "at"), [(MODEL, test_a_planted_mistake_is_found, 1), (ROWS, test_a_planted_mistake_of_rows_is_found, None)]
+    ("least", "options"),
+    [
+        (280_000, {"N": 3}),
+        (100_000, {"N": 2, "AHEAD": 2, "MOST": 5}),
+        (150_000, {"N": 3, "TWO_SHOT": 1}),
+        (160_000, {"N": 2, "FAILURES": 1}),
+        pytest.param(500_000, {"N": 2, "CALLS": 3, "FAILURES": 1}, marks=needs_long),
+        pytest.param(500_000, {"N": 3, "MOST": 2, "FAILURES": 1}, marks=needs_long),
+        pytest.param(500_000, {"N": 2, "AHEAD": 2, "MOST": 5, "FAILURES": 1}, marks=needs_long),
+        pytest.param(500_000, {"N": 3, "MOST": 2, "TWO_SHOT": 1, "FAILURES": 1}, marks=needs_long),
+        pytest.param(500_000, {"N": 4, "MOST": 2, "TWO_SHOT": 1}, marks=needs_long),
+    ],
+    ids=str,
+)
+def test_outboxes_are_written_when_all_have_read_them(tmp_path, least, options):
+    error, states = check(tmp_path, model=HOST, **options)
+    assert error == ""
+    assert states >= least
+
+
+UNREAD, OTHER_CHUNK = r"assertion violated \(got\[", r"assertion violated \(slot\["
+
+
+@pytest.mark.parametrize(
+    ("found", "options"),
+    [
+        (OTHER_CHUNK, {"MUTANT": "ONE_PHASE", "N": 2}),
+        (OTHER_CHUNK, {"MUTANT": "ONE_PHASE", "TWO_SHOT": 1}),
+        (UNREAD, {"MUTANT": "STORES_FIRST", "N": 2}),
+        (HANGS, {"MUTANT": "COUNTS_CALLS", "N": 2}),
+        (HANGS, {"MUTANT": "COUNTS_CALLS", "TWO_SHOT": 1}),
+        (UNREAD, {"N": 2, "AHEAD": 2, "MOST": 5, "RING": 3}),  # twice as many slots as are ahead, no fewer
+        (UNREAD, {"N": 2, "RING": 1}),
+        (UNREAD, {"MUTANT": "GATHERS_LATE", "TWO_SHOT": 1}),
+        (UNREAD, {"MUTANT": "SUMS_EARLY", "TWO_SHOT": 1}),
+        (OTHER_CHUNK, {"MUTANT": "STORES_ON", "FAILURES": 1}),
+        (HANGS, {"MUTANT": "NO_DEADLINE", "N": 2, "FAILURES": 1}),
+    ],
+    ids=str,
+)
+def test_a_planted_mistake_of_outboxes_is_found(tmp_path, found, options):
+    error, _ = check(tmp_path, quickly=True, model=HOST, **options)
+    assert re.match(found, error)
+
+
+@pytest.mark.parametrize(
+    ("model", "test", "at"),
+    [
+        (MODEL, test_a_planted_mistake_is_found, 1),
+        (ROWS, test_a_planted_mistake_of_rows_is_found, None),
+        (HOST, test_a_planted_mistake_of_outboxes_is_found, 1),
+    ],
 )
 def test_every_mutant_of_the_model_is_tried(model, test, at):
     names = re.search(r"Planted mistakes.*?\*/\n(.*?)#ifndef MUTANT", model.read_text(), re.S)[1]

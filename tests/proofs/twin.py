@@ -7,6 +7,7 @@ own: ``NvlinkEngine`` with the memory and the launches of the twin.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import json
@@ -27,6 +28,7 @@ from unittest import mock
 import torch
 
 from allreduce_jit.abi import MAX_SHAPES, Control, Header, NormArgs
+from allreduce_jit.engine import host as host_engine_module
 from allreduce_jit.engine import nvlink as engine_module
 from allreduce_jit.engine import nvlink_norm as norm_engine_module
 from allreduce_jit.engine import reference
@@ -320,21 +322,13 @@ class World:
         modules: what the executable was built of; None: ``bare(world_size)``.
     """
 
+    EMPTY = 0xFF  # what every byte of the slots holds at first; at the end, too, where slots are poisoned
+    POISONED = True
+
     def __init__(self, executable: Path, world_size: int, *, pdl: bool = True, epoch: int = 0, max_ctas: int | None = None,
                  relayout=lambda layout, world_size: layout, modules: Sequence[KernelSpec] | None = None):  # fmt: skip
         self.world_size = world_size
-        names = algorithms(world_size)
-        # Small messages already take different algorithms, and every algorithm has a region.
-        tuned = tuple(Band(2048 << 2 * i, name, 32 << i) for i, name in enumerate(names[:-1]))
-        tuned += (Band(NEVER, names[-1], MAX_BLOCK),)
-        self.engines = [
-            engine_module.NvlinkEngine(SimpleNamespace(
-                rank=rank, world_size=world_size, device=SimpleNamespace(index=0), arch="sm_90", nvlink=True,
-                deterministic=True, settings=SimpleNamespace(staging_mb=STAGING_MB, pdl=pdl), max_ctas=max_ctas,
-                tuned=dict.fromkeys(ITEMSIZE, tuned),
-            ))
-            for rank in range(world_size)
-        ]  # fmt: skip
+        self.engines = self._make_engines(pdl, max_ctas)
         self.layout = spread(relayout(self.engines[0].layout, world_size))
         channel_bytes = engine_module.NvlinkEngine.channel_bytes
         local = ctypes.sizeof(Control) + channel_bytes * self.layout.channels
@@ -360,7 +354,7 @@ class World:
             channels.append(slice(at, end))
             self._between.append(slice(end, end + channel_bytes * GAP))
         for parts in self._parts:
-            parts["staging"][HEADER_BYTES:].fill_(0xFF)
+            parts["staging"][HEADER_BYTES:].fill_(self.EMPTY)
             for count in LocalState.COUNTS_AT:
                 parts["local"][count : count + 4].view(torch.int32).fill_(sequence)
             parts["local"][Control.channels.offset :][:4].view(torch.int32).fill_(self.layout.channels)
@@ -388,6 +382,22 @@ class World:
             engine._kernels = {entry: (self._queue, rank, number, clusters[entry]) for number, entry in enumerate(entries)}
         self.collectives = self.pushes = self.switches = 0
         self.steps = 0  # that the last run took
+
+    def _make_engines(self, pdl: bool, max_ctas: int | None) -> list:
+        names = algorithms(self.world_size)
+        # Small messages already take different algorithms, and every algorithm has a region.
+        tuned = tuple(Band(2048 << 2 * i, name, 32 << i) for i, name in enumerate(names[:-1]))
+        tuned += (Band(NEVER, names[-1], MAX_BLOCK),)
+        return [
+            engine_module.NvlinkEngine(self._config(rank, pdl, max_ctas, tuned=dict.fromkeys(ITEMSIZE, tuned)))
+            for rank in range(self.world_size)
+        ]
+
+    def _config(self, rank: int, pdl: bool, max_ctas: int | None, **more) -> SimpleNamespace:
+        return SimpleNamespace(
+            rank=rank, world_size=self.world_size, device=SimpleNamespace(index=0), arch="sm_90", nvlink=True,
+            deterministic=True, settings=SimpleNamespace(staging_mb=STAGING_MB, pdl=pdl), max_ctas=max_ctas, **more,
+        )  # fmt: skip
 
     def run(self, program: Program, seed: int, *, skip: Sequence[int] = (), complete: bool = True,
             instead: Mapping[int, Call] | None = None, told: Mapping[int, Mapping[str, int]] | None = None, **options) -> None:  # fmt: skip
@@ -428,10 +438,9 @@ class World:
             return
         plan, calls, spec = self.plan(call), self._calls[rank], call.spec
         if (spec, plan) not in calls:
-            with (
-                mock.patch.object(engine_module, "KernelLaunch", Recorder),
-                mock.patch.object(norm_engine_module, "KernelLaunch", Recorder),
-            ):
+            with contextlib.ExitStack() as stack:
+                for module in (engine_module, norm_engine_module, host_engine_module):
+                    stack.enter_context(mock.patch.object(module, "KernelLaunch", Recorder))
                 calls[spec, plan] = self.engines[rank].prepare(spec, plan, shape_id=len(calls) % MAX_SHAPES)
         arena = self._base + self._offsets[rank]["arena"]
         calls[spec, plan].bind([arena + buffer.start for buffer in buffers], 0)
@@ -442,7 +451,7 @@ class World:
     def _run(self, seed: int, *, room: int = 0, jitter: float = 0.05, sleep: float = 0.001, patience: int = 400_000,
              pokes: Sequence[tuple[int, int, int]] = ()) -> None:  # fmt: skip
         slots = []
-        for rank, offsets in enumerate(self._offsets):
+        for rank, offsets in enumerate(self._offsets if self.POISONED else ()):
             start, end = (self._base + offsets["staging"] + b for b in (HEADER_BYTES, self.layout.nbytes))
             slots.append(struct.pack("QQII", start, end, rank, HEADER_BYTES))
         reports = [struct.pack("Q", self._base + offsets["report"]) for offsets in self._offsets]
@@ -467,7 +476,9 @@ class World:
         self.switches += answer["switches"]
 
     def check_slots(self) -> None:
-        """Every slot is empty."""
+        """Every slot is empty, where that is their end."""
+        if not self.POISONED:
+            return
         for rank, parts in enumerate(self._parts):
             slots = parts["staging"][HEADER_BYTES:]
             if slots.min() != 0xFF:

@@ -91,9 +91,46 @@ def both_rungs_fail(place):
         fails = where(place, {1}, ("v2", first)) | where(place, {2, 3}, ("legacy", second), error=OSError(7, "odd"))
         with fake_gpus(place.control, fails=fails) as built:
             found = climb(place.control, CPU)
-        assert agreed(place, found) == (Path.TORCH, [CODES[first], CODES[second]], [1, 2])
-        assert found.verdict.backend == "nccl" and found.verdict.full_nvlink is None
+        codes = [CODES[first], CODES[second]]
+        if {"map-failed", "verify-failed"} & set(codes):  # what was to carry the data does not: NCCL would rely on it
+            assert agreed(place, found) == (Path.HOST, codes, [1, 2]) and found.engine.path == "host"
+        else:
+            assert agreed(place, found) == (Path.TORCH, [*codes, "has-p2p"], [1, 2, None])
+            assert found.verdict.full_nvlink is None
+        assert found.verdict.backend == "nccl"
         lived_well(built, found)
+
+
+def all_rungs_fail(place):
+    for third in STAGES:
+        fails = where(place, {1}, ("v2", "verify")) | where(place, {2}, ("legacy", "load")) | where(place, {3}, ("host", third))
+        with fake_gpus(place.control, fails=fails) as built:
+            found = climb(place.control, CPU)
+        assert agreed(place, found) == (Path.TORCH, ["verify-failed", "build-failed", CODES[third]], [1, 2, 3])
+        assert [engine.path for engine in built] == ["v2", "legacy", "host"] and found.verdict.full_nvlink is None
+        lived_well(built, found)
+
+
+def through_host_memory(place):
+    """The best rung where GPUs cannot reach each other; and where somebody wants it."""
+    with fake_gpus(place.control, "l40s-x4-vm") as built:
+        found = climb(place.control, CPU)
+    assert agreed(place, found)[:2] == (Path.HOST, ["no-nvlink", "no-p2p"]) and len(built) == 1
+    assert len(set(found.engine.config.bus_ids)) == place.world_size
+    os.environ["ALLREDUCE_JIT_PATH"] = "host" if place.rank == 2 else "auto"
+    try:
+        with fake_gpus(place.control) as built:
+            found = climb(place.control, CPU)
+    finally:
+        del os.environ["ALLREDUCE_JIT_PATH"]
+    assert agreed(place, found) == (Path.HOST, ["path-forced"], [2]) and len(built) == 1
+    with fake_gpus(place.control) as built:
+        found = climb(place.control, CPU, highest=Path.HOST)
+    assert agreed(place, found)[0] is Path.HOST and len(built) == 1
+    with fake_gpus(place.control, "l40s-x4-vm", where(place, {1}, ("host", "allocate"), error=OSError(12, "no memory"))) as built:
+        found = climb(place.control, CPU)
+    assert agreed(place, found)[:2] == (Path.TORCH, ["no-nvlink", "no-p2p", "build-failed"])
+    lived_well(built, found)
 
 
 def different_stages_on_different_ranks(place):
@@ -113,7 +150,7 @@ def below_full_nvlink(place):
     assert not found.engine.config.nvlink
     with fake_gpus(place.control, "a100-pcie-x4", where(place, {3}, ("legacy", "verify"))) as built:
         found = climb(place.control, CPU)
-    assert agreed(place, found)[:2] == (Path.TORCH, [*codes, "verify-failed"])
+    assert agreed(place, found)[:2] == (Path.HOST, [*codes, "verify-failed"])
     lived_well(built, found)
 
 
@@ -123,8 +160,8 @@ def no_rung_below(place):
 
     with fake_gpus(place.control, fails=where(place, {2}, ("v2", "connect")), change=change) as built:
         found = climb(place.control, CPU)
-    assert agreed(place, found) == (Path.TORCH, ["map-failed", "no-triton"], [2, 1])
-    assert [engine.path for engine in built] == ["v2"]
+    assert agreed(place, found) == (Path.HOST, ["map-failed", "no-triton"], [2, 1])
+    assert [engine.path for engine in built] == ["v2", "host"]
     lived_well(built, found)
 
 
@@ -249,6 +286,8 @@ CASES = [
     under_other_defaults,
     every_stage_on_every_kind_of_rank,
     both_rungs_fail,
+    all_rungs_fail,
+    through_host_memory,
     different_stages_on_different_ranks,
     below_full_nvlink,
     no_rung_below,

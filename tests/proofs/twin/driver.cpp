@@ -645,7 +645,8 @@ bool all(bool vote, u32 mask) {
     return outcome;
 }
 
-static u32 exchange(u32 v, u32 from, const char *what, u32 mask) {
+// What each lane of the warp has told, and which have.
+static const u32 *exchange(u32 v, const char *what, u32 mask, u32 &told) {
     pause();
     Driver driver;
     const u32 lane = current->lane.thread.x % WARP;
@@ -655,12 +656,26 @@ static u32 exchange(u32 v, u32 from, const char *what, u32 mask) {
     warp.told[turn] |= 1u << lane;
     meet(warp, what);
     met(warp, turn, mask, what);
-    if (!(warp.told[turn] >> from & 1)) fail("apart", std::string("a lane wants the word of one that has ended: ") + what);
-    return warp.word[turn][from];
+    told = warp.told[turn];
+    return warp.word[turn];
 }
 
-u32 broadcast(u32 v, u32 mask) { return exchange(v, 0, "broadcast", mask); }
-u32 shuffle(u32 v, u32 from) { return exchange(v, from, "a shuffle", ~0u); }
+static u32 word_of(u32 v, u32 from, const char *what, u32 mask) {
+    u32 told;
+    const u32 *words = exchange(v, what, mask, told);
+    if (!(told >> from & 1)) fail("apart", std::string("a lane wants the word of one that has ended: ") + what);
+    return words[from];
+}
+
+u32 broadcast(u32 v, u32 mask) { return word_of(v, 0, "broadcast", mask); }
+u32 shuffle(u32 v, u32 from) { return word_of(v, from, "a shuffle", ~0u); }
+
+u32 ballot(bool p) {
+    u32 told, found = 0;
+    const u32 *words = exchange(p, "a ballot", ~0u, told);
+    for (u32 lane = 0; lane < WARP; lane++) found |= (told >> lane & words[lane] & 1) << lane;
+    return found;
+}
 
 u32 shared(u32 words) {
     pause();

@@ -63,6 +63,7 @@ void syncthreads();
 bool all(bool vote, u32 mask);    // of a warp, whose lanes are those of `mask`
 u32 broadcast(u32 v, u32 mask);   // what the warp's lane 0 has
 u32 shuffle(u32 v, u32 from);  // what that lane has
+u32 ballot(bool p);     // a bit of each lane
 u32 shared(u32 words);  // address of the block's shared memory
 u32 *shared_at(u32 address, u32 words);  // of the block, or another one of its cluster
 void cluster_arrive();
@@ -289,6 +290,8 @@ inline void opaque(Packet &) {}
 inline bool all_sync(u32 mask, bool p) { return twin::all(p, mask); }
 inline bool any_sync(u32 mask, bool p) { return !twin::all(!p, mask); }
 inline u32 broadcast(u32 mask, u32 v) { return twin::broadcast(v, mask); }
+inline u32 shfl(u32 v, u32 lane) { return twin::shuffle(v, lane); }
+inline u32 ballot(bool p) { return twin::ballot(p); }
 inline u32 shfl_xor(u32 v, u32 lanes) { return twin::shuffle(v, threadIdx.x % 32 ^ lanes); }
 inline float shfl_xor(float v, u32 lanes) { return twin::value(shfl_xor(twin::bits(v), lanes)); }
 inline u32 warp_max(u32 v) {

@@ -1,0 +1,116 @@
+"""Plans of path host as properties, each of which has a planted mistake that it must find."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from allreduce_jit.policy import host
+from allreduce_jit.policy.catalogue import HOST_ALGORITHMS, WORLD_SIZES, entry, host_algorithms, host_modules
+from allreduce_jit.policy.host import HOST_TABLES
+from allreduce_jit.policy.operation import ITEMSIZE, all_reduce
+from allreduce_jit.policy.plan import HEADER_BYTES, PACKET, WARP
+from allreduce_jit.policy.tables import NEVER
+
+MIB = 1 << 20
+
+
+def layout_is_sound(world_size, staging_bytes, layout):
+    end = HEADER_BYTES
+    channels = []
+    for name, region in sorted(layout.regions.items(), key=lambda item: item[1].offset):
+        assert region.offset >= end and region.offset % 512 == 0, "regions lie apart, slots on borders of their own"
+        assert region.capacity == HOST_ALGORITHMS[name].slots(world_size) and region.channels >= 64
+        end = region.offset + region.channels * host.channel_bytes(name, world_size)
+        channels += range(region.first_channel, region.first_channel + region.channels)
+    assert end == layout.nbytes <= staging_bytes
+    assert sorted(channels) == list(range(layout.channels)), "a count for each channel, and no two share one"
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+@pytest.mark.parametrize("staging_mb", [4, 5, 32, 1024])
+def test_layouts(world_size, staging_mb):
+    layout_is_sound(world_size, staging_mb * MIB, host.make_layout(world_size, staging_mb * MIB))
+
+
+def test_a_planted_layout_is_found():
+    layout = host.make_layout(3, 32 * MIB)
+    name = list(layout.regions)[1]
+    for change in ({"offset": layout.regions[name].offset - 512}, {"capacity": 2}, {"first_channel": 0}):
+        regions = layout.regions | {name: replace(layout.regions[name], **change)}
+        with pytest.raises(AssertionError):
+            layout_is_sound(3, 32 * MIB, replace(layout, regions=regions))
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_tables(world_size):
+    bands = HOST_TABLES[world_size]
+    assert bands[-1].up_to == NEVER and [band.up_to for band in bands] == sorted({band.up_to for band in bands})
+    names = host_algorithms(world_size)
+    order = [names.index(band.algorithm) for band in bands]
+    assert order == sorted(order) and set(order) == set(range(len(names))), "each is used, from small to large messages"
+    for band in bands:
+        assert band.block % WARP == 0 and 0 < band.block <= 512 and band.channels <= host.CHANNELS[band.algorithm]
+        assert band.channels * WARP % band.block == 0
+
+
+def plan_is_sound(plan, launches, spec, world_size, layout, max_ctas):
+    what = HOST_ALGORITHMS[plan.algorithm]
+    parts = world_size if what.parts else 1
+    warps = plan.block // WARP
+    assert 1 <= plan.grid and plan.grid * warps <= max(warps, layout.regions[plan.algorithm].channels), "a channel for each warp"
+    assert max_ctas is None or plan.grid + 1 <= max_ctas
+    covered = 0
+    for piece in launches:
+        assert piece.start == covered and 0 < piece.numel <= plan.chunk < 1 << 31 and piece.grid == plan.grid + 1
+        assert piece.start * ITEMSIZE[spec.dtype] % PACKET == 0, "whole packets stay aligned"
+        assert dict(piece.arguments)["last"] == 1
+        covered += piece.numel
+    assert covered == spec.numel
+    first = -(-launches[0].numel * ITEMSIZE[spec.dtype] // (PACKET * parts))
+    assert (plan.grid - 1) * warps * host.chunk_packets(plan.algorithm) < first, "no block without a chunk"
+
+
+@st.composite
+def cases(draw):
+    world_size, dtype = draw(st.sampled_from(WORLD_SIZES)), draw(st.sampled_from(list(ITEMSIZE)))
+    numel = int(2 ** draw(st.floats(0, 32)))
+    return world_size, all_reduce(dtype, numel), draw(st.sampled_from([None, 2, 3, 16])), draw(st.sampled_from([4, 32]))
+
+
+@hypothesis_settings(max_examples=300, deadline=None)
+@given(case=cases())
+def test_plans(case):
+    world_size, spec, max_ctas, staging_mb = case
+    layout = host.make_layout(world_size, staging_mb * MIB)
+    plan = host.make_plan(spec, world_size, HOST_TABLES[world_size], layout, max_ctas)
+    assert plan.path == "host" and plan == host.make_plan(spec, world_size, HOST_TABLES[world_size], layout, max_ctas)
+    plan_is_sound(plan, host.launches(plan, spec), spec, world_size, layout, max_ctas)
+    entries = {name for module in host_modules(world_size) for name in module.entries}
+    assert {entry(plan.algorithm, spec.dtype, world_size, whole) for whole in (True, False)} <= entries
+
+
+def test_planted_plans_are_found():
+    layout = host.make_layout(2, 32 * MIB)
+    spec = all_reduce("bfloat16", 5_000_000)
+    plan = host.make_plan(spec, 2, HOST_TABLES[2], layout)
+    launches = host.launches(plan, spec)
+    plan_is_sound(plan, launches, spec, 2, layout, None)
+    wrong = [
+        (replace(plan, grid=100_000), launches),
+        (replace(plan, grid=0), launches),
+        (plan, launches[:-1]),
+        (plan, [replace(launches[0], grid=plan.grid)]),
+        (plan, [replace(launches[0], numel=5), replace(launches[0], start=5, numel=spec.numel - 5)]),
+    ]
+    for changed, pieces in wrong:
+        with pytest.raises((AssertionError, IndexError)):
+            plan_is_sound(changed, pieces, spec, 2, layout, None)
+    small = all_reduce("bfloat16", 100)
+    plan = host.make_plan(small, 2, HOST_TABLES[2], layout)
+    with pytest.raises(AssertionError):
+        plan_is_sound(replace(plan, grid=2), [replace(host.launches(plan, small)[0], grid=3)], small, 2, layout, None)
