@@ -356,7 +356,9 @@ def test_their_signature_is_read_from_the_header_where_the_report_lacks_it(one, 
         struct.pack_into("<4I", memory, (8 + source) * 16, numel, 7, tag("one_shot", "float32"), 7)
     stopped(one, Kind.MISMATCH, 2)
     one.state.words[1], one.state.words[6:10] = 7, [12 * own, tag("one_shot", "float32") * own, 0, 0]
-    with pytest.raises(CallMismatchError, match="call 7 is one_shot of 12 float32 on rank 1, but one_shot of 10 float32 on rank 2"):
+    with pytest.raises(
+        CallMismatchError, match="call 7 is one_shot of 12 float32 on rank 1, but one_shot of 10 float32 on rank 2"
+    ):
         one.check()
 
 
