@@ -3,6 +3,7 @@
 # Tests in three tiers (docs/verification.md). make quick: plans, decisions and what users call.
 # make docs: the pages, in build/site.  make pictures: their pictures, after a change of what they show.
 # make dist: sdist and wheel into dist/, checked, and tried in an empty environment of each Python that is here.
+# make mutants: small changes of the kernels' sources, and which of them no check notices; SAMPLE=N: so many, drawn at random; goes on where it was.
 # make test: all tests that this machine can run.  make proofs: in full what make test cuts short of the proofs about kernels.
 PYTHON ?= python3
 VENV := .venv
@@ -12,7 +13,7 @@ pytest = parallel=; if [ ! -e /dev/nvidia0 ] && $(VENV)/bin/python -c "import xd
 		parallel="-n 3 --dist $(1)"; fi; \
 	$(VENV)/bin/python -m pytest $$parallel
 
-.PHONY: run quick test proofs engines lint docs pictures dist clean
+.PHONY: run quick test proofs mutants engines lint docs pictures dist clean
 
 run: $(VENV)/ready
 	$(VENV)/bin/python -m allreduce_jit selftest
@@ -26,6 +27,9 @@ test: $(VENV)/ready
 
 proofs: $(VENV)/ready
 	@export LONG=1 TWIN_COLLECTIVES=50000; $(call pytest,worksteal) -m long tests/proofs
+
+mutants: $(VENV)/ready
+	$(VENV)/bin/python tests/proofs/mutation.py $(if $(SAMPLE),--sample $(SAMPLE)) $(if $(MINUTES),--minutes $(MINUTES)) $(if $(KNOWN),--known --fresh)
 
 engines: $(VENV)/ready
 	PYTHON=$(VENV)/bin/python tools/engines.sh $(VENV)/engines

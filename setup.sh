@@ -18,7 +18,7 @@ P
     "$venv/bin/python" -m pip install -q --no-build-isolation --no-deps -e .
     for package in triton:triton cuda.core:cuda-core cuda.bindings:cuda-bindings pytest:pytest numpy:numpy \
         pytest_timeout:pytest-timeout xdist:pytest-xdist hypothesis:hypothesis ruff:ruff "pyright:pyright[nodejs]" \
-        jsonschema:jsonschema build.env:build twine:twine material:mkdocs-material \
+        jsonschema:jsonschema tree_sitter:tree-sitter tree_sitter_cuda:tree-sitter-cuda build.env:build twine:twine material:mkdocs-material \
         "mkdocstrings_handlers.python:mkdocstrings[python]"; do
         "$venv/bin/python" -c "import ${package%%:*}" 2>/dev/null ||
             "$venv/bin/python" -m pip install -q "${package##*:}" 2>/dev/null ||

@@ -201,10 +201,13 @@ class KernelEngine:
         # V2's kernels leave to us what is still there to be read.
         if words[0] and not words[1]:
             words[1] = int.from_bytes(self.side.read(self.state.control, 4), "little")
-        if code & 0xFF == Kind.MISMATCH and culprit != rank and (culprit not in self.dead or not any(words[6:])):
+        if code & 0xFF == Kind.MISMATCH and culprit != rank and (culprit not in self.dead or not any(words[8:])):
             theirs = self._read_header(culprit, SIGNATURES_AT, SIGNED)
-            if not any(words[6:]):
-                words[6:] = [*(last_signed(theirs, rank) or (0, 0, 0))[1:], *(last_signed(header, culprit) or (0, 0, 0))[1:]]
+            # Another thread of this rank may have been quicker with the report than the one that knows their signature.
+            if not any(words[6:8]):
+                words[6:8] = (last_signed(theirs, rank) or (0, 0, 0))[1:]
+            if not any(words[8:]):
+                words[8:] = (last_signed(header, culprit) or (0, 0, 0))[1:]
             told = parameters(theirs, rank, words[1]), parameters(header, culprit, words[1])
         self._stopped = True
         self._failure = explain(words, code, rank, heard(header, self.config.world_size), self._alive, told)

@@ -349,6 +349,17 @@ def test_the_next_call_raises_the_cause_if_nobody_has(one):
         all_reduce(one)
 
 
+@pytest.mark.parametrize("own", [True, False])
+def test_their_signature_is_read_from_the_header_where_the_report_lacks_it(one, own):
+    """A thread that was told to stop may take the report before the one that has compared signatures (test_failure_promises.py: it does)."""
+    for memory, source, numel in ((one.side.peers, 1, 12), (one.side.signatures, 2, 10)):
+        struct.pack_into("<4I", memory, (8 + source) * 16, numel, 7, tag("one_shot", "float32"), 7)
+    stopped(one, Kind.MISMATCH, 2)
+    one.state.words[1], one.state.words[6:10] = 7, [12 * own, tag("one_shot", "float32") * own, 0, 0]
+    with pytest.raises(CallMismatchError, match="call 7 is one_shot of 12 float32 on rank 1, but one_shot of 10 float32 on rank 2"):
+        one.check()
+
+
 def test_what_norms_differ_in_is_read_from_both_headers(one):
     """Kernels report elements and tags; the rest is still there, of this very call."""
     ours, theirs = (signed(Norm(eps=eps), 64) for eps in (1.0, 2.0))

@@ -342,8 +342,8 @@ BUGS = {
     "a payload may look like the sentinel": ("special values", ANY, [("wire/sentinel.cuh", "min_u32(p.w[i], WORD - 1)", "min_u32(p.w[i], WORD)")]),
     "one word of a packet counts as all": (
         "mixed calls", ANY, [("wire/sentinel.cuh", "max_u32(max_u32(p.w[0], p.w[1]), max_u32(p.w[2], p.w[3]))", "p.w[0]")]),
-    "packets are stored weakly": ("ThreadSanitizer", {"race"}, [("exchange.cuh", PUSH, "if (alive) st_global_v4(slots.to[j] + offset + k * WARP * 16, p);")]),
-    "packets are polled weakly": ("ThreadSanitizer", {"race"}, [("wait.cuh", "u[j] = ld_relaxed_sys_v4(", "u[j] = ld_global_v4(")]),
+    "packets are stored weakly": ("ThreadSanitizer", {"race", "scope"}, [("exchange.cuh", PUSH, "if (alive) st_global_v4(slots.to[j] + offset + k * WARP * 16, p);")]),
+    "packets are polled weakly": ("ThreadSanitizer", {"race", "scope"}, [("wait.cuh", "u[j] = ld_relaxed_sys_v4(", "u[j] = ld_global_v4(")]),
     "the report is signalled without a fence": ("absent rank", {"early report"}, [("failure.cuh", "    fence_acq_rel_sys();\n", "")]),
     "the report is signalled before it is written": (
         "absent rank", {"early report"},

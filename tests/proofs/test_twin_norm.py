@@ -304,7 +304,8 @@ CHECKS = {
     "two-shot, two packets": variant(kernel("two_shot", 1536, packets=2, quant="static"), most=3),
     "numbers": variant(
         kernel("one_shot", 520, "float32", quant="token"), kernel("one_shot", 640, "float32", packets=2, rounding="H"),
-        kernel("one_shot", 640, quant="group", keep_norm=True, weight="float32", weight_bias=1), plain=True),
+        kernel("one_shot", 640, quant="group", keep_norm=True, weight="float32", weight_bias=1),
+        kernel("one_shot", 256, residual=False, quant="token"), plain=True),
     # Blocks that begin late do so when others are at work: these have no earlier launch to wait for.
     "clusters": variant(kernel("one_shot", 512, cluster=2, quant="token"), kernel("one_shot", 1024, cluster=4), pdl=False, most=3),
     "ThreadSanitizer": variant(

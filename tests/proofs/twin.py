@@ -52,6 +52,7 @@ PAGE = 4096
 Edit = tuple[str, str, str]  # file, old text, new text
 ARGS_BYTES = ctypes.sizeof(NormArgs)  # of a launch, whatever its kernel takes
 TOGETHER = 4  # modules of a source that are compiled as one file
+WARNINGS, OPTIMIZATION = ["-Wall", "-Wextra", "-Werror"], "-O1"
 
 
 class StaleEdit(Exception):
@@ -60,7 +61,7 @@ class StaleEdit(Exception):
 
 class Failed(Exception):
     """A run ended badly. ``kind``: overwritten, foreign poison, hang, early report, crash, race, bits, guard,
-    slots, report, in flight."""
+    slots, report, in flight, misaligned, scope, shared memory, apart."""
 
     def __init__(self, kind: str, text: str):
         super().__init__(f"{kind}: {text}")
@@ -94,7 +95,6 @@ def build(directory: Path, world_size: int, tsan: bool = False, edits: Sequence[
 
     ``modules``: what is in it; None: ``bare(world_size)``."""
     texts, modules = sources(edits), bare(world_size) if modules is None else modules
-    headers = {name: text for name, text in texts.items() if name.endswith(("uh", "hpp"))}
     sanitize = ["-fsanitize=thread", "-g1"] if tsan else []
     entries = entries_of(modules)
     declarations = "".join(f'extern "C" void {entry}_call(const void *);\n' for entry in entries)
@@ -107,9 +107,9 @@ def build(directory: Path, world_size: int, tsan: bool = False, edits: Sequence[
     for name in dict.fromkeys(spec.source for spec in modules):
         specs = [spec for spec in modules if spec.source == name]
         for part in (specs[i : i + TOGETHER] for i in range(0, len(specs), TOGETHER)):
-            jobs.append((f"{part[0].name}.cpp", _unit(part), [*sanitize, f"-DSOURCE_{digest(texts[name])}"]))
+            jobs.append((f"{part[0].name}.cpp", _unit(part), sanitize))
     with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(lambda job: _compile(directory, texts, headers, *job), jobs))
+        objects = list(pool.map(lambda job: _compile(directory, texts, *job), jobs))
     executable = directory / f"twin-{digest(*map(str, objects))}{'-tsan' if tsan else ''}"
     if not executable.exists():
         with tempfile.TemporaryDirectory(dir=directory) as folder:  # others may build the same at the same time
@@ -151,9 +151,22 @@ def digest(*texts: str) -> str:
     return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
 
 
-def _compile(directory: Path, texts: dict[str, str], headers: dict[str, str], name: str, text: str, flags) -> Path:
-    command = [COMPILER, "-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror",
+def _included(texts: dict[str, str], text: str) -> dict[str, str]:
+    """What a file includes, and what that does."""
+    found: dict[str, str] = {}
+    left = [text]
+    while left:
+        for name in re.findall(r'^#include "([^"]+)"', left.pop(), re.M):
+            if name not in found:
+                found[name] = texts[name]
+                left.append(texts[name])
+    return dict(sorted(found.items()))
+
+
+def _compile(directory: Path, texts: dict[str, str], name: str, text: str, flags) -> Path:
+    command = [COMPILER, "-std=c++17", OPTIMIZATION, *WARNINGS,
                "-Wno-unknown-pragmas", "-ffp-contract=off", "-fno-strict-aliasing", *flags]  # fmt: skip
+    headers = _included(texts, text)
     key = digest(name, text, *command, *headers, *headers.values())
     result = directory / f"{key}.o"
     if not result.exists():
@@ -368,6 +381,7 @@ class World:
             engine.state = SimpleNamespace(channels=channels, control=address["local"], report=address["report"])
             engine._kernels = {entry: (self._queue, rank, number, clusters[entry]) for number, entry in enumerate(entries)}
         self.collectives = self.pushes = self.switches = 0
+        self.steps = 0  # that the last run took
 
     def _make_engines(self, pdl: bool, max_ctas: int | None) -> list:
         names = algorithms(self.world_size)
@@ -386,7 +400,7 @@ class World:
         )  # fmt: skip
 
     def run(self, program: Program, seed: int, *, skip: Sequence[int] = (), complete: bool = True,
-            instead: Mapping[int, Call] | None = None, **options) -> None:  # fmt: skip
+            instead: Mapping[int, Call] | None = None, told: Mapping[int, Mapping[str, int]] | None = None, **options) -> None:  # fmt: skip
         """All calls of ``program`` on every rank, enqueued at once; then, if it is to be ``complete``, check bits and slots.
 
         Args:
@@ -395,6 +409,7 @@ class World:
             skip: ranks that make no call.
             complete: whether every call must succeed.
             instead: what single ranks call instead of each call, with its tensors.
+            told: fields of ``abi.Args`` or ``NormArgs`` that single ranks' launches are given in place of what they should be.
             options: room (threads resident on a rank), jitter and sleep (chances that a thread loses its turn at an
                 access, and that it sleeps long), patience (steps without progress that are a hang), pokes ((step,
                 address, word): what the host writes meanwhile).
@@ -405,8 +420,11 @@ class World:
         for rank, before in enumerate(program.before):
             self._parts[rank]["arena"][: program.end].copy_(before)
             if rank not in skip:
+                first = len(self._queue)
                 for call, *buffers in program.steps:
                     self._enqueue(rank, (instead or {}).get(rank, call), buffers)
+                for i in range(first, len(self._queue)):
+                    self._queue[i] = _with(self._queue[i], (told or {}).get(rank, {}))
         self._run(seed, **options)
         self.collectives += len(program.steps)
         if complete:
@@ -435,7 +453,7 @@ class World:
         slots = []
         for rank, offsets in enumerate(self._offsets if self.POISONED else ()):
             start, end = (self._base + offsets["staging"] + b for b in (HEADER_BYTES, self.layout.nbytes))
-            slots.append(struct.pack("QQII", start, end, rank, 0))
+            slots.append(struct.pack("QQII", start, end, rank, HEADER_BYTES))
         reports = [struct.pack("Q", self._base + offsets["report"]) for offsets in self._offsets]
         chances = (int(jitter * 65536), int(sleep * 65536))
         counts = (len(self._queue), len(slots), len(pokes), len(reports))
@@ -453,6 +471,7 @@ class World:
             raise Failed(answer["status"], answer["text"])
         if answer["reports"]:
             raise Failed("race", self._log())
+        self.steps = answer["steps"]
         self.pushes += answer["pushes"]
         self.switches += answer["switches"]
 
@@ -482,12 +501,28 @@ class World:
     def report(self, rank: int) -> list[int]:
         return self._parts[rank]["report"].view(torch.int32).tolist()
 
+    def report_bytes(self, rank: int) -> bytes:
+        return bytes(self._parts[rank]["report"].numpy())
+
     def staging(self, rank: int) -> torch.Tensor:
         return self._parts[rank]["staging"]
 
-    def set_deadlines(self, deadline: int, grace: int | None = None) -> None:
-        """After how many steps of the driver, its nanoseconds, a wait ends; 0 for never. ``grace``: before ranks met."""
-        for parts in self._parts:
+    def control(self, rank: int) -> Control:
+        """That rank's counts, flags and limits, as they are; what is assigned there counts."""
+        return Control.from_buffer(self._parts[rank]["local"][: ctypes.sizeof(Control)].numpy())
+
+    def channels(self, rank: int) -> torch.Tensor:
+        """[channels, 2]: epoch, and whether it is stopped, of every channel and of the gaps between them."""
+        return self._parts[rank]["local"][ctypes.sizeof(Control) :].view(torch.int32).view(-1, 2)
+
+    def control_address(self, rank: int) -> int:
+        """For pokes."""
+        return self._base + self._offsets[rank]["local"]
+
+    def set_deadlines(self, deadline: int, grace: int | None = None, ranks: Sequence[int] | None = None) -> None:
+        """After how many steps of the driver, its nanoseconds, a wait ends; 0 for never. ``grace``: before ranks met. ``ranks``: of
+        these alone."""
+        for parts in self._parts if ranks is None else [self._parts[rank] for rank in ranks]:
             words = parts["local"][Control.deadline_ns.offset :][:16].view(torch.int64)
             words.copy_(torch.tensor([deadline, deadline if grace is None else grace]))
 
@@ -516,6 +551,20 @@ class World:
 
     def __exit__(self, *_) -> None:
         self.close()
+
+
+def _with(launch: bytes, fields: Mapping[str, int]) -> bytes:
+    """A launch of the queue with other arguments."""
+    at = len(launch) - ARGS_BYTES
+    args = NormArgs.from_buffer_copy(launch[at:])
+    for name, value in fields.items():
+        if name.startswith("staging_"):
+            args.call.staging[int(name.removeprefix("staging_"))] = value
+            continue
+        of = args.call if hasattr(args.call, name) else args
+        getattr(of, name)  # it exists
+        setattr(of, name, value)
+    return launch[:at] + bytes(args)
 
 
 def cramped(layout: Layout, world_size: int, under: str = "two_shot_wide", warps: int = 2) -> Layout:

@@ -70,6 +70,7 @@ struct Barrier {
     const char *what = nullptr;                  // in which operation threads meet
     bool all = true, outcome[2] = {true, true};  // votes
     u32 word[2][WARP], told[2] = {0, 0};         // of each lane that has told one
+    u32 count[2] = {0, 0};                       // of those that met
     std::vector<Fiber *> arrived;
     char order[2] = {0, 0};
 };
@@ -151,7 +152,7 @@ struct Sleeper {
 
 struct Slots {
     u64 begin, end;
-    u32 owner;
+    u32 owner, header;  // bytes before the slots, which peers write as well; first among them the word that stops the owner
 };
 
 struct Poke {  // the host writes a word
@@ -396,6 +397,7 @@ void sleep() {
 
 void open(Barrier &barrier) {
     barrier.outcome[barrier.turn] = barrier.all;
+    barrier.count[barrier.turn] = barrier.arrived.size();
     barrier.all = true;
     barrier.turn ^= 1;
     barrier.told[barrier.turn] = 0;
@@ -627,14 +629,24 @@ void syncthreads() {
     meet(current->block->all, "__syncthreads");
 }
 
-bool all(bool vote) {
+// Whether those are the lanes of `mask`.
+static void met(const Barrier &barrier, u32 turn, u32 mask, const char *what) {
+    const bool in = mask >> current->lane.thread.x % WARP & 1;
+    if (!in || u32(__builtin_popcount(mask)) != barrier.count[turn]) fail("apart", std::string("other lanes than those of the mask: ") + what);
+}
+
+bool all(bool vote, u32 mask) {
     pause();
     Driver driver;
-    return meet(current->block->warps[current->lane.thread.x / WARP], "all_sync", vote);
+    Barrier &warp = current->block->warps[current->lane.thread.x / WARP];
+    const u32 turn = warp.turn;
+    const bool outcome = meet(warp, "all_sync", vote);
+    met(warp, turn, mask, "all_sync");
+    return outcome;
 }
 
 // What each lane of the warp has told, and which have.
-static const u32 *exchange(u32 v, const char *what, u32 &told) {
+static const u32 *exchange(u32 v, const char *what, u32 mask, u32 &told) {
     pause();
     Driver driver;
     const u32 lane = current->lane.thread.x % WARP;
@@ -643,23 +655,24 @@ static const u32 *exchange(u32 v, const char *what, u32 &told) {
     warp.word[turn][lane] = v;
     warp.told[turn] |= 1u << lane;
     meet(warp, what);
+    met(warp, turn, mask, what);
     told = warp.told[turn];
     return warp.word[turn];
 }
 
-static u32 word_of(u32 v, u32 from, const char *what) {
+static u32 word_of(u32 v, u32 from, const char *what, u32 mask) {
     u32 told;
-    const u32 *words = exchange(v, what, told);
+    const u32 *words = exchange(v, what, mask, told);
     if (!(told >> from & 1)) fail("apart", std::string("a lane wants the word of one that has ended: ") + what);
     return words[from];
 }
 
-u32 broadcast(u32 v) { return word_of(v, 0, "broadcast"); }
-u32 shuffle(u32 v, u32 from) { return word_of(v, from, "a shuffle"); }
+u32 broadcast(u32 v, u32 mask) { return word_of(v, 0, "broadcast", mask); }
+u32 shuffle(u32 v, u32 from) { return word_of(v, from, "a shuffle", ~0u); }
 
 u32 ballot(bool p) {
     u32 told, found = 0;
-    const u32 *words = exchange(p, "a ballot", told);
+    const u32 *words = exchange(p, "a ballot", ~0u, told);
     for (u32 lane = 0; lane < WARP; lane++) found |= (told >> lane & words[lane] & 1) << lane;
     return found;
 }
@@ -695,7 +708,9 @@ u32 *shared_at(u32 address, u32 words) {
     Driver driver;
     const Block *block = block_of(address);
     const u32 at = (address & 0xFFFFFF) - SHARED_AT;
-    if (at % 4 || at / 4 + words > block->words) fail("shared memory", "beside what there is: byte " + std::to_string(at));
+    for (const Mbarrier &barrier : block->mbarriers)
+        if (at + 4 * words > barrier.at - SHARED_AT && at < barrier.at - SHARED_AT + 8) fail("shared memory", "a word where a memory barrier is");
+    if (at % (4 * words) || at / 4 + words > block->words) fail("shared memory", "beside what there is: byte " + std::to_string(at));
     return block->shared + at / 4;
 }
 
@@ -804,6 +819,19 @@ void fence() {
     for (u32 i = 0; i < std::min(current->loads, LOOKBACK); i++) __tsan_acquire(reinterpret_cast<void *>(current->since_fence[i]));
     current->loads = 0;
     current->fenced = true;
+}
+
+// What PTX asks of an address, and the protocol of a scope: what a peer or the host writes or reads is for sys alone, but for a rank's
+// look at the word that stops it.
+void access(u64 address, u32 nbytes, Scope scope, bool write) {
+    Driver driver;
+    if (address % nbytes) fail("misaligned", std::to_string(nbytes) + " bytes at " + std::to_string(address % 16) + " modulo 16");
+    if (scope == SYS) return;
+    for (const Slots &s : slots)
+        if (address >= s.begin - s.header && address < s.end && (write || scope == WEAK || address != s.begin - s.header))
+            fail("scope", "an access to the staging memory of rank " + std::to_string(s.owner) + " that is not of system scope");
+    for (u64 report : report_addresses)
+        if (address >= report && address < report + 64) fail("scope", "an access to a report that is not of system scope");
 }
 
 void weak() { current->fenced = false; }

@@ -12,6 +12,8 @@
 //   but strong accesses came between the fence and it; a fence acquires the words that the thread loaded since the last
 //   one. This never hides a race of the C++ model; it could invent one (fence, weak access, store).
 //
+// Addresses must be aligned as PTX wants them, and what a peer or the host writes or reads is accessed with system scope.
+//
 // Weak accesses, the user's tensors and shared memory, are plain ones: what ThreadSanitizer watches. They are ordered by program
 // order, __syncwarp, shuffles, __syncthreads, memory barriers and griddepcontrol_wait, each a release and an acquire of its own object.
 // The barrier of a cluster, whose arrival is relaxed, orders nothing but that blocks have begun and their memory barriers exist.
@@ -58,8 +60,8 @@ u64 clock();         // virtual nanoseconds
 void fence();
 void syncwarp();
 void syncthreads();
-bool all(bool vote);    // of a warp
-u32 broadcast(u32 v);   // what the warp's lane 0 has
+bool all(bool vote, u32 mask);    // of a warp, whose lanes are those of `mask`
+u32 broadcast(u32 v, u32 mask);   // what the warp's lane 0 has
 u32 shuffle(u32 v, u32 from);  // what that lane has
 u32 ballot(bool p);     // a bit of each lane
 u32 shared(u32 words);  // address of the block's shared memory
@@ -72,6 +74,8 @@ void arrived(u32 barrier, u32 bytes, u32 at);  // at a barrier of the block, or 
 void trigger();      // griddepcontrol.launch_dependents
 void wait();         // griddepcontrol.wait
 void weak();         // a weak access follows
+enum Scope { WEAK, GPU, SYS };
+void access(u64 address, u32 nbytes, Scope scope, bool write = false);  // may this be?
 
 // Strong accesses of the running fiber, of 4 or 8 bytes. Packets are checked: a push may only meet an empty slot.
 u64 load(u64 address, u32 nbytes);
@@ -127,28 +131,33 @@ inline float value(u32 bits) { return __builtin_bit_cast(float, bits); }
 #define gridDim (twin::lane->grid_dim)
 
 inline Packet ld_global_v4(u64 address) {
+    twin::access(address, 16, twin::WEAK);
     twin::pause();
     return *reinterpret_cast<const Packet *>(address);
 }
 
 inline void st_global_v4(u64 address, Packet p) {
+    twin::access(address, 16, twin::WEAK, true);
     twin::pause();
     twin::weak();
     *reinterpret_cast<Packet *>(address) = p;
 }
 
 inline float ld_global_f32(u64 address) {
+    twin::access(address, 4, twin::WEAK);
     twin::pause();
     return *reinterpret_cast<const float *>(address);
 }
 
 inline void st_global_u32(u64 address, u32 v) {
+    twin::access(address, 4, twin::WEAK, true);
     twin::pause();
     twin::weak();
     *reinterpret_cast<u32 *>(address) = v;
 }
 
 inline void st_global_v2(u64 address, u32 low, u32 high) {
+    twin::access(address, 8, twin::WEAK, true);
     twin::pause();
     twin::weak();
     reinterpret_cast<u32 *>(address)[0] = low;
@@ -182,6 +191,7 @@ inline void barrier_cluster_arrive_relaxed() { twin::cluster_arrive(); }
 inline void barrier_cluster_wait() { twin::cluster_wait(); }
 
 inline Packet ld_relaxed_sys_v4(u64 address) {
+    twin::access(address, 16, twin::SYS);
     Packet p;
     const u32 turn = twin::random(8);  // 0…3: upwards from there; 4…7: downwards
     bool empty = false;
@@ -196,6 +206,7 @@ inline Packet ld_relaxed_sys_v4(u64 address) {
 
 inline void st_relaxed_sys_v4(u64 address, Packet p, bool yes = true) {
     if (!yes) return;
+    twin::access(address, 16, twin::SYS, true);
     const u32 turn = twin::random(8);
     for (u32 i = 0; i < 4; i++) {
         const u32 k = (turn < 4 ? turn + i : turn - i) % 4;
@@ -205,6 +216,7 @@ inline void st_relaxed_sys_v4(u64 address, Packet p, bool yes = true) {
 
 // Two 8-byte scalars, each whole.
 inline Packet ld_relaxed_sys_v2_u64(u64 address) {
+    twin::access(address, 16, twin::SYS);
     u64 w[2];
     const u32 turn = twin::random(2);
     for (u32 i = 0; i < 2; i++) w[i ^ turn] = twin::load_word<u64>(address + 8 * (i ^ turn));
@@ -212,31 +224,51 @@ inline Packet ld_relaxed_sys_v2_u64(u64 address) {
 }
 
 inline void st_relaxed_sys_v2_u64(u64 address, Packet p) {
+    twin::access(address, 16, twin::SYS, true);
     const u64 w[2] = {p.w[0] | u64(p.w[1]) << 32, p.w[2] | u64(p.w[3]) << 32};
     const u32 turn = twin::random(2);
     for (u32 i = 0; i < 2; i++) twin::store_word(address + 8 * (i ^ turn), w[i ^ turn]);
 }
 
-inline u32 ld_relaxed_sys_u32(u64 address) { return twin::load_word<u32>(address); }
-inline u32 ld_relaxed_gpu_u32(u64 address) { return twin::load_word<u32>(address); }
-inline u64 ld_relaxed_gpu_u64(u64 address) { return twin::load_word<u64>(address); }
+inline u32 ld_relaxed_sys_u32(u64 address) {
+    twin::access(address, 4, twin::SYS);
+    return twin::load_word<u32>(address);
+}
+inline u32 ld_relaxed_gpu_u32(u64 address) {
+    twin::access(address, 4, twin::GPU);
+    return twin::load_word<u32>(address);
+}
+inline u64 ld_relaxed_gpu_u64(u64 address) {
+    twin::access(address, 8, twin::GPU);
+    return twin::load_word<u64>(address);
+}
 inline u64 ld_relaxed_gpu_v2_u32(u64 address) {
+    twin::access(address, 8, twin::GPU);
     const u64 low = twin::load_word<u32>(address);
     return low | u64(twin::load_word<u32>(address + 4)) << 32;
 }
-inline void st_relaxed_gpu_u32(u64 address, u32 v) { twin::store_word(address, v); }
-inline void st_relaxed_sys_u32(u64 address, u32 v) { twin::store_word(address, v); }
+inline void st_relaxed_gpu_u32(u64 address, u32 v) {
+    twin::access(address, 4, twin::GPU, true);
+    twin::store_word(address, v);
+}
+inline void st_relaxed_sys_u32(u64 address, u32 v) {
+    twin::access(address, 4, twin::SYS, true);
+    twin::store_word(address, v);
+}
 
 inline u32 atom_exch_relaxed_gpu_u32(u64 address, u32 v) {
+    twin::access(address, 4, twin::GPU, true);
     return __atomic_exchange_n(twin::target_of_atomic(address), v, __ATOMIC_RELAXED);
 }
 
 inline u32 atom_cas_relaxed_sys_u32(u64 address, u32 expected, u32 v) {
+    twin::access(address, 4, twin::SYS, true);
     __atomic_compare_exchange_n(twin::target_of_atomic(address), &expected, v, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED);
     return expected;
 }
 
 inline u32 atom_add_relaxed_gpu_u32(u64 address, u32 v) {
+    twin::access(address, 4, twin::GPU, true);
     return __atomic_fetch_add(twin::target_of_atomic(address), v, __ATOMIC_RELAXED);
 }
 
@@ -255,9 +287,9 @@ inline void opaque(u32 &) {}
 inline void opaque(Packet &) {}
 [[noreturn]] inline void exit_thread() { throw twin::Exit(); }
 // Of the lanes that have not returned.
-inline bool all_sync(u32, bool p) { return twin::all(p); }
-inline bool any_sync(u32, bool p) { return !twin::all(!p); }
-inline u32 broadcast(u32, u32 v) { return twin::broadcast(v); }
+inline bool all_sync(u32 mask, bool p) { return twin::all(p, mask); }
+inline bool any_sync(u32 mask, bool p) { return !twin::all(!p, mask); }
+inline u32 broadcast(u32 mask, u32 v) { return twin::broadcast(v, mask); }
 inline u32 shfl(u32 v, u32 lane) { return twin::shuffle(v, lane); }
 inline u32 ballot(bool p) { return twin::ballot(p); }
 inline u32 shfl_xor(u32 v, u32 lanes) { return twin::shuffle(v, threadIdx.x % 32 ^ lanes); }

@@ -1,0 +1,355 @@
+"""What mutants are run against, the cheapest first, each in a process of its own that has the changed source in place of the real one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import litmus
+import mutants
+import promises
+import test_compile
+import test_compile_norm
+import test_memory_model
+import test_twin
+import test_twin_norm
+import twin
+from compare_cubins import kernels
+from helpers.cubins import compile_one
+from mutants import NORM, PTX, Mutant
+from promises import Case
+
+from allreduce_jit.errors import CompileError
+from allreduce_jit.jit import compiler, source
+from allreduce_jit.policy.catalogue import KernelSpec, cuda_module
+from allreduce_jit.policy.norm_catalogue import norm_module
+from allreduce_jit.policy.norm_forms import Form
+
+KILLED, SURVIVED, EQUIVALENT, INVALID = "killed", "survived", "equivalent", "does not compile"
+QUICK, LONGER, FULL = "quick", "longer", "full"
+BROKEN = "no verdict"  # the harness itself failed
+SECONDS = 400  # that a mutant may take in all: one whose threads spin without looking at memory is no hang to the twin
+ARCH = "sm_90"
+FAST = "-O0"  # of most mutants the compiler is what takes time
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of a mutant: ``check`` killed it, in the way ``how``."""
+
+    outcome: str
+    check: str = ""
+    how: str = ""
+    seconds: float = 0.0
+
+
+Check = tuple[str, Callable[[Path], None]]
+
+
+def _seeds(name: str, check, seeds, **options) -> list[Check]:
+    return [(f"{name}, seed {seed}", lambda objects, seed=seed: check(objects, (), seed, **options)) for seed in seeds]
+
+
+def _of(module, name: str, seeds) -> list[Check]:
+    return _seeds(name, module.CHECKS[name], seeds)
+
+
+def quick_bare() -> list[Check]:
+    """Seconds."""
+    return [
+        *_of(test_twin, "mixed calls", [0]),
+        *_of(test_twin, "absent rank", [0]),
+        *_of(test_twin, "host stops a rank", range(3)),
+        *_of(test_twin, "calls differ", range(3)),
+        *_of(test_twin, "phases", [0]),
+        *_of(test_twin, "special values", [0]),
+        *_seeds("absent rank, two-shot", test_twin.absent, [0], algorithm="two_shot"),
+        *_seeds("absent rank, streamed", test_twin.absent, [0], algorithm="two_shot_stream"),
+        *_seeds("2 ranks", test_twin.run_mixed, [0], world_size=2),
+    ]
+
+
+def _promises(check, cases: Sequence[Case], seed: int = 0, **options) -> list[Check]:
+    def named(case: Case) -> str:
+        return f"{check.__name__}, {case.norm.form.algorithm if case.norm else case.algorithm}, {case.world_size} ranks"
+
+    return [(named(case), lambda objects, case=case: check(objects, (), seed, case, **options)) for case in cases]
+
+
+EACH = (promises.the_first_cause_counts, promises.a_stopped_rank_believes_nothing, promises.concurrent, promises.guard_alone, promises.data_alone,
+        promises.alike_at_the_extremes, promises.limits)  # fmt: skip
+
+
+def promises_bare() -> list[Check]:
+    """In half a minute."""
+    three = promises.cases(0, [3])
+    return [
+        *_promises(promises.everybody_hears, promises.cases(1, [2, 3]), 1, culprit=0, finder=1),
+        *_promises(promises.everybody_hears, three, 0, culprit=1, finder=2),
+        *_promises(promises.everybody_hears, three[:1], 1, culprit=2, finder=0),
+        *[check for promise in EACH for check in _promises(promise, three[:1], 1)],
+        *_promises(promises.every_bit_is_compared, three[:1]),
+        *[check for promise in EACH[:-1] for check in _promises(promise, [three[1], three[2], *promises.cases(2, [2])], 2)],
+        *_promises(promises.alike_at_the_extremes, [Case(epoch=2**32 - 1), Case(epoch=3)]),
+        *_promises(promises.data_alone, [Case(name, epoch=5) for name in promises.ALGORITHMS]),
+        *_promises(promises.every_bit_is_compared, promises.cases(2, [2]), 2, odd=0),
+    ]
+
+
+def promises_norm() -> list[Check]:
+    norms = [Case(kernel.form.algorithm, 3, norm=kernel) for kernel in promises.NORMS]
+    return [
+        *_promises(promises.everybody_hears, norms, 0, culprit=1, finder=2),
+        *[check for promise in EACH[:-1] for check in _promises(promise, norms[:2], 1)],
+        *_promises(promises.every_bit_is_compared, norms[:1], 1),
+    ]
+
+
+def slow_bare() -> list[Check]:
+    """More seeds, other world sizes, data races, machine code."""
+    return [
+        *_of(test_twin, "mixed calls", range(1, 6)),
+        *_of(test_twin, "one-shot calls", range(2)),
+        *_of(test_twin, "two-shot calls", range(2)),
+        *_of(test_twin, "streamed calls", range(3)),
+        ("epoch words wrap", lambda objects: test_twin.test_epoch_words_wrap(objects, 2**32 - 1)),
+        ("what construction runs", lambda objects: test_twin.test_what_construction_runs(objects, 3, {})),
+        ("few SMs, 3 ranks", lambda objects: test_twin.test_a_long_life(objects, 3, {"max_ctas": 3})),
+        ("few SMs, 2 ranks", lambda objects: test_twin.test_a_long_life(objects, 2, {"max_ctas": 3})),
+        ("no dependent launches", lambda objects: test_twin.test_a_long_life(objects, 3, {"pdl": False})),
+        ("sizes", lambda objects: test_twin.test_sizes(objects, 3)),
+        *_seeds("5 ranks", test_twin.run_mixed, [0, 1], world_size=5),
+        *_seeds("8 ranks", test_twin.run_mixed, [0], world_size=8),
+        *_of(test_twin, "ThreadSanitizer", range(2)),
+        *[
+            (f"machine code of {name}", lambda _, name=name: _machine_code(name))
+            for name in ("one_shot", "two_shot", "two_shot_stream")
+        ],
+    ]
+
+
+def quick_norm() -> list[Check]:
+    names = ("one-shot", "two-shot", "numbers", "one-shot, two packets", "two-shot, two packets", "clusters")
+    return [
+        *[check for name in names for check in _of(test_twin_norm, name, [0])],
+        *_of(test_twin_norm, "absent rank", [0, 4]),
+        *_of(test_twin_norm, "host stops a rank", [1, 3]),
+        *_of(test_twin_norm, "parameters differ", range(4)),
+        *_of(test_twin_norm, "calls differ", range(4, 7)),
+    ]
+
+
+def slow_norm() -> list[Check]:
+    names = ("one-shot", "two-shot", "numbers", "one-shot, two packets", "two-shot, two packets", "clusters")
+    return [
+        *[check for name in names for check in _of(test_twin_norm, name, range(1, 3))],
+        *[(f"options, {n} ranks", lambda objects, n=n: test_twin_norm.test_bits(objects, n)) for n in (2, 3, 4, 8)],
+        *_of(test_twin_norm, "absent rank", [1, 2, 3, 5]),
+        *_of(test_twin_norm, "host stops a rank", [0, 2, 4, 5, 6, 7]),
+        *_of(test_twin_norm, "ThreadSanitizer", range(1)),
+        *_of(test_twin_norm, "ThreadSanitizer, clusters", range(1)),
+        ("machine code of norms", lambda _: _machine_code_of_norms()),
+    ]
+
+
+BARE_ALONE = ("one_shot.cu", "two_shot.cu", "partition/flat.cuh", "epilogue/store.cuh", "exchange.cuh", "wait.cuh")
+
+
+def quick(mutant: Mutant) -> list[Check]:
+    """What takes seconds."""
+    if mutant.file == PTX:
+        return [("memory model", lambda _: _memory_model(mutant))]
+    return quick_norm() if mutant.file in NORM else quick_bare()
+
+
+def longer(mutant: Mutant) -> list[Check]:
+    """What takes half a minute: who hears of failures, and calls with a norm."""
+    bare, norm = mutant.file not in (*NORM, PTX), mutant.file not in (*BARE_ALONE, PTX)
+    return promises_bare() * bare + quick_norm() * (norm and bare) + promises_norm() * norm
+
+
+def slow(mutant: Mutant) -> list[Check]:
+    """What takes up to a minute, for who is left: more seeds, data races, machine code."""
+    if mutant.file == PTX:
+        return slow_bare()[-3:]
+    return slow_bare() * (mutant.file not in NORM) + slow_norm() * (mutant.file not in BARE_ALONE)
+
+
+def every_check(mutant: Mutant) -> list[Check]:
+    """All that it may be killed by."""
+    return quick(mutant) + longer(mutant) + slow(mutant)
+
+
+def _machine_code(name: str) -> None:
+    spec = cuda_module(name, 4)
+    with tempfile.TemporaryDirectory() as folder:
+        test_compile.check_module(Path(folder), spec, compile_one(spec, ARCH))
+
+
+def _machine_code_of_norms() -> None:
+    for family, form in ((0, Form("one_shot_norm", 1, 1)), (0, Form("two_shot_norm", 2, 1)), (2, Form("one_shot_norm", 1, 4))):
+        spec = norm_module(form, test_compile_norm.FAMILIES[family], 3)
+        with tempfile.TemporaryDirectory() as folder:
+            artifact = compile_one(spec, ARCH)
+            test_compile_norm.check_module(Path(folder), spec, artifact, form, test_compile_norm.FAMILIES[family], 3)
+
+
+def _memory_model(mutant: Mutant) -> None:
+    functions = litmus.ptx_functions(source.files()[PTX])
+    for case in litmus.OURS:
+        assert litmus.verdict(case, functions) == case.verdict, case.name
+    for name, instructions in functions.items():
+        assert name in test_memory_model.FUNCTIONS and len(instructions) == len(test_memory_model.FUNCTIONS[name])
+
+
+def configurations(file: str) -> list[KernelSpec]:
+    """Modules that plans can pick and that hold code of this file."""
+    found = []
+    if file not in NORM:
+        of = {
+            "one_shot.cu": ("one_shot", "one_shot_wide"),
+            "two_shot.cu": ("two_shot", "two_shot_stream", "two_shot_wide", "two_shot_wide2"),
+        }
+        for world_size in (2, 3, 4, 5, 8):
+            found += [cuda_module(name, world_size) for name in twin.algorithms(world_size) if name in of.get(file, (name,))]
+    if file not in BARE_ALONE or file == "exchange.cuh":
+        for world_size in (3,):
+            for one in test_twin_norm.kernels(world_size):
+                if file.removesuffix(".cu") in (one.form.algorithm, file):
+                    found.append(norm_module(one.form, one.family, world_size))
+    return found
+
+
+def machine_code(spec: KernelSpec) -> dict[str, str]:
+    """Digests of a module's kernels, as they are compiled now."""
+    compiler._cuda_source.cache_clear()
+    found = kernels(compile_one(spec, ARCH).cubin)
+    return {name: hashlib.sha256(kernel.code).hexdigest() for name, kernel in found.items()}
+
+
+def same_machine_code(mutant: Mutant, real: dict[str, str], directory: Path) -> bool:
+    """Whether the compiler makes the same of it, in every kernel that a plan can pick. That of the real ones is kept in ``directory``."""
+    changed = source.files
+    for spec in configurations(mutant.file):
+        kept = directory / f"{spec.name}.{twin.digest(*real.values())}.json"
+        if not kept.exists():
+            source.files = lambda: real
+            own = Path(f"{kept}.{os.getpid()}")
+            own.write_text(json.dumps(machine_code(spec)))
+            own.rename(kept)
+            source.files = changed
+        if machine_code(spec) != json.loads(kept.read_text()):
+            return False
+    return True
+
+
+def judge(mutant: Mutant, directory: Path, depth: str = FULL, only: list[Check] | None = None, limit: float = SECONDS) -> Verdict:
+    """Run a mutant against its checks, in a process of its own.
+
+    Args:
+        mutant: the change.
+        directory: objects of the real sources, which are used where they are the same.
+        depth: how far to go, ``QUICK``, ``LONGER`` or ``FULL``: who is left survived.
+        only: these checks instead, and no look at the machine code.
+        limit: seconds; who takes longer is killed by that.
+    """
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory(dir=directory.parent) as folder:
+        said = Path(folder, "verdict")
+        child = os.fork()
+        if child == 0:
+            try:
+                os.setsid()
+                verdict = _inside(mutant, directory, Path(folder), depth, only, said)
+                said.write_text(json.dumps(verdict))
+            except BaseException as error:
+                said.write_text(json.dumps([BROKEN, "", repr(error)[:300]]))
+            finally:
+                os._exit(0)
+        while os.waitpid(child, os.WNOHANG) == (0, 0):
+            if time.monotonic() - start > limit:
+                os.killpg(child, signal.SIGKILL)
+                os.waitpid(child, 0)
+                break
+            time.sleep(0.02)
+        else:
+            try:
+                os.killpg(child, signal.SIGKILL)  # executables that wait for requests
+            except ProcessLookupError:
+                pass
+        text = said.read_text() if said.exists() else ""
+    if text.startswith("at "):
+        text = json.dumps([KILLED, text.removeprefix("at "), "time"])
+    outcome, check, how = json.loads(text or json.dumps([BROKEN, "", "no verdict"]))
+    return Verdict(outcome, check, how, round(time.monotonic() - start, 1))
+
+
+def _inside(
+    mutant: Mutant, directory: Path, folder: Path, depth: str, only: list[Check] | None, said: Path
+) -> tuple[str, str, str]:
+    real = source.files()
+    changed = {**real, mutant.file: mutant.applied(real[mutant.file])}
+    source.files = lambda: changed
+    compiler._cuda_source.cache_clear()
+    twin.WARNINGS = ["-w"]
+    for built in directory.glob("*.o"):
+        os.link(built, folder / built.name)
+    twin.OPTIMIZATION = FAST
+    verdict = _killed(quick(mutant) if only is None else only, folder, said)
+    if not verdict and only is None and depth != QUICK:
+        verdict = _killed(longer(mutant), folder, said)
+    if verdict or only is not None or depth != FULL:
+        return verdict or (SURVIVED, "", "")
+    twin.OPTIMIZATION = "-O1"
+    if mutant.file != PTX:
+        said.write_text("at machine code")
+        try:
+            if same_machine_code(mutant, real, directory):
+                return EQUIVALENT, "machine code", "the same"
+        except CompileError as error:
+            return INVALID, "NVRTC", repr(error)[-300:]
+    return _killed(slow(mutant), folder, said) or (SURVIVED, "", "")
+
+
+def _killed(checks: list[Check], folder: Path, said: Path) -> tuple[str, str, str] | None:
+    for name, check in checks:
+        said.write_text(f"at {name}")
+        try:
+            check(folder)
+        except twin.Failed as failure:
+            return KILLED, name, failure.kind
+        except RuntimeError as error:
+            if twin.COMPILER in str(error):
+                return INVALID, name, str(error)[-300:]
+            return KILLED, name, repr(error)[:200]
+        except Exception as error:  # an assertion of the check, or a compiler that refuses
+            return KILLED, name, repr(error)[:200]
+    return None
+
+
+def prepare(directory: Path) -> None:
+    """Objects of the real sources, and the checks pass them: or no mutant could be said to be killed."""
+    import cuda.core  # noqa: F401  # once, not in each process
+
+    twin.WARNINGS = ["-w"]
+    directory.mkdir(parents=True, exist_ok=True)
+    for twin.OPTIMIZATION in ("-O1", FAST):
+        for world_size in (2, 3):
+            twin.build(directory, world_size)
+
+
+def all_checks() -> list[Check]:
+    return (
+        quick_bare()
+        + quick_norm()
+        + slow_bare()
+        + slow_norm()
+        + [("memory model", lambda _: _memory_model(mutants.every((PTX,))[0]))]
+    )

@@ -1,0 +1,160 @@
+"""Mutation testing of the CUDA kernels on the CPU: which small changes of the sources does some check of ``tests/proofs`` notice?
+
+Usage: python tests/proofs/mutation.py [--known] [--sample N] [--seed S] [--minutes M] [--only REGEX] [--jobs N] [--again] [--fresh]
+       python tests/proofs/mutation.py --table | --list
+
+Every mutant (``tests/proofs/mutants.py``) is built as the CPU twin and run against the checks (``mutant_checks.py``), the cheapest first.
+Verdicts are kept in ``build/mutants/results.jsonl`` as they come: a run that was stopped goes on where it was. Exits with 1 if a mutant
+survives that ``tests/proofs/mutants_explained.json`` does not explain. Needs g++, NVRTC and tree-sitter-cuda; no GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import random
+import re
+import sys
+import tempfile
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, replace
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tools")]
+
+import mutants  # noqa: E402
+from mutants import KINDS, Mutant  # noqa: E402
+
+RESULTS = ROOT / "build/mutants/results.jsonl"
+EXPLAINED = ROOT / "tests/proofs/mutants_explained.json"
+KILLERS = ROOT / "tests/proofs/mutants_killed.json"  # of mutants that were killed: by which check
+LATER = "left by the quick checks"
+
+
+def explained() -> dict[str, str]:
+    """Reasons by id of a mutant."""
+    by_reason = json.loads(EXPLAINED.read_text()) if EXPLAINED.exists() else {}
+    return {id: reason for reason, ids in by_reason.items() for id in ids}
+
+
+def known(path: Path) -> dict[str, dict]:
+    """The last verdict on each mutant, by id."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    return {verdict["id"]: verdict for verdict in map(json.loads, lines)}
+
+
+def outcome(verdict: dict, reasons: dict[str, str]) -> str:
+    return "explained" if verdict["outcome"] in ("survived", LATER) and verdict["id"] in reasons else verdict["outcome"]
+
+
+def table(chosen: list[Mutant], verdicts: dict[str, dict], reasons: dict[str, str]) -> str:
+    """By kind of mutant, how many came to what."""
+    counts = {kind: Counter() for kind in KINDS}
+    for mutant in chosen:
+        if mutant.id in verdicts:
+            counts[mutant.kind][outcome(verdicts[mutant.id], reasons)] += 1
+    counts["all"] = sum(counts.values(), Counter())
+    lines = [
+        "| kind | mutants | killed | equivalent | explained | survived | noticed or explained |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for kind, count in counts.items():
+        equal = count["equivalent"]
+        total = count["killed"] + count["explained"] + count["survived"] + equal
+        share = f"{100 * (total - count['survived']) / total:.1f} %" if total else "-"
+        lines.append(f"| {kind} | {total} | {count['killed']} | {equal} | {count['explained']} | {count['survived']} | {share} |")
+    checks = Counter(re.sub(r", seed \d+$", "", v["check"]) for v in verdicts.values() if v["outcome"] == "killed")
+    lines += [f"does not compile (not counted): {counts['all']['does not compile']}"]
+    lines += ["killed by: " + ", ".join(f"{check} {count}" for check, count in checks.most_common())]
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sample", type=int, metavar="N", help="so many of them, drawn at random")
+    parser.add_argument("--seed", type=int, help="of the draw; by default drawn as well, and printed")
+    parser.add_argument("--minutes", type=float, help="begin no mutant after so long")
+    parser.add_argument("--only", default="", metavar="REGEX", help="mutants whose description or id has a match")
+    parser.add_argument("--jobs", type=int, default=2, help="mutants at a time")
+    parser.add_argument("--again", action="store_true", help="those that survived before, too")
+    parser.add_argument(
+        "--depth", choices=["quick", "longer", "full"], default="full", help="no checks but those: who is left is no survivor yet"
+    )
+    parser.add_argument("--table", action="store_true", help="what is known, no run")
+    parser.add_argument("--list", action="store_true", help="the mutants, no run")
+    parser.add_argument(
+        "--known", action="store_true", help="of those alone that were killed before, by the same check if it still does"
+    )
+    parser.add_argument("--keep", action="store_true", help="write down who was killed by what, for --known")
+    parser.add_argument("--fresh", action="store_true", help="as if nothing were known, which is not kept either")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    if why := mutants.missing():
+        print(f"mutants: {why}")
+        return 2
+    if args.fresh:
+        folder = tempfile.TemporaryDirectory()
+        args.results = Path(folder.name, "results.jsonl")
+
+    chosen = [mutant for mutant in mutants.every() if re.search(args.only, f"{mutant.id} {mutant}")]
+    killers = json.loads(KILLERS.read_text()) if KILLERS.exists() else {}
+    if args.known:
+        chosen = [mutant for mutant in chosen if mutant.id in killers]
+    if args.sample:
+        seed = random.randrange(1 << 30) if args.seed is None else args.seed
+        print(f"{args.sample} of {len(chosen)} mutants, seed {seed}")
+        # A longer one begins with a shorter one, and sources that change elsewhere leave it as it is.
+        chosen = sorted(chosen, key=lambda mutant: hashlib.sha256(f"{seed} {mutant.id}".encode()).digest())[: args.sample]
+    reasons = explained()
+    if args.list:
+        print(*(f"{mutant.id} {mutant}" for mutant in chosen), sep="\n")
+        return 0
+    if not args.table:
+        run(chosen, args, reasons, killers)
+    verdicts = known(args.results)
+    if args.keep:
+        killers |= {m.id: verdicts[m.id]["check"] for m in chosen if m.id in verdicts and verdicts[m.id]["outcome"] == "killed"}
+        KILLERS.write_text(json.dumps(dict(sorted(killers.items())), indent=0) + "\n")
+    survivors = [m for m in chosen if m.id in verdicts and outcome(verdicts[m.id], reasons) == "survived"]
+    print(table(chosen, verdicts, reasons))
+    print(*(f"survived: {mutant.id} {mutant}" for mutant in survivors), sep="\n")
+    return 1 if survivors else 0
+
+
+def run(chosen: list[Mutant], args: argparse.Namespace, reasons: dict[str, str], killers: dict[str, str]) -> None:
+    import mutant_checks
+
+    verdicts = known(args.results)
+    again = (LATER, "survived") if args.again else (LATER,) if args.depth != "quick" else ()
+    left = [m for m in chosen if m.id not in reasons and (m.id not in verdicts or verdicts[m.id]["outcome"] in again)]
+    objects = args.results.parent / "objects"
+    mutant_checks.prepare(objects)
+    until = time.monotonic() + 60 * args.minutes if args.minutes else float("inf")
+
+    def one(mutant: Mutant):
+        if time.monotonic() > until:
+            return
+        same = [check for check in mutant_checks.every_check(mutant) if args.known and check[0] == killers[mutant.id]]
+        verdict = mutant_checks.judge(mutant, objects, only=same) if same else None
+        if verdict is None or verdict.outcome == mutant_checks.SURVIVED:
+            verdict = mutant_checks.judge(mutant, objects, args.depth)
+        if args.depth != mutant_checks.FULL and verdict.outcome == mutant_checks.SURVIVED:
+            verdict = replace(verdict, outcome=LATER)
+        if verdict.outcome == mutant_checks.BROKEN:
+            print(f"no verdict on {mutant.id} {mutant}: {verdict.how}", flush=True)
+            return
+        with args.results.open("a") as file:
+            file.write(json.dumps({"id": mutant.id, **asdict(verdict)}) + "\n")
+        what = outcome({"id": mutant.id, "outcome": verdict.outcome}, reasons)
+        print(f"{verdict.seconds:6.1f} s {what}: {mutant.id} {mutant}: {verdict.check} ({verdict.how})"[:300], flush=True)
+
+    with ThreadPoolExecutor(args.jobs) as pool:
+        list(pool.map(one, left))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
