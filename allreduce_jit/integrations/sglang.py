@@ -58,7 +58,7 @@ def can_use_custom_all_reduce_with_nvlink(
         log.info("%s: world size %d is not among %s", cls_name, dist.get_world_size(group), sorted(supported_world_size))
         return None
     verdict = survey(group, as_device(device), use_v2=True).verdict
-    if verdict.path is Path.TORCH:
+    if verdict.path not in (Path.V2, Path.LEGACY):  # SGLang asks for what goes from GPU to GPU
         log.info("%s is not possible: %s", cls_name, "; ".join(r.text for r in verdict.reasons))
         return None
     return bool(verdict.full_nvlink)

@@ -734,7 +734,7 @@ class TestDoctor:
         code = cli.main(["doctor", "--json"])
         document = json.loads(capsys.readouterr().out)
         assert code == doctor.exit_code(doctor.examine())
-        assert document["verdict"]["path"] in ("v2", "legacy", "torch.distributed")
+        assert document["verdict"]["path"] in ("v2", "legacy", "host", "torch.distributed")
         assert document["verdict"]["reasons"][0]["code"]
 
 
@@ -766,9 +766,9 @@ class TestWarmup:
     def test_builds_each_kernel_once(self, capsys, monkeypatch):
         options = ("--arch", "sm_90", "--world-size", "2", "--json")
         code, built, out = self.run(capsys, monkeypatch, *options)
-        assert code == 0 and built == [("v2_ws2", "sm_90"), ("shared", "sm_90"), ("legacy_ws2", "sm_90")]
+        assert code == 0 and built == [(name, "sm_90") for name in ("v2_ws2", "shared", "legacy_ws2", "host_ws2")]
         document = json.loads(out)
-        assert (document["compiled"], document["cached"], document["failed"]) == (2, 1, 0)
+        assert (document["compiled"], document["cached"], document["failed"]) == (3, 1, 0)
         assert violations("warmup", document) == []
 
     def test_calls_with_a_norm(self, capsys, monkeypatch):

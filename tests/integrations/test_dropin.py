@@ -418,7 +418,7 @@ def upstreams_arguments(place):
 
 def any_rung(place):
     """What the plug-in for SGLang puts there: the best that runs, and contiguous tensors alone."""
-    for machine, path in ((NVLINK, "v2"), (PCIE, "legacy"), (NO_P2P, None)):
+    for machine, path in ((NVLINK, "v2"), (PCIE, "legacy"), (NO_P2P, "host"), ("a100-vgpu-x2", None)):
         with fake_gpus(place.control, machine) as built:
             ar = dropin.AllReduceJit(place.control, CPU)
             assert [engine.path for engine in built] == [path] * (path is not None) and ar.disabled is (path is None)

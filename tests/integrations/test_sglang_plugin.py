@@ -103,7 +103,7 @@ def switch_and_nodes(place):
 
 
 def refused(place):
-    for machine in ("no-driver", "rtx4090-x2"):
+    for machine in ("no-driver", "a100-vgpu-x2"):
         with started(place, machine=machine) as (modules, built, log):
             group = group_of(modules, place)
             assert type(group.ca_comm).__name__ == "CustomAllReduceV2" and not built

@@ -103,7 +103,7 @@ def refused_groups(place):
     """A group that ours cannot serve is vLLM's; with ``require`` that is an error on every rank."""
     for machine, arguments, why in (
         ("no-driver", {}, "tp:0: "),
-        ("rtx4090-x2", {}, "tp:0: "),
+        ("a100-vgpu-x2", {}, "tp:0: "),
         ("h200-x4", {"custom_all_reduce": False}, "--disable-custom-all-reduce"),
         ("h200-x4", {"more": {"tcp_store_group": object()}}, "stateless"),
     ):
