@@ -267,6 +267,7 @@ def judge(mutant: Mutant, directory: Path, depth: str = FULL, only: list[Check] 
         if child == 0:
             try:
                 os.setsid()
+                signal.alarm(int(limit) + 5)  # also where nobody is left who would end it
                 verdict = _inside(mutant, directory, Path(folder), depth, only, said)
                 said.write_text(json.dumps(verdict))
             except BaseException as error:

@@ -57,6 +57,9 @@ def table(chosen: list[Mutant], verdicts: dict[str, dict], reasons: dict[str, st
     for mutant in chosen:
         if mutant.id in verdicts:
             counts[mutant.kind][outcome(verdicts[mutant.id], reasons)] += 1
+        # Who is left by the quick checks has not been shown to be noticed.
+    for count in counts.values():
+        count["survived"] += count.pop(LATER, 0)
     counts["all"] = sum(counts.values(), Counter())
     lines = [
         "| kind | mutants | killed | equivalent | explained | survived | noticed or explained |",
@@ -119,7 +122,7 @@ def main() -> int:
     if args.keep:
         killers |= {m.id: verdicts[m.id]["check"] for m in chosen if m.id in verdicts and verdicts[m.id]["outcome"] == "killed"}
         KILLERS.write_text(json.dumps(dict(sorted(killers.items())), indent=0) + "\n")
-    survivors = [m for m in chosen if m.id in verdicts and outcome(verdicts[m.id], reasons) == "survived"]
+    survivors = [m for m in chosen if m.id in verdicts and outcome(verdicts[m.id], reasons) in ("survived", LATER)]
     print(table(chosen, verdicts, reasons))
     print(*(f"survived: {mutant.id} {mutant}" for mutant in survivors), sep="\n")
     return 1 if survivors else 0
