@@ -601,9 +601,10 @@ def spread(layout: Layout) -> Layout:
 class Recorder:
     """In the place of ``driver.KernelLaunch``: puts a launch in the queue of the twin."""
 
-    def __init__(self, kernel, arguments, grid: int, block: int, pdl: bool = False):
-        self._queue, rank, number, cluster = kernel
+    def __init__(self, kernel, arguments, grid: int, block: int, pdl: bool = False, cluster: int = 1):
+        self._queue, rank, number, compiled = kernel
         (self._args,) = arguments
+        assert cluster == compiled, "a launch is told of the clusters that its kernel has"
         self._shape = struct.pack("IIIIII", rank, number, grid, block, pdl, cluster)
 
     def __call__(self, stream: int) -> None:
