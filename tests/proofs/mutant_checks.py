@@ -20,6 +20,7 @@ import test_compile_norm
 import test_memory_model
 import test_twin
 import test_twin_norm
+import torch
 import twin
 from compare_cubins import kernels
 from helpers.cubins import compile_one
@@ -295,6 +296,7 @@ def judge(mutant: Mutant, directory: Path, depth: str = FULL, only: list[Check] 
 def _inside(
     mutant: Mutant, directory: Path, folder: Path, depth: str, only: list[Check] | None, said: Path
 ) -> tuple[str, str, str]:
+    torch.set_num_threads(1)  # a fork has none of torch's other threads, and would wait for them
     real = source.files()
     changed = {**real, mutant.file: mutant.applied(real[mutant.file])}
     source.files = lambda: changed
