@@ -26,7 +26,7 @@ test: $(VENV)/ready
 	@$(call pytest,loadfile)
 
 proofs: $(VENV)/ready
-	@export LONG=1 TWIN_COLLECTIVES=25000; $(call pytest,worksteal) -m long tests/proofs
+	@export LONG=1 TWIN_COLLECTIVES=10000; $(call pytest,worksteal) -m long tests/proofs
 
 mutants: $(VENV)/ready
 	$(VENV)/bin/python tests/proofs/mutation.py $(if $(SAMPLE),--sample $(SAMPLE)) $(if $(MINUTES),--minutes $(MINUTES)) $(if $(KNOWN),--known --fresh)

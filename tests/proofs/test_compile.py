@@ -230,7 +230,9 @@ def test_v2_with_virtual_ranks(compiled, tmp_path):
 
 @pytest.mark.long
 @needs_triton
-@pytest.mark.parametrize(("world_size", "arch"), PAIRS if LONG else [(4, "sm_90"), (3, "sm_80"), (2, "sm_100")])
+@pytest.mark.parametrize(
+    ("world_size", "arch"), ALL if os.environ.get("LONG") == "2" else [(8, "sm_90"), (4, "sm_90"), (3, "sm_80"), (2, "sm_100")]
+)
 def test_legacy_compiles(compiled, tmp_path, world_size, arch):
     from allreduce_jit.triton_kernels import p2p
 
