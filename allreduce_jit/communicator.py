@@ -131,7 +131,6 @@ class Communicator(NormCalls):
 
     # -- calls
 
-    # ``op`` may be passed by position, for calls of functions with arguments by name alone take longer.
     def all_reduce(self, x: torch.Tensor, out: torch.Tensor | None = None, op: object = None) -> torch.Tensor:
         """The sum of ``x`` over all ranks, in ``out`` or a new tensor; ``out=x`` works in place.
 
@@ -150,15 +149,19 @@ class Communicator(NormCalls):
         """
         if op is not None:
             require_sum(op, self.rank)
+        route = self._last
+        if route.in_c is not None and (done := route.in_c(x, out)) is not None:
+            return done
         if self._current() != self._index:
             with torch.cuda.device(self.device):
                 return self.all_reduce(x, out)
-        route = self._last
         # ``plain`` here as well: calling it takes as long as all of this line.
         if type(x) is not _Tensor or x.layout is not _STRIDED or x.is_nested or not route.matches(x):
             route = self._last = self._routes.known(x)
             if route is NO_ROUTE:
                 return self._all_reduce(x, out)
+            if route.in_c is not None and (done := route.in_c(x, out)) is not None:
+                return done
         if out is None:
             out = route.empty()
         elif out is not x and (not plain(out) or not route.matches(out) or abs(out.data_ptr() - x.data_ptr()) < route.nbytes):
@@ -183,17 +186,14 @@ class Communicator(NormCalls):
 
     @contextlib.contextmanager
     def capture(self) -> Iterator[None]:
-        """Put it round ``torch.cuda.graph`` for symmetry with other libraries: nothing of the caller's is
-        registered, so there is nothing to do at either end, and a graph can be replayed at once."""
+        """Put it round ``torch.cuda.graph`` for symmetry with other libraries: it does nothing, as nothing has to be registered."""
         self._check_open()
         yield
 
     def warmup(self) -> None:
         """Make the first call as cheap as the others. Collective; call it before the first graph capture.
 
-        Kernels are loaded and run when the communicator is built; this sets up NCCL as well, for calls that no kernel
-        takes, whose first one may not be captured.
-        """
+        Kernels are loaded and run when the communicator is built; this sets up NCCL, whose first call may not be captured."""
         self._check_open()
         if not self.deterministic:
             self._torch.connect()
@@ -203,8 +203,8 @@ class Communicator(NormCalls):
         ``ConcurrentUseError`` or ``PoisonedError``. A call of a peer, too, that this rank never made. Calls in flight have yet to
         end; costs a copy of four bytes from the device.
 
-        On path torch.distributed, where nothing tells which calls have completed, any death of a peer that the watcher
-        knows of is raised; and ``CallMismatchError`` and ``ConcurrentUseError`` are not found out."""
+        On path torch.distributed, where nothing tells which calls have completed, any death of a peer that the watcher knows of
+        is raised; and ``CallMismatchError`` and ``ConcurrentUseError`` are not found out."""
         self._check_open()
         for engine in self._engines():
             engine.check()
@@ -220,8 +220,8 @@ class Communicator(NormCalls):
         """Release everything; idempotent, talks to nobody. Drop graphs with calls of this communicator before.
 
         Args:
-            local: do not wait for calls in flight, stop them; returns within seconds, whatever the GPU is busy with. After a
-                failure; survivors may then build a new communicator over a group of their own.
+            local: after a failure: stop calls in flight rather than wait for them; returns within seconds, whatever the GPU is
+                busy with. Survivors may then build a new communicator over a group of their own.
         """
         if self._closed:
             return

@@ -106,6 +106,7 @@ class CommunicatorReport(Record):
         watched: ranks whose deaths are known at once.
         timings: seconds that the steps of the set-up took, by their names.
         kernels: modules ``compiled`` and ``cached``.
+        c_calls: whether eager calls of one launch are made in C; a small C extension does that, where it was built.
         operations: families of calls with a norm that have kernels, or should have.
         rank, world_size: this rank, and how many there are.
         device: this rank's device, as torch writes it.
@@ -123,6 +124,7 @@ class CommunicatorReport(Record):
     watched: tuple[int, ...]
     timings: Mapping[str, float]
     kernels: KernelCounts
+    c_calls: bool
     operations: tuple[FusedFamily, ...]
     rank: int
     world_size: int
@@ -159,6 +161,7 @@ def describe(
         watched=tuple(watched),
         timings={name: round(seconds, 4) for name, seconds in ladder.timings.items()},
         kernels=KernelCounts(engine.compiled, engine.cached) if engine else KernelCounts(0, 0),
+        c_calls=engine is not None and engine.c_calls,
         operations=operations,
         rank=rank,
         world_size=len(ladder.processes),

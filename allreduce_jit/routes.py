@@ -13,7 +13,7 @@ from .inputs import maker, never_matches, plain, tensor_guard
 from .policy.operation import DTYPES, OpSpec, all_reduce
 
 if TYPE_CHECKING:
-    from .engine.protocol import Call, Engine
+    from .engine.protocol import Call, EagerCall, Engine
 
 DTYPE_NAMES = {getattr(torch, name): name for name in DTYPES}
 MAX_ROUTES = 4096
@@ -29,12 +29,14 @@ class Route:
             possible, false positives are not.
         empty: makes such a tensor on the current device.
         nbytes: size of such a tensor.
+        in_c: ``call`` in C, given an output or not, with all checks of its own; it may decline. None: there is no such.
     """
 
     call: Call
     matches: Callable[[torch.Tensor], bool]
     empty: Callable[[], torch.Tensor]
     nbytes: int
+    in_c: EagerCall | None = None
 
 
 def _no_call(*tensors: torch.Tensor) -> NoReturn:
@@ -77,6 +79,7 @@ class Routes:
             call = self._calls.get(spec) or self._prepared(spec)
             route = Route(call, tensor_guard(x), maker(x), x.nbytes)
             if route.matches(x):
+                route.in_c = self.engine(spec).in_c(spec, route.matches, route.empty)
                 remember(self._routes, (x.shape, x.dtype), route)
         return route
 

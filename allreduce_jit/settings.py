@@ -47,6 +47,7 @@ class Settings:
         staging_mb: upper bound of staging memory per rank, in MiB.
         tuning: use the table that ``allreduce-jit tune`` measured on this machine, where there is one.
         pdl: launch kernels with programmatic dependent launch where the GPU has it.
+        c_calls: make eager calls in C where that extension was built.
         plugins: what the plug-ins for inference engines do: ``off`` nothing, ``on`` take calls where they can, ``require`` the same, and
             what keeps them from it is an error.
     """
@@ -60,6 +61,7 @@ class Settings:
     staging_mb: int = 32
     tuning: bool = True
     pdl: bool = True
+    c_calls: bool = True
     plugins: str = "off"
 
     @classmethod
@@ -183,4 +185,5 @@ VARIABLES = {
     "ALLREDUCE_JIT_STAGING_MB": ("staging_mb", _megabytes),
     "ALLREDUCE_JIT_TUNING": ("tuning", _bool),
     "ALLREDUCE_JIT_PDL": ("pdl", _bool),
+    "ALLREDUCE_JIT_C_CALLS": ("c_calls", _bool),
 }

@@ -4,7 +4,7 @@ them, and the wheel in an empty environment of each Python that is here.
     python tools/distribution.py OUT [--python PYTHON ...]
 
 Needs git, build, twine and setuptools (before 70.1 wheel, too), and no network: nothing is fetched, and the environments stay without
-torch, which importing the package and the help of its command line do without. Exit code: 0 well, 1 something is wrong, 2 a tool is
+torch, which importing the package, its C extension and the help of its command line do without. Exit code: 0 well, 1 something is wrong, 2 a tool is
 missing.
 """
 
@@ -31,6 +31,7 @@ import allreduce_jit
 from allreduce_jit.jit import source
 from allreduce_jit.policy import catalogue, plan
 import importlib.util
+from allreduce_jit.engine import _eager
 assert importlib.util.find_spec("allreduce_jit.triton_kernels.p2p").origin
 assert importlib.util.find_spec("torch") is None, "the environment is not empty"
 print(allreduce_jit.__version__, *sorted(source.files()))
@@ -65,6 +66,8 @@ def missing() -> str | None:
     lacking = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if lacking:
         return f"{', '.join(lacking)} not installed: pip install {' '.join(lacking)}"
+    if shutil.which("cc") is None:
+        return "no C compiler: a wheel carries the C extension"
     if shutil.which("git") is None or not (ROOT / ".git").exists():
         return "no git repository: what belongs to a release is what git tracks"
     git = subprocess.run(["git", "-C", ROOT, "ls-files", "pyproject.toml"], capture_output=True, text=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,10 +24,12 @@ from ..policy.plan import Layout, Plan
 from ..policy.tables import Bands
 from ..settings import Settings
 from .driver import load_module
+from .eager import BUILT, eager_call
 from .failure import SIGNATURES_AT, SIGNED, Kind, abort_code, explain, heard, last_signed, parameters
 from .graph_cache import GraphCache
 from .memory import LocalState, SideChannel, StagingMemory
 from .prepared import PreparedCall
+from .protocol import EagerCall
 from .streams import StreamOrder
 from .verify import READ_BYTES, verify
 
@@ -72,6 +74,7 @@ class KernelEngine:
         self.config = config
         self.layout = layout
         self._raw_device = config.device.index
+        self.c_calls = BUILT and config.settings.c_calls  # eager calls of one launch are made in C
         self.families: list[OpSpec] = []  # of calls whose kernels were verified on all ranks
         self._loaded: set[str] = set()  # names of modules
         self.compiled = self.cached = 0
@@ -148,6 +151,9 @@ class KernelEngine:
                     self._prepared.clear()
                 call = self._prepared[spec] = self.prepare(spec, self.plan(spec), shape_id=len(self._prepared) + 1)
         return call
+
+    def in_c(self, spec: OpSpec, matches: Callable[[torch.Tensor], bool], empty: Callable[[], torch.Tensor]) -> EagerCall | None:
+        return eager_call(self.prepared(spec), matches, empty) if self.c_calls else None
 
     def check(self) -> None:
         """Raise what kept a call from completing, here or on a peer that stopped this rank for it: a subclass of

@@ -115,6 +115,12 @@ def _entry(name: str) -> Callable[..., int]:
         raise AllReduceError(f"{name}: this driver is too old to have it") from None
 
 
+def address_of(name: str) -> int:
+    """Of the driver's own entry, for C."""
+    function: Any = _entry(name)
+    return ctypes.cast(function, ctypes.c_void_p).value or 0
+
+
 def failure(what: str, error: int) -> AllReduceError:
     return AllReduceError(f"{what}: {describe(driver.CUresult(error))}")
 
@@ -133,6 +139,7 @@ class KernelLaunch:
         node: the same for a graph, as the driver takes it, but for what says when it may start.
         pdl: whether it is a dependent launch.
         cluster: blocks of a cluster, as the kernel was compiled.
+        kernel, pointers: the kernel's handle, and where the addresses of its arguments lie: what the driver takes beside a config.
     """
 
     def __init__(
@@ -155,11 +162,12 @@ class KernelLaunch:
         pointers = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(a) for a in arguments))
         self.arguments, self.grid, self.pdl, self.cluster = arguments, grid, pdl, cluster
         self._config = _Config((grid, ranks, 1), (block, 1, 1), shared_bytes, None, table, len(attributes))
+        self.kernel, self.pointers = int(kernel), ctypes.addressof(pointers)
         self._keep = (kernel, table, pointers)
         self._stream: int | None = None
         # Pointers that ctypes need not convert at each call. The kernel's handle is one to the driver only.
-        handle = ctypes.c_char.from_address(int(kernel))
-        node = _Node(int(kernel), self._config.grid, self._config.block, shared_bytes, ctypes.addressof(pointers))
+        handle = ctypes.c_char.from_address(self.kernel)
+        node = _Node(self.kernel, self._config.grid, self._config.block, shared_bytes, self.pointers)
         self.node = ctypes.byref(node)
         references = (ctypes.byref(held) for held in (self._config, handle, pointers))
         self._call = partial(_entry("cuLaunchKernelEx"), *references, None)
@@ -170,6 +178,12 @@ class KernelLaunch:
         error = self._call()
         if error:
             raise failure("kernel launch", error)
+
+    def config_of_its_own(self) -> tuple[ctypes.Structure, int]:
+        """A ``CUlaunchConfig`` of the same launch, for who calls the driver himself, and the address of its stream. It lives no longer
+        than this object."""
+        config = _Config.from_buffer_copy(self._config)
+        return config, ctypes.addressof(config) + _Config.stream.offset
 
 
 class Graph:

@@ -76,6 +76,9 @@ class TorchEngine:
     def prepared(self, spec: OpSpec) -> Call:
         return self.all_reduce
 
+    def in_c(self, spec: OpSpec, matches: Callable[[torch.Tensor], bool], empty: Callable[[], torch.Tensor]) -> None:
+        """None of its calls are."""
+
     def all_reduce(self, x: torch.Tensor, out: torch.Tensor, *others: torch.Tensor) -> None:
         """Sum ``x`` over the ranks into ``out`` (may be ``x``), any dtype that the backend takes.
 

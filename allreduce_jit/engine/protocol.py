@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -14,6 +15,10 @@ class Call(Protocol):
     """Runs calls of one ``OpSpec``: one tensor per pointer of the operation, accepted and contiguous."""
 
     def __call__(self, x: torch.Tensor, out: torch.Tensor, /, *others: torch.Tensor) -> None: ...
+
+
+EagerCall = Callable[[torch.Tensor, "torch.Tensor | None"], "torch.Tensor | None"]
+"""``(x, out)`` -> ``out``, or a new tensor; None: declined, nothing was done."""
 
 
 class Engine(Protocol):
@@ -39,6 +44,10 @@ class Engine(Protocol):
 
     def prepared(self, spec: OpSpec) -> Call:
         """Calls of ``spec``, to be made again and again."""
+        ...
+
+    def in_c(self, spec: OpSpec, matches: Callable[[torch.Tensor], bool], empty: Callable[[], torch.Tensor]) -> EagerCall | None:
+        """Calls of ``spec`` made in C, of tensors that ``matches`` says yes to; ``empty`` makes such a one. None: in Python alone."""
         ...
 
     def check(self) -> None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..errors import SetupError
+from ..inputs import maker, tensor_guard
 from ..policy.operation import OpSpec
 from . import reference
 from .verify_norm import verify_norms
@@ -21,6 +22,7 @@ from .verify_norm import verify_norms
 if TYPE_CHECKING:
     from ..policy.plan import Plan
     from .base import KernelEngine
+    from .protocol import EagerCall
 
 READ_BYTES = 64 << 10
 VERIFY_BYTES = 64 << 10
@@ -73,6 +75,8 @@ def _kernels(engine: KernelEngine, family: OpSpec) -> None:
     runs.append((f"{LAUNCHES} launches of {plan.algorithm}", several, whole, repeated))
     if engine.plan(whole).path == engine.path:  # as callers have it, once all ranks have verified it
         runs.append(("a call", engine.prepared(whole), whole, repeated))
+        if engine.c_calls:
+            runs.append(("a call in C", _in_c(engine, whole), whole, repeated))
     for turn, (what, run, spec, times) in enumerate(runs * 2):
         # Turned by a little, so that what an earlier round left behind is not taken for this one's.
         x = inputs[rank].roll(turn)[: spec.numel].to(device)
@@ -84,6 +88,19 @@ def _kernels(engine: KernelEngine, family: OpSpec) -> None:
         difference = reference.compare(out.cpu(), want.roll(turn)[: spec.numel])
         if difference.wrong:
             raise SetupError(f"rank {rank}: {what} of {spec.numel} {spec.dtype} elements: {difference}")
+
+
+def _in_c(engine: KernelEngine, spec: OpSpec) -> Callable[[torch.Tensor, torch.Tensor], None]:
+    """As the front has it: what C declines, Python calls."""
+    made: EagerCall | None = None
+
+    def run(x: torch.Tensor, out: torch.Tensor) -> None:
+        nonlocal made
+        made = made or engine.in_c(spec, tensor_guard(x), maker(x))
+        if made is None or made(x, out) is None:
+            engine.prepared(spec)(x, out)
+
+    return run
 
 
 def several_launches(engine: KernelEngine, spec: OpSpec) -> Plan:

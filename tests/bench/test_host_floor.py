@@ -62,7 +62,10 @@ def test_machine_code(tmp_path):
 @pytest.mark.parametrize(
     ("text", "mistake"),
     [
-        ("if (seen == ~0u) st_relaxed_gpu_u32", "if (false) st_relaxed_gpu_u32"),  # ptxas drops the loads, and stores are all that is timed
+        (
+            "if (seen == ~0u) st_relaxed_gpu_u32",
+            "if (false) st_relaxed_gpu_u32",
+        ),  # ptxas drops the loads, and stores are all that is timed
         ("st.relaxed.sys.global.v4", "st.global.v4"),
         ("ld.relaxed.sys.global.v4", "ld.acquire.sys.global.v4"),  # a fence for every packet
     ],

@@ -76,7 +76,7 @@ def here(monkeypatch):
     monkeypatch.setattr(nvlink, "KernelLaunch", FakeLaunch)
     monkeypatch.setattr(replay, "Graph", FakeGraph)
     FakeLaunch.fired, FakeGraph.alive = [], 0
-    one = NvlinkEngine(EngineConfig(1, 4, torch.device("cuda", 1), "sm_90", True, False, Settings()))
+    one = NvlinkEngine(EngineConfig(1, 4, torch.device("cuda", 1), "sm_90", True, False, Settings(c_calls=False)))
     one.state = SimpleNamespace(channels=1 << 30, control=13, report=14, words=[0] * 16)
     one.memory = SimpleNamespace(addresses=[1000 * (rank + 1) for rank in range(4)])
     one._kernels = {e: e for a in nvlink_algorithms(4) for d in ITEMSIZE for w in (True, False) for e in [entry(a, d, 4, w)]}

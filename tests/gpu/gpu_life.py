@@ -234,7 +234,7 @@ def cycles(place, count):
             del graph
             for _ in range(3):  # a graph of its own
                 comm.all_reduce(x, out=out)
-            assert (out == comm.world_size).all() and comm._engine._graph_cache.ready
+            assert (out == comm.world_size).all() and (comm._engine.c_calls or comm._engine._graph_cache.ready)
             place.barrier()
         place.barrier()
         if turn == 7:  # all kernels of both paths are loaded, which stay

@@ -46,9 +46,9 @@ def test_legacy_by_the_switch(n, monkeypatch):
 
 @pytest.mark.parametrize("n", WORLDS)
 def test_calls_that_come_again(n, monkeypatch):
-    run(n, ("repeated", (Path.V2,)))
+    run(n, ("repeated", (Path.V2,)), ("repeated", (Path.V2, False, True)))
     monkeypatch.setenv("SGLANG_OPT_USE_CUSTOM_ALL_REDUCE_V2", "off")
-    run(n, ("repeated", (Path.LEGACY,)))
+    run(n, ("repeated", (Path.LEGACY,)), ("repeated", (Path.LEGACY, False, True)))
     monkeypatch.setenv("ALLREDUCE_JIT_STAGING_MB", "4")
     run(n, ("repeated", (Path.LEGACY, True)))
     monkeypatch.delenv("SGLANG_OPT_USE_CUSTOM_ALL_REDUCE_V2")
@@ -158,8 +158,9 @@ def test_kills(n):
 
 
 @pytest.mark.parametrize("n", WORLDS)
-@pytest.mark.parametrize("path", [Path.V2, Path.LEGACY], ids=str)
-def test_streams(n, path):
+@pytest.mark.parametrize(("path", "in_c"), [(Path.V2, "on"), (Path.V2, "off"), (Path.LEGACY, "on")], ids=str)
+def test_streams(n, path, in_c, monkeypatch):
+    monkeypatch.setenv("ALLREDUCE_JIT_C_CALLS", in_c)
     run(n, ("gpu_streams:every_form", (path,)))
 
 

@@ -29,7 +29,7 @@ def test_host_bits(n):
 
 @pytest.mark.parametrize("n", WORLDS)
 def test_host_calls_that_come_again(n):
-    run(n, ("repeated", (Path.HOST,)), ("gpu_streams:every_form", (Path.HOST,)))
+    run(n, ("repeated", (Path.HOST,)), ("repeated", (Path.HOST, False, True)), ("gpu_streams:every_form", (Path.HOST,)))
 
 
 @pytest.mark.parametrize("n", WORLDS)

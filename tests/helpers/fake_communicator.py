@@ -102,6 +102,7 @@ class Fake:
             watched=(),
             timings={},
             kernels=KernelCounts(0, 0),
+            c_calls=False,
             operations=(),
             rank=self.rank,
             world_size=self.world_size,
