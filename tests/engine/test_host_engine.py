@@ -15,6 +15,7 @@ from allreduce_jit.engine.failure import Signature as Signed
 from allreduce_jit.engine.host import HostEngine
 from allreduce_jit.errors import PeerTimeoutError, PoisonedError
 from allreduce_jit.policy.operation import all_reduce
+from allreduce_jit.settings import Settings
 
 CONTROL = 1 << 20  # where it would be
 
@@ -39,7 +40,7 @@ def engines(monkeypatch):
     for rank in range(3):
         config = SimpleNamespace(
             rank=rank, world_size=3, device=SimpleNamespace(index=0), arch="sm_90", deterministic=True, max_ctas=None,
-            settings=SimpleNamespace(staging_mb=4, pdl=True, c_calls=False), bus_ids=(),
+            settings=Settings(staging_mb=4, c_calls=False), bus_ids=(),
         )  # fmt: skip
         engine = HostEngine(config)
         engine.memory, engine.side = engine._staging(), Side()
@@ -122,7 +123,7 @@ def test_an_outbox_lies_near_its_only_reader_or_its_writer(monkeypatch, world_si
     monkeypatch.setattr(engine_module, "HostStaging", lambda nbytes, rank, bus_id: asked.append((rank, bus_id)))
     config = SimpleNamespace(
         rank=0, world_size=world_size, device=SimpleNamespace(index=0), arch="sm_80", deterministic=True, max_ctas=None,
-        settings=SimpleNamespace(staging_mb=4, pdl=True, c_calls=False), bus_ids=("a", "b", "c")[:world_size],
+        settings=Settings(staging_mb=4, c_calls=False), bus_ids=("a", "b", "c")[:world_size],
     )  # fmt: skip
     engine = HostEngine(config)
     engine._staging()

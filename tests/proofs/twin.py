@@ -40,6 +40,7 @@ from allreduce_jit.policy.catalogue import NVLINK_ALGORITHMS, KernelSpec, cuda_m
 from allreduce_jit.policy.operation import ITEMSIZE, OpSpec, all_reduce
 from allreduce_jit.policy.plan import HEADER_BYTES, MAX_BLOCK, PACKET, WARP, Layout, Plan
 from allreduce_jit.policy.tables import NEVER, Band
+from allreduce_jit.settings import Settings
 
 HERE = Path(__file__).parent / "twin"
 COMPILER = os.environ.get("CXX", "g++")
@@ -95,7 +96,8 @@ def build(directory: Path, world_size: int, tsan: bool = False, edits: Sequence[
 
     ``modules``: what is in it; None: ``bare(world_size)``."""
     texts, modules = sources(edits), bare(world_size) if modules is None else modules
-    sanitize = ["-fsanitize=thread", "-g1"] if tsan else []
+    # Without races, bounds: an element behind an array of a thread ends the twin, by a trap, which needs no library.
+    sanitize = ["-fsanitize=thread", "-g1"] if tsan else ["-fsanitize=bounds", "-fsanitize-undefined-trap-on-error"]
     entries = entries_of(modules)
     declarations = "".join(f'extern "C" void {entry}_call(const void *);\n' for entry in entries)
     table = (
@@ -396,7 +398,7 @@ class World:
     def _config(self, rank: int, pdl: bool, max_ctas: int | None, **more) -> SimpleNamespace:
         return SimpleNamespace(
             rank=rank, world_size=self.world_size, device=SimpleNamespace(index=0), arch="sm_90", nvlink=True,
-            deterministic=True, settings=SimpleNamespace(staging_mb=STAGING_MB, pdl=pdl), max_ctas=max_ctas, **more,
+            deterministic=True, settings=Settings(staging_mb=STAGING_MB, pdl=pdl, c_calls=False), max_ctas=max_ctas, **more,
         )  # fmt: skip
 
     def run(self, program: Program, seed: int, *, skip: Sequence[int] = (), complete: bool = True,
