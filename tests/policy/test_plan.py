@@ -24,16 +24,8 @@ from hypothesis import strategies as st
 from allreduce_jit.policy import nvlink, p2p
 from allreduce_jit.policy.catalogue import WORLD_SIZES, entry, nvlink_algorithms, nvlink_modules
 from allreduce_jit.policy.operation import DTYPES, ITEMSIZE, all_reduce
-from allreduce_jit.policy.tables import (
-    BLOCKS,
-    NEVER,
-    NVLINK_TABLES,
-    P2P_TABLES,
-    STREAM_FROM,
-    Band,
-    bands_from_json,
-    bands_to_json,
-)  # fmt: skip
+from allreduce_jit.policy.tables import BLOCKS, NEVER, NVLINK_TABLES, P2P_TABLES, STREAM_FROM, Band, bands_to_json
+from allreduce_jit.policy.tuning import V2
 from allreduce_jit.settings import Settings
 
 PACKET, WARP, HEADER = 16, 32, 4096
@@ -93,7 +85,7 @@ def tables(draw, world_size):
         if names[pick] in STREAMS and (not bands or bands[-1].up_to < STREAM_FROM):
             pick -= 1
         bands.append(Band(up_to, names[pick], draw(st.sampled_from(BLOCKS))))
-    return bands_from_json(world_size, bands_to_json(tuple(bands)))  # they keep the rules
+    return V2.bands_from_json(world_size, bands_to_json(tuple(bands)))  # they keep the rules
 
 
 @st.composite
