@@ -263,7 +263,8 @@ def _estimates(verdict: VerdictReport | None, ranks: int) -> list[str]:
     if path == Rung.LEGACY.value and not verdict.full_nvlink:
         return ["from which size on calls go to NCCL is an estimate on PCIe: allreduce-jit bench compares the two"]
     if path == Rung.HOST.value and ranks > 2:
-        return [f"which algorithm runs which size is an estimate for {ranks} ranks: it was measured for 2"]
+        text = f"which algorithm runs which size is an estimate for {ranks} ranks, as it was measured for 2"
+        return [f"{text}, unless allreduce-jit tune has measured it here"]
     return []
 
 

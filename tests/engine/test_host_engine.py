@@ -39,7 +39,7 @@ def engines(monkeypatch):
     for rank in range(3):
         config = SimpleNamespace(
             rank=rank, world_size=3, device=SimpleNamespace(index=0), arch="sm_90", deterministic=True, max_ctas=None,
-            settings=SimpleNamespace(staging_mb=4, pdl=True), bus_ids=(),
+            settings=SimpleNamespace(staging_mb=4, pdl=True), bus_ids=(), tuned=None,
         )  # fmt: skip
         engine = HostEngine(config)
         engine.memory, engine.side = engine._staging(), Side()
@@ -122,7 +122,7 @@ def test_an_outbox_lies_near_its_only_reader_or_its_writer(monkeypatch, world_si
     monkeypatch.setattr(engine_module, "HostStaging", lambda nbytes, rank, bus_id: asked.append((rank, bus_id)))
     config = SimpleNamespace(
         rank=0, world_size=world_size, device=SimpleNamespace(index=0), arch="sm_80", deterministic=True, max_ctas=None,
-        settings=SimpleNamespace(staging_mb=4, pdl=True), bus_ids=("a", "b", "c")[:world_size],
+        settings=SimpleNamespace(staging_mb=4, pdl=True), bus_ids=("a", "b", "c")[:world_size], tuned=None,
     )  # fmt: skip
     engine = HostEngine(config)
     engine._staging()
