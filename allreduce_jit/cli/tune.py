@@ -19,6 +19,7 @@ import torch
 
 from ..bench import timing
 from ..engine import reference
+from ..engine.fallback import TorchEngine
 from ..errors import InputError
 from ..harness import ranks, report, terminal
 from ..harness.place import Place, Seat
@@ -26,8 +27,9 @@ from ..policy import backends, measured_tables
 from ..policy.catalogue import WORLD_SIZES
 from ..policy.operation import ITEMSIZE, OpSpec, all_reduce
 from ..policy.plan import Plan
-from ..policy.tables import NEVER, Bands
-from ..policy.tuning import Choice, Tunable
+from ..policy.tables import NEVER
+from ..policy.tuning import AnyBands, Choice, Tunable
+from ..setup import service
 from ..setup.ladder import Ladder, climb
 
 SIZES = tuple(1 << shift for shift in range(10, 27))  # 1 KB to 64 MB
@@ -117,8 +119,8 @@ def _steps(tunable: Tunable, world_size: int, staging_bytes: int) -> dict[str, l
     return steps
 
 
-def derive(tunable: Tunable, world_size: int, times: Mapping[int, Mapping[Choice, float]]) -> Bands:
-    """Bands out of the µs of every choice at every size in bytes.
+def derive(tunable: Tunable, world_size: int, times: Mapping[int, Mapping[Choice, float]]) -> AnyBands:
+    """AnyBands out of the µs of every choice at every size in bytes.
 
     The cheapest way through the sizes (Viterbi's algorithm), never back to the algorithm of smaller messages: first
     of all least time lost beyond ``MARGIN``, then fewest bands, then least time. Edges lie at the geometric middle.
@@ -179,12 +181,14 @@ class Meter:
         return row.tunable
 
     def __init__(self, place: Place, tunable: Tunable, algorithm: str):
-        tables = dict.fromkeys(ITEMSIZE, tunable.bands_for(place.world_size, algorithm))
+        tables = dict.fromkeys(ITEMSIZE, tunable.private(place.world_size, algorithm))
         ladder = climb(place.control, place.device, highest=tunable.path, lowest=tunable.path, tables=tables)
         if ladder.engine is None:
             raise InputError(f"{place.world_size} ranks cannot have path {tunable.path} here: {_why(ladder)}")
         self.place, self.of = place, tunable
         self.engine: Any = ladder.engine
+        self._ladder = ladder
+        self._torch: TorchEngine | None = None
         self.staging_bytes = ladder.settings.staging_mb << 20
         # Where there is a path with kernels, there is a GPU.
         self.fingerprint = measured_tables.fingerprint(ladder.capabilities[0], place.world_size, tunable.path) or {}
@@ -204,7 +208,11 @@ class Meter:
     def _measured(self, spec: OpSpec, plan: Plan) -> float:
         engine = self.engine
         *inputs, out = self._tensors(spec.dtype, spec.numel)
-        load = timing.Workload(lambda x: engine.run(spec, plan, x, out), inputs, [])
+        if plan.path == engine.path:
+            load = timing.Workload(lambda x: engine.run(spec, plan, x, out), inputs, [])
+        else:
+            nccl = self._nccl()
+            load = timing.Workload(lambda x: nccl.all_reduce(x, out), inputs, [])
         graph = timing.record(load)
         samples = timing.replays(self.place, load, graph, REPLAYS, WARMUP, lambda: engine.all_reduce(*self._one))
         engine.check()
@@ -221,13 +229,24 @@ class Meter:
 
     def close(self) -> None:
         self._data = (None, [])
-        _close(self.place, self.engine)
+        _close(self.place, *(engine for engine in (self._torch, self.engine) if engine is not None))
+
+    def _nccl(self) -> TorchEngine:
+        """What a communicator has for calls that no kernel takes; its first collective cannot be captured."""
+        if self._torch is None:
+            place = self.place
+            self._torch = service.torch_engine(place.control, place.device, self._ladder, deterministic=False, may_have_nccl=True)
+            self._torch.connect()
+        if self._torch.problem:
+            raise InputError(f"path {self.of.path} is measured beside NCCL, which cannot be set up: {self._torch.problem}")
+        return self._torch
 
 
-def _close(place: Place, engine: Any) -> None:
+def _close(place: Place, *engines: Any) -> None:
     place.synchronize()
     with torch.cuda.device(place.device):
-        engine.close()
+        for engine in engines:
+            engine.close()
 
 
 def _why(ladder: Ladder) -> str:

@@ -126,6 +126,7 @@ BACKENDS: tuple[Backend, ...] = (
         toolchain=TRITON,
         modules=p2p_modules,
         engine="allreduce_jit.engine.p2p:P2PEngine",
+        tunable=tuning.LEGACY,
     ),
     Backend(
         name="host",

@@ -16,8 +16,8 @@ from ..paths import Path as Rung
 from ..version import __version__
 from . import backends
 from .operation import DTYPES
-from .tables import Bands, bands_to_json
-from .tuning import Tunable
+from .tables import bands_to_json
+from .tuning import AnyBands, Tunable
 
 log = logging.getLogger("allreduce_jit")
 
@@ -56,7 +56,7 @@ def path(cache_dir: Path | None, facts: Mapping[str, Any]) -> Path:
     return _folder(cache_dir) / f"{digest[:32]}.json"
 
 
-def save(cache_dir: Path | None, facts: Mapping[str, Any], tables: Mapping[str, Bands], **more: Any) -> Path:
+def save(cache_dir: Path | None, facts: Mapping[str, Any], tables: Mapping[str, AnyBands], **more: Any) -> Path:
     """Write the tables, whole or not at all; ``more`` is for human readers. Raises ``OSError``."""
     file = path(cache_dir, facts)
     assert cache_dir is not None  # or path would have raised
@@ -98,12 +98,12 @@ def _document(file: Path, cache_dir: Path) -> dict[str, Any]:
     return document
 
 
-def tables_to_json(tables: Mapping[str, Bands]) -> dict[str, Any]:
+def tables_to_json(tables: Mapping[str, AnyBands]) -> dict[str, Any]:
     return {dtype: bands_to_json(bands) for dtype, bands in tables.items()}
 
 
-def tables_from_json(tunable: Tunable, world_size: int, value: object) -> dict[str, Bands]:
-    """Bands per dtype. Raises ``ValueError`` unless all dtypes are there and all bands keep the rules."""
+def tables_from_json(tunable: Tunable, world_size: int, value: object) -> dict[str, AnyBands]:
+    """AnyBands per dtype. Raises ``ValueError`` unless all dtypes are there and all bands keep the rules."""
     if not isinstance(value, dict) or value.keys() != DTYPES.keys():
         raise ValueError(f"expected tables for {', '.join(DTYPES)}")
     return {dtype: tunable.bands_from_json(world_size, bands) for dtype, bands in value.items()}

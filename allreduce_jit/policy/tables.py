@@ -1,4 +1,4 @@
-"""The tables that ``plan`` reads. Tuning changes speed only, never a bit of a result.
+"""The tables that ``plan`` reads. Tuning changes speed only, never a bit of what a kernel of ours returns.
 
 Measured on H200 at 2 to 4 ranks (docs/performance.md). At 5 to 8 estimated: one-shot sends (n-1) S bytes and two-shot
 2 (n-1) / n S in one hop more, so they change places at S ~ 1 / ((n-1) (1 - 2/n)), on from where they do at 3 and 4.
@@ -17,11 +17,17 @@ STREAM_FROM = 64 * KIB  # an algorithm that streams takes two launches at least,
 
 
 @dataclass(frozen=True)
-class Band:
-    """Messages of up to ``up_to`` bytes run ``algorithm`` in blocks of ``block`` threads."""
+class AlgorithmBand:
+    """Messages of up to ``up_to`` bytes run ``algorithm``."""
 
     up_to: int
     algorithm: str
+
+
+@dataclass(frozen=True)
+class Band(AlgorithmBand):
+    """The same, in blocks of ``block`` threads."""
+
     block: int
 
 
@@ -48,7 +54,7 @@ NVLINK_TABLES: dict[int, Bands] = {
 }
 
 
-def bands_to_json(bands: Bands) -> list[dict[str, object]]:
+def bands_to_json(bands: tuple[AlgorithmBand, ...]) -> list[dict[str, object]]:
     return [{**vars(band), "up_to": None if band.up_to == NEVER else band.up_to} for band in bands]
 
 
@@ -59,7 +65,7 @@ def two_shot_above(bands: Bands) -> int:
 
 @dataclass(frozen=True)
 class P2PTable:
-    """The same for the legacy path.
+    """The same for the legacy path, where ``allreduce-jit tune`` has measured nothing.
 
     Attributes:
         two_shot_from: bytes from which two-shot runs.

@@ -1,25 +1,28 @@
 """What ``allreduce-jit tune`` can measure of a path, and what of the bands that come of it plans and kernels rely on. Pure.
 
-A choice is all of a band but its end: (algorithm, threads of a block), on path host (algorithm, threads of a block, channels).
+A choice is all of a band but its end: (algorithm, threads of a block), on path host (algorithm, threads of a block, channels), on
+legacy (algorithm,), of which NCCL is one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from typing import Any
 
 from ..paths import Path
-from . import host, nvlink
+from . import host, nvlink, p2p
 from .catalogue import NVLINK_ALGORITHMS, host_algorithms, nvlink_algorithms
 from .host import HOST_TABLES, HostBand
 from .operation import ITEMSIZE, OpSpec, all_reduce
 from .plan import MAX_BLOCK, WARP, Layout, Plan
-from .tables import BLOCKS, NEVER, NVLINK_TABLES, STREAM_FROM, Band, Bands
+from .tables import BLOCKS, KIB, NEVER, NVLINK_TABLES, STREAM_FROM, AlgorithmBand, Band, Bands
 
 CHANNEL_COUNTS = (64, 96, 128, 192, 256, 512, 1024)  # that are tried on path host
 REACH = 32  # how many times smaller or larger than in the package's table messages of an algorithm are tried on path host
+KERNELS_UP_TO = 64 * KIB  # bytes; of what is smaller, and set-up makes such calls, NCCL takes none on legacy
 
+AnyBands = tuple[AlgorithmBand, ...]
 Choice = tuple[Any, ...]
 
 
@@ -30,23 +33,23 @@ class Tunable:
     Attributes:
         path: that has them.
         band: the class of its bands.
-        package: the tables to begin with, by world size.
         algorithms: (world size) -> those of its bands, from small to large messages.
         choices: (world size, algorithm) -> what is tried.
         takes: (algorithm, call, world size, bytes of staging memory) -> whether a plan could give such a call to it.
         unfit: (a band, where it begins) -> what of it plans or kernels could not do; None: nothing. It has a known algorithm.
         plan: (choice, call, world size, layout) -> the plan that runs it.
+        private: (world size, algorithm) -> the bands of an engine that measures it, so that it has room for that.
         note: what more there is to say of a table; empty: nothing.
     """
 
     path: Path
-    band: type[Band]
-    package: Mapping[int, Bands]
+    band: type[AlgorithmBand]
     algorithms: Callable[[int], tuple[str, ...]]
     choices: Callable[[int, str], list[Choice]]
     takes: Callable[[str, OpSpec, int, int], bool]
     unfit: Callable[[Any, int], str | None]
     plan: Callable[[Choice, OpSpec, int, Layout], Plan]
+    private: Callable[[int, str], AnyBands]
     note: str = ""
 
     @property
@@ -59,13 +62,7 @@ class Tunable:
         spec = all_reduce(dtype, nbytes // ITEMSIZE[dtype])
         return (name for name in self.algorithms(world_size) if self.takes(name, spec, world_size, staging_bytes))
 
-    def bands_for(self, world_size: int, algorithm: str) -> Bands:
-        """Bands of an engine that measures ``algorithm``: all room is its, but for that of those before it in the package's table."""
-        order = self.algorithms(world_size).index
-        before = [band for band in self.package[world_size] if order(band.algorithm) < order(algorithm)]
-        return (*before, self.band(NEVER, *self.choices(world_size, algorithm)[-1]))
-
-    def bands_from_json(self, world_size: int, value: object) -> Bands:
+    def bands_from_json(self, world_size: int, value: object) -> AnyBands:
         """What ``bands_to_json`` wrote, held against all that plans and kernels rely on.
 
         Raises:
@@ -74,11 +71,11 @@ class Tunable:
         if not isinstance(value, list) or not value:
             raise ValueError(f"expected a list of bands, got {value!r}")
         expected, names = [field.name for field in fields(self.band)], self.algorithms(world_size)
-        bands: list[Band] = []
+        bands: list[AlgorithmBand] = []
         for i, entry in enumerate(value):
             if not isinstance(entry, dict) or entry.keys() != set(expected):
                 raise ValueError(f"band {i} is {entry!r}: expected {', '.join(expected[:-1])} and {expected[-1]}")
-            up_to, name, block = entry["up_to"], entry["algorithm"], entry["block"]
+            up_to, name = entry["up_to"], entry["algorithm"]
             begin = bands[-1].up_to if bands else 0
             last = i == len(value) - 1
             if up_to is not None if last else type(up_to) is not int or not begin < up_to < NEVER:
@@ -87,13 +84,15 @@ class Tunable:
                 raise ValueError(f"band {i}: algorithm {name!r} is none of {', '.join(names)}")
             if bands and names.index(name) < names.index(bands[-1].algorithm):
                 raise ValueError(f"band {i}: {name} after {bands[-1].algorithm}: expected the order {', '.join(names)}")
-            if type(block) is not int or block not in BLOCKS:
-                raise ValueError(f"band {i}: blocks of {block!r} threads: expected one of {BLOCKS}")
             band = self.band(NEVER if last else up_to, *(entry[column] for column in self.columns))
             if problem := self.unfit(band, begin):
                 raise ValueError(f"band {i}: {problem}")
             bands.append(band)
         return tuple(bands)
+
+
+def _block_unfit(block: object) -> str | None:
+    return None if type(block) is int and block in BLOCKS else f"blocks of {block!r} threads: expected one of {BLOCKS}"
 
 
 # -- path V2
@@ -112,18 +111,25 @@ def _v2_takes(name: str, spec: OpSpec, world_size: int, staging_bytes: int) -> b
 def _v2_unfit(band: Band, begin: int) -> str | None:
     if NVLINK_ALGORITHMS[band.algorithm].stream and begin < STREAM_FROM:
         return f"{band.algorithm} from {begin} bytes on: it takes messages above {STREAM_FROM}"
-    return None
+    return _block_unfit(band.block)
+
+
+def _v2_private(world_size: int, name: str) -> Bands:
+    """All room is the algorithm's, but for that of those before it in the package's table."""
+    order = nvlink_algorithms(world_size).index
+    before = [band for band in NVLINK_TABLES[world_size] if order(band.algorithm) < order(name)]
+    return (*before, Band(NEVER, name, MAX_BLOCK))
 
 
 V2 = Tunable(
     path=Path.V2,
     band=Band,
-    package=NVLINK_TABLES,
     algorithms=nvlink_algorithms,
     choices=lambda world_size, name: [(name, block) for block in BLOCKS],
     takes=_v2_takes,
     unfit=_v2_unfit,
     plan=lambda choice, *call: nvlink.plan_of(*choice, *call),
+    private=_v2_private,
     note="calls with a norm are not timed: of this table, they take from which size on they are two-shot",
 )
 
@@ -148,6 +154,8 @@ def _host_takes(name: str, spec: OpSpec, world_size: int, staging_bytes: int) ->
 
 
 def _host_unfit(band: HostBand, begin: int) -> str | None:
+    if problem := _block_unfit(band.block):
+        return problem
     most, step = host.CHANNELS[band.algorithm], band.block // WARP
     if type(band.channels) is not int or not step <= band.channels <= most or band.channels % step:
         return f"{band.channels!r} channels: expected multiples of {step}, the warps of a block, up to {most}"
@@ -157,10 +165,40 @@ def _host_unfit(band: HostBand, begin: int) -> str | None:
 HOST = Tunable(
     path=Path.HOST,
     band=HostBand,
-    package=HOST_TABLES,
     algorithms=host_algorithms,
     choices=_host_choices,
     takes=_host_takes,
     unfit=_host_unfit,
     plan=lambda choice, *call: host.plan_of(*choice, *call),
+    private=lambda world_size, name: HOST_TABLES[world_size],  # there is room for all
+)
+
+
+# -- path legacy
+
+
+def _legacy_takes(name: str, spec: OpSpec, world_size: int, staging_bytes: int) -> bool:
+    """One-shot has to hold it in one launch."""
+    if name == p2p.NCCL:
+        return spec.nbytes > KERNELS_UP_TO
+    capacity = p2p.make_layout(world_size, staging_bytes).regions[name].capacity
+    return name != "legacy_one_shot" or spec.nbytes <= capacity
+
+
+def _legacy_unfit(band: AlgorithmBand, begin: int) -> str | None:
+    if band.algorithm == p2p.NCCL and begin < KERNELS_UP_TO:
+        return f"{band.algorithm} from {begin} bytes on: it takes messages above {KERNELS_UP_TO}"
+    return None
+
+
+LEGACY = Tunable(
+    path=Path.LEGACY,
+    band=AlgorithmBand,
+    algorithms=lambda world_size: ("legacy_one_shot", "legacy_two_shot", p2p.NCCL),
+    choices=lambda world_size, name: [(name,)],
+    takes=_legacy_takes,
+    unfit=_legacy_unfit,
+    plan=lambda choice, *call: p2p.plan_of(*choice, *call),
+    private=lambda world_size, name: (AlgorithmBand(NEVER, "legacy_two_shot"),),
+    note="of sizes that are NCCL's the bits are NCCL's; deterministic=True leaves it none",
 )

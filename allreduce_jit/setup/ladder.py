@@ -25,7 +25,7 @@ from ..policy.backends import Backend
 from ..policy.catalogue import WORLD_SIZES
 from ..policy.dispatch import decide
 from ..policy.operation import ALL_REDUCE, OpSpec
-from ..policy.tables import Bands
+from ..policy.tuning import AnyBands
 from ..policy.verdict import Reason, Verdict
 from ..settings import Settings
 from ..version import __version__
@@ -42,7 +42,7 @@ log = logging.getLogger("allreduce_jit")
 class Measured:
     """A path's tables per dtype, in the place of the package's, and the ``file`` they are from, if they are from one."""
 
-    tables: Mapping[str, Bands]
+    tables: Mapping[str, AnyBands]
     file: str | None
 
 
@@ -69,7 +69,7 @@ class Ladder:
     timings: dict[str, float] = field(default_factory=dict)
 
     @property
-    def tuned(self) -> Mapping[str, Bands] | None:
+    def tuned(self) -> Mapping[str, AnyBands] | None:
         """The path's tables per dtype; None: the package's."""
         found = self.measured.get(self.verdict.path)
         return None if found is None else found.tables
@@ -177,7 +177,7 @@ def climb(
     highest: Path | None = None,
     lowest: Path | None = None,
     max_ctas: int | None = None,
-    tables: Mapping[str, Bands] | None = None,
+    tables: Mapping[str, AnyBands] | None = None,
     families: Sequence[OpSpec] = ALL_REDUCE,
     operations: Sequence[OpSpec] = (),
 ) -> Ladder:

@@ -7,12 +7,13 @@ import logging
 import os
 from dataclasses import replace
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
-from helpers.fake_engines import fake_gpus, raised, suite
+from helpers.fake_engines import FakeEngine, fake_gpus, raised, suite
 from helpers.fakes import MACHINES, look
-from helpers.kept import FACTS, HOST_FACTS, HOST_TABLES_KEPT, ODD, TABLES
+from helpers.kept import FACTS, HOST_FACTS, HOST_TABLES_KEPT, LEGACY_FACTS, ODD, TABLES
 from helpers.schemas import violations
 
 pytest.importorskip("hypothesis")
@@ -23,15 +24,16 @@ from allreduce_jit.cli import main as cli
 from allreduce_jit.cli import tune
 from allreduce_jit.communicator import Communicator
 from allreduce_jit.engine.base import EngineConfig
+from allreduce_jit.engine.fallback import TorchEngine
 from allreduce_jit.errors import InputError
 from allreduce_jit.harness import ranks
-from allreduce_jit.policy import backends, host, nvlink
+from allreduce_jit.policy import backends, host, nvlink, p2p
 from allreduce_jit.policy import measured_tables as tuned
 from allreduce_jit.policy.catalogue import WORLD_SIZES, nvlink_algorithms
 from allreduce_jit.policy.host import HOST_TABLES
 from allreduce_jit.policy.operation import ITEMSIZE, all_reduce
-from allreduce_jit.policy.tables import BLOCKS, MIB, NEVER, NVLINK_TABLES, Band, bands_to_json
-from allreduce_jit.policy.tuning import HOST, V2
+from allreduce_jit.policy.tables import BLOCKS, KIB, MIB, NEVER, NVLINK_TABLES, P2P_TABLES, AlgorithmBand, Band, bands_to_json
+from allreduce_jit.policy.tuning import HOST, LEGACY, V2
 from allreduce_jit.settings import Settings
 from allreduce_jit.setup.ladder import climb
 
@@ -56,6 +58,16 @@ def host_model(world_size, dtype, nbytes, algorithm, block, channels):
     moved = (world_size - 1) * nbytes if first else 2 * (world_size - 1) / world_size * nbytes
     slow = 2 if (dtype, first) == ("float32", True) else 1
     return slow * (2.5 if first else 6.0 + channels / 500) + moved / min(50e3, channels * 400.0)
+
+
+def legacy_model(world_size, dtype, nbytes, algorithm):
+    """The same over PCIe: two-shot sends less, NCCL has the best rate; fp32 never pays there."""
+    start, sent, rate = {
+        "legacy_one_shot": (9.0, world_size - 1, 20e3),
+        "legacy_two_shot": (16.0, 2 * (world_size - 1) / world_size, 20e3),
+        "nccl": (40.0, 2 * (world_size - 1) / world_size, 10e3 if dtype == "float32" else 24e3),
+    }[algorithm]
+    return start + sent * nbytes / rate
 
 
 class Clock:
@@ -89,8 +101,12 @@ class HostClock(Clock):
     of, fingerprint, model = HOST, HOST_FACTS, staticmethod(host_model)
 
 
-CLOCKS = {V2: Clock, HOST: HostClock}
-BOTH = pytest.mark.parametrize("tunable", CLOCKS, ids=lambda tunable: tunable.path.short)
+class LegacyClock(Clock):
+    of, fingerprint, model = LEGACY, LEGACY_FACTS, staticmethod(legacy_model)
+
+
+CLOCKS = {V2: Clock, LEGACY: LegacyClock, HOST: HostClock}
+EACH = pytest.mark.parametrize("tunable", CLOCKS, ids=lambda tunable: tunable.path.short)
 
 
 def alone(world_size):
@@ -158,6 +174,23 @@ def test_bands_of_path_host_are_the_fastest_of_a_model(world_size):
     assert one_shot_ends["float32"] < one_shot_ends["bfloat16"]
 
 
+def test_bands_of_legacy_are_where_two_shot_and_nccl_take_over():
+    """A made-up machine has one-shot up to 93 KB of 4 ranks and NCCL from 2 MB on; fp32 stays with two-shot."""
+    tables = {dtype: derived(4, times(LEGACY, 4, dtype), LEGACY) for dtype in ITEMSIZE}
+    names = {dtype: [band.algorithm for band in bands] for dtype, bands in tables.items()}
+    assert names == dict.fromkeys(ITEMSIZE, ["legacy_one_shot", "legacy_two_shot", "nccl"]) | {
+        "float32": ["legacy_one_shot", "legacy_two_shot"]
+    }
+    crossing = 7.0 / (3 - 1.5) * 20e3  # where one-shot and two-shot take as long
+    hand_over = 24.0 / (1.5 / 20e3 - 1.5 / 24e3)
+    for bands in tables.values():
+        assert crossing / 2 <= bands[0].up_to <= crossing * 2
+    assert hand_over / 2 <= tables["bfloat16"][1].up_to <= hand_over * 2
+    assert p2p.make_limits(4, False, tables["bfloat16"]) == p2p.Limits(
+        *(band.up_to + i for band, i in zip(tables["bfloat16"], (1, 0)))
+    )
+
+
 @pytest.mark.parametrize(("gain", "bands"), [(0.0, 1), (0.019, 1), (0.03, 3)])
 def test_a_tiny_gain_is_not_worth_a_band(gain, bands):
     measured = {size: {("one_shot", 64): 10.0, ("one_shot", 128): 11.0} for size in tune.SIZES}
@@ -177,7 +210,7 @@ def test_no_way_back_to_an_algorithm_of_smaller_messages():
     assert derived(4, measured) == (Band(NEVER, "one_shot", 64),)
 
 
-@BOTH
+@EACH
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 def test_whatever_was_measured_makes_bands_that_keep_the_rules(world_size, tunable):
     @hypothesis.settings(max_examples=30, deadline=None, derandomize=True, database=None)
@@ -194,6 +227,8 @@ def test_whatever_was_measured_makes_bands_that_keep_the_rules(world_size, tunab
             for size, found in measured.items():
                 band = next(band for band in bands if size <= band.up_to)
                 assert found[band.algorithm, band.block] <= (1 + tune.MARGIN) * min(found.values())
+        if tunable is LEGACY:  # test_plan has its plans of any bands
+            return
         policy = {V2: nvlink, HOST: host}[tunable]
         layout = (
             nvlink.make_layout(world_size, staging_bytes, bands) if tunable is V2 else host.make_layout(world_size, staging_bytes)
@@ -339,6 +374,33 @@ def measures_path_host(place):
     place.barrier()
 
 
+def measures_legacy(place):
+    """Where the ladder ends there: other sizes go to NCCL, and NCCL is set up if any dtype has some."""
+    document = tune.work(place, LegacyClock)
+    assert document["ok"] and document["rung"] == "legacy" and document["fingerprint"]["path"] == "legacy", document
+    with fake_gpus(place.control, "a100-pcie-x4"):
+        found = climb(place.control, CPU)
+        assert found.tuning == document["path"] and tuned.tables_to_json(found.engine.config.tuned) == document["tables"]
+        assert [band["algorithm"] for band in document["tables"]["float32"]] == ["legacy_one_shot", "legacy_two_shot"]
+        with Communicator(place.control, CPU) as comm:
+            assert comm.describe().tuning == document["path"]
+    tuned.clear(Settings.from_env().cache_dir)
+    place.barrier()
+
+
+def nccl_is_set_up_before_a_capture_if_any_dtype_needs_it(place):
+    """The first call that goes there may be captured, and NCCL's first collective must not be."""
+    for handed in ((), ("float16",), ("float32", "float16", "bfloat16")):
+        takes = FakeEngine.takes
+        FakeEngine.takes = lambda self, spec, handed=handed: spec.dtype not in handed
+        try:
+            with fake_gpus(place.control, "l40s-x4"), mock.patch.object(TorchEngine, "connect") as connect:
+                with Communicator(place.control, CPU):
+                    assert connect.called == bool(handed), handed
+        finally:
+            FakeEngine.takes = takes
+
+
 def without_tables(place):
     document = tune.work(place, NoTables)
     assert document == {"ok": False, "world_size": 4, "problem": "no tables"}
@@ -347,15 +409,17 @@ def without_tables(place):
 
 def the_path_to_measure_is_where_the_ladder_ends(place):
     v2_fails = {("v2", "compile"): OSError("no compiler today")} if place.rank == 1 else {}
-    for machine, fails, expected in (
-        ("h200-x4", {}, V2), ("l40s-x4-vm", {}, HOST), ("a100-pcie-x4", {}, "path legacy here"), ("h200-x4", v2_fails, "no compiler today"),
-    ):  # fmt: skip
+    for machine, fails, expected in (("h200-x4", {}, V2), ("l40s-x4-vm", {}, HOST), ("a100-pcie-x4", {}, LEGACY),
+                                     ("h200-x4", v2_fails, LEGACY)):  # fmt: skip
         with fake_gpus(place.control, machine, fails) as built:
-            if isinstance(expected, str):
-                raised(InputError, lambda: tune.Meter.tunable(place), "nothing to tune: 4 ranks take", expected)
-            else:
-                assert tune.Meter.tunable(place) is expected
+            assert tune.Meter.tunable(place) is expected
         assert built and all(engine.closed for engine in built)
+    os.environ["ALLREDUCE_JIT_PATH"] = "torch"
+    with fake_gpus(place.control) as built:
+        words = "nothing to tune: 4 ranks take path torch.distributed here", "ALLREDUCE_JIT_PATH=torch"
+        raised(InputError, lambda: tune.Meter.tunable(place), *words)
+    os.environ.pop("ALLREDUCE_JIT_PATH")
+    assert not built
 
 
 def rank_0s_table_counts_for_all(place):
@@ -381,7 +445,7 @@ def rank_0s_table_counts_for_all(place):
             assert off.tuned is off.tuning is off.engine.config.tuned is None
             os.environ.pop("ALLREDUCE_JIT_TUNING", None)
     with fake_gpus(place.control, "a100-pcie-x4"), Communicator(place.control, CPU) as comm:
-        assert comm.describe().tuning is None  # not V2
+        assert comm.describe().tuning == "package"  # legacy has tables of its own
     if place.rank == 0:
         tuned.clear(mine)
     with fake_gpus(place.control), Communicator(place.control, CPU) as comm:
@@ -405,6 +469,8 @@ def what_rank_0_sends_is_checked_on_all_ranks(place):
 CASES = [
     measures_and_keeps,
     measures_path_host,
+    measures_legacy,
+    nccl_is_set_up_before_a_capture_if_any_dtype_needs_it,
     without_tables,
     the_path_to_measure_is_where_the_ladder_ends,
     rank_0s_table_counts_for_all,
@@ -467,6 +533,27 @@ def test_path_hosts_engine_has_a_table_per_dtype():
     assert HostEngine(replace(config, tuned=None)).bands == dict.fromkeys(ITEMSIZE, HOST_TABLES[4])
 
 
+def test_legacys_engine_hands_over_what_was_measured():
+    """The sizes of each dtype, but where nothing may be handed over."""
+    from allreduce_jit.engine.p2p import P2PEngine
+
+    bands = {"float32": (AlgorithmBand(NEVER, "legacy_two_shot"),), "float16": (AlgorithmBand(80 * KIB, "legacy_one_shot"),
+             AlgorithmBand(4 * MIB, "legacy_two_shot"), AlgorithmBand(NEVER, "nccl"))}  # fmt: skip
+    config = EngineConfig(0, 4, torch.device("cuda", 0), "sm_80", False, False, Settings(), tuned=bands)
+
+    def picked(engine, dtype, nbytes):
+        plan = engine.plan(all_reduce(dtype, nbytes // ITEMSIZE[dtype]))
+        return plan.path, plan.algorithm
+
+    engine, alone = P2PEngine(config), P2PEngine(replace(config, deterministic=True))
+    assert picked(engine, "float32", 1024) == picked(engine, "float32", 64 * MIB) == ("legacy", "legacy_two_shot")
+    assert picked(engine, "float16", 80 * KIB) == ("legacy", "legacy_one_shot")
+    assert picked(engine, "float16", 80 * KIB + 2) == picked(engine, "float16", 4 * MIB) == ("legacy", "legacy_two_shot")
+    assert picked(engine, "float16", 4 * MIB + 2) == ("torch.distributed", "nccl")
+    assert picked(alone, "float16", 64 * MIB) == ("legacy", "legacy_two_shot")
+    assert picked(engine, "bfloat16", P2P_TABLES[4].pcie_limit + 2) == ("torch.distributed", "nccl"), "the package's"
+
+
 # -- the command line
 
 
@@ -493,8 +580,9 @@ def test_one_run_for_every_number_of_gpus(monkeypatch, capsys, tmp_path):
 
 def test_what_is_printed_keeps_to_the_schema(monkeypatch, tmp_path):
     monkeypatch.setenv(CACHE, str(tmp_path))
-    document, host, none = (tune.work(alone(4), meter) for meter in (Clock, HostClock, NoTables))
-    assert violations("tune", json.loads(json.dumps([document, host, none]))) == []
+    document, legacy, host, none = (tune.work(alone(4), meter) for meter in (Clock, LegacyClock, HostClock, NoTables))
+    assert violations("tune", json.loads(json.dumps([document, legacy, host, none]))) == []
+    assert violations("tune", [legacy | {"rung": "v2"}]) and violations("tune", [document | {"rung": "legacy"}])
     assert {choice.count("/") for found in host["microseconds"].values() for us in found.values() for choice in us} == {2}
     del host["tables"]["float16"][0]["channels"]
     assert violations("tune", [host]), "a band of path host has channels"
@@ -542,14 +630,15 @@ def meter_of(monkeypatch):
     def fake_climb(group, device, highest, lowest, tables):
         assert highest is lowest
         of = backends.of(highest).tunable
-        layout = nvlink.make_layout(4, 32 << 20, tables["float16"]) if of is V2 else host.make_layout(4, 32 << 20)
-        engine = SimpleNamespace(layout=layout)
+        layouts = {V2: lambda: nvlink.make_layout(4, 32 << 20, tables["float16"]), HOST: lambda: host.make_layout(4, 32 << 20),
+                   LEGACY: lambda: p2p.make_layout(4, 32 << 20)}  # fmt: skip
+        engine = SimpleNamespace(layout=layouts[of](), path=highest.value)
         engine.run = lambda spec, plan, x, out: seen["calls"].append((plan, x.dtype, x.numel(), out.numel()))
         engine.all_reduce = lambda x, out: seen.setdefault("barrier", []).append((x.numel(), out.numel()))
         engine.check = lambda: seen.setdefault("checked", True)
         engine.close = lambda: seen.setdefault("closed", True)
         seen["tables"] = tables
-        machine = "h200-x4" if of is V2 else "l40s-x4-vm"
+        machine = {V2: "h200-x4", HOST: "l40s-x4-vm", LEGACY: "a100-pcie-x4"}[of]
         return SimpleNamespace(engine=engine, settings=Settings(), capabilities=[look(MACHINES[machine], 0)])
 
     def replays(place, load, graph, repetitions, warmup, barrier):
@@ -589,6 +678,30 @@ def test_the_meter_of_path_host(meter_of):
     assert seen["timed"] == 5, "another dtype is another call"
     assert meter.fingerprint == HOST_FACTS
     assert [band.algorithm for band in seen["tables"]["float32"]] == ["host_one_shot", "host_two_shot"]
+
+
+def test_the_meter_of_legacy_times_nccl_as_communicators_call_it(meter_of, monkeypatch):
+    """Through the same engine, set up before the capture, closed before the kernels' engine; a refusal where it cannot be set up."""
+    meter, seen = meter_of(LEGACY, "nccl")
+    events, problem = [], None
+
+    def torch_engine(group, device, ladder, *, deterministic, may_have_nccl):
+        assert (group, device, deterministic, may_have_nccl) == ("control", CPU, False, True) and ladder.engine is meter.engine
+        call = lambda x, out: events.append(("call", x.numel(), out.numel(), x is out))  # noqa: E731
+        return SimpleNamespace(connect=lambda: events.append("connect"), all_reduce=call, problem=problem,
+                               close=lambda: events.append(("close", "closed" in seen)))  # fmt: skip
+
+    monkeypatch.setattr(tune.service, "torch_engine", torch_engine)
+    assert meter("float16", 1 << 20, ("nccl",)) == meter("float16", 1 << 19, ("nccl",)) == 2.0
+    assert events[0] == "connect" and set(events[1:]) == {("call", 1 << 19, 1 << 19, False), ("call", 1 << 18, 1 << 18, False)}
+    assert not seen["calls"] and seen["barrier"] == [(1, 1)] * 2 and meter.fingerprint == LEGACY_FACTS
+    meter("float16", 1 << 20, ("legacy_two_shot",))
+    assert seen["calls"] and seen["calls"][0][0].algorithm == "legacy_two_shot"
+    meter.close()
+    assert events[-1] == ("close", False) and seen["closed"]
+    problem, (meter, _) = "rank 1: no memory", meter_of(LEGACY, "nccl")
+    with pytest.raises(InputError, match="beside NCCL, which cannot be set up: rank 1: no memory"):
+        meter("float16", 1 << 20, ("nccl",))
 
 
 def test_the_meter_says_why_there_is_no_engine(monkeypatch):

@@ -17,6 +17,7 @@ KEY = "a" * 64
 SMALL = Artifact("one_shot_ws2", "sm_90", 128, 2048, b"\x7fELF" + bytes(range(48)))
 OTHER = replace(SMALL, name="two_shot_ws2", cubin=b"\x7fELF other")
 FACTS = tuned.fingerprint(look(MACHINES["h200-x4"], 0), 4)
+LEGACY_FACTS = tuned.fingerprint(look(MACHINES["a100-pcie-x4"], 0), 4, Path.LEGACY)
 HOST_FACTS = tuned.fingerprint(look(MACHINES["l40s-x4-vm"], 0), 4, Path.HOST)
 ODD = (Band(3 * KIB, "one_shot", 256), Band(99 * MIB, "two_shot", 128), Band(NEVER, "two_shot_stream", 64))
 TABLES = {"float32": ODD, "float16": ODD[1:], "bfloat16": NVLINK_TABLES[4]}

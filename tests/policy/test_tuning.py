@@ -7,21 +7,22 @@ import json
 import pytest
 from helpers.kept import HOST_ODD, ODD
 
-from allreduce_jit.policy import host
+from allreduce_jit.policy import host, p2p
 from allreduce_jit.policy.catalogue import WORLD_SIZES, nvlink_algorithms
 from allreduce_jit.policy.host import HOST_TABLES
 from allreduce_jit.policy.operation import ITEMSIZE
-from allreduce_jit.policy.tables import KIB, MIB, NEVER, STREAM_FROM, bands_to_json
-from allreduce_jit.policy.tuning import HOST, V2
+from allreduce_jit.policy.tables import KIB, MIB, NEVER, NVLINK_TABLES, P2P_TABLES, STREAM_FROM, AlgorithmBand, bands_to_json
+from allreduce_jit.policy.tuning import HOST, KERNELS_UP_TO, LEGACY, V2
 
 SIZES = [1 << shift for shift in range(0, 31)]
-EACH = pytest.mark.parametrize("tunable", [V2, HOST], ids=lambda tunable: tunable.path.short)
+EACH = pytest.mark.parametrize("tunable", [V2, LEGACY, HOST], ids=lambda tunable: tunable.path.short)
+PACKAGE = {V2: NVLINK_TABLES, HOST: HOST_TABLES}
 
 
-@EACH
+@pytest.mark.parametrize("tunable", PACKAGE, ids=lambda tunable: tunable.path.short)
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 def test_the_packages_tables_keep_the_rules(world_size, tunable):
-    bands = tunable.package[world_size]
+    bands = PACKAGE[tunable][world_size]
     assert tunable.bands_from_json(world_size, bands_to_json(bands)) == bands
 
 
@@ -30,12 +31,17 @@ def test_the_packages_tables_keep_the_rules(world_size, tunable):
 def test_what_is_tried_keeps_the_rules_and_holds_what_the_package_has(world_size, tunable):
     names = tunable.algorithms(world_size)
     for name in names:
-        assert len(set(tunable.choices(world_size, name))) == len(tunable.choices(world_size, name)) > 3
+        assert (
+            len(set(tunable.choices(world_size, name)))
+            == len(tunable.choices(world_size, name))
+            > (0 if tunable is LEGACY else 3)
+        )
         for choice in tunable.choices(world_size, name):
             assert choice[0] == name and tunable.unfit(tunable.band(NEVER, *choice), STREAM_FROM) is None
-        bands = tunable.bands_for(world_size, name)
-        assert bands[-1].algorithm == name and bands[-1].up_to == NEVER and {band.algorithm for band in bands} <= set(names)
-    for band in tunable.package[world_size]:
+        bands = tunable.private(world_size, name)
+        assert bands == tunable.bands_from_json(world_size, bands_to_json(bands)) or tunable is V2  # which streams anything then
+        assert tunable is not V2 or bands[-1].algorithm == name
+    for band in PACKAGE[tunable][world_size] if tunable in PACKAGE else ():
         assert tuple(vars(band).values())[1:] in tunable.choices(world_size, band.algorithm)
 
 
@@ -65,6 +71,14 @@ def test_one_shot_among_many_ranks_is_not_tried_where_it_would_take_minutes():
     assert set(HOST.candidates(2, "bfloat16", 1 * KIB, 32 << 20)) == {"host_one_shot"}
 
 
+def test_legacy_is_tried_beside_nccl_where_set_up_makes_no_calls():
+    small, large = ("legacy_one_shot", "legacy_two_shot"), ("legacy_two_shot", "nccl")
+    found = {size: tuple(LEGACY.candidates(4, "float32", size, 32 * MIB)) for size in (64 * KIB, 128 * KIB, MIB, 2 * MIB)}
+    assert found == {64 * KIB: small, 128 * KIB: (*small, "nccl"), MIB: (*small, "nccl"), 2 * MIB: large}
+    calls_of_set_up = 16_000 * 4  # engine/verify._streams, whose calls have to be the kernels'
+    assert calls_of_set_up <= KERNELS_UP_TO
+
+
 def test_channels_tried_on_path_host():
     found = {name: sorted({channels for _, _, channels in HOST.choices(4, name)}) for name in HOST.algorithms(4)}
     assert found == {"host_one_shot": [64, 96, 128, 192, 256, 512, 1024], "host_two_shot": [64, 96, 128, 192, 256, 512]}
@@ -90,11 +104,20 @@ def bad_everywhere(bands, name):
         spoilt(bands, 0, up_to=True), spoilt(bands, 0, up_to="1"), spoilt(bands, 0, up_to=None), spoilt(bands, 0, up_to=NEVER),
         spoilt(bands, -1, up_to=NEVER), spoilt(bands, 0, algorithm="two_shot_wide"), spoilt(bands, 0, algorithm=[name]),
         spoilt(bands, 0, algorithm=None), [one[0] | {"algorithm": name}, one[-1] | {"algorithm": one[0]["algorithm"]}],
-        *(spoilt(bands, 0, block=block) for block in (0, 48, 1024, 64.0, "64", True, None)), *(without(bands, key) for key in one[0]),
+        *(spoilt(bands, 0, block=block) for block in (0, 48, 1024, 64.0, "64", True, None)),
+        *(without(bands, key) for key in one[0]),
     ]  # fmt: skip
 
 
+LEGACY_ODD = (
+    AlgorithmBand(1000, "legacy_one_shot"), AlgorithmBand(90 * KIB, "legacy_two_shot"), AlgorithmBand(NEVER, "nccl")
+)  # fmt: skip
 BAD = {
+    LEGACY: [
+        *bad_everywhere(LEGACY_ODD, "legacy_two_shot"),
+        spoilt(LEGACY_ODD, 1, up_to=64 * KIB - 1), spoilt(LEGACY_ODD, 0, algorithm="nccl"), spoilt(LEGACY_ODD, 0, block=128),
+        spoilt(LEGACY_ODD, 0, algorithm="one_shot"), bands_to_json(ODD), [bands_to_json(LEGACY_ODD)[-1]],
+    ],
     V2: [
         *bad_everywhere(ODD, "two_shot"), spoilt(ODD, 1, up_to=3 * KIB), spoilt(ODD, 0, algorithm="two_shot_stream"),
         spoilt(ODD, 1, algorithm="two_shot_stream"), spoilt(ODD, 0, algorithm="host_one_shot"), bands_to_json(HOST_ODD),
@@ -119,8 +142,35 @@ def test_bands_that_break_a_rule_are_refused(tunable, value):
 def test_good_bands_next_to_the_bad_ones_are_taken():
     assert V2.bands_from_json(4, bands_to_json(ODD)) == ODD
     assert HOST.bands_from_json(4, bands_to_json(HOST_ODD)) == HOST_ODD
+    assert LEGACY.bands_from_json(4, bands_to_json(LEGACY_ODD)) == LEGACY_ODD
     for channels in (4, 96, host.CHANNELS["host_two_shot"]):
         assert HOST.bands_from_json(4, spoilt(HOST_ODD, 1, channels=channels))[1].channels == channels
+
+
+def bands_of_legacy(*ends):
+    return tuple(AlgorithmBand(end, name) for end, name in zip(ends, LEGACY.algorithms(4), strict=True) if end is not None)
+
+
+@pytest.mark.parametrize(("ends", "two_shot_from", "nccl_above"), [
+    ((1000, 90_000, NEVER), 1001, 90_000),
+    ((1000, NEVER, None), 1001, NEVER),
+    ((NEVER, None, None), NEVER + 1, NEVER),
+    ((None, NEVER, None), 1, NEVER),
+    ((None, 90_000, NEVER), 1, 90_000),
+    ((90_000, None, NEVER), P2P_TABLES[4].two_shot_from, 90_000),  # the package's, as nothing was found of it
+    ((500_000, None, NEVER), 500_001, 500_000),
+])  # fmt: skip
+def test_what_bands_of_legacy_say_to_its_plans(ends, two_shot_from, nccl_above):
+    bands = bands_of_legacy(*ends)
+    assert LEGACY.bands_from_json(4, bands_to_json(bands)) == bands
+    for nvlink in (True, False):
+        assert p2p.make_limits(4, nvlink, bands) == p2p.Limits(two_shot_from, nccl_above)
+
+
+def test_without_a_measurement_legacy_has_the_packages_limits():
+    for n, table in P2P_TABLES.items():
+        assert p2p.make_limits(n, True) == p2p.Limits(table.two_shot_from, table.nvlink_limit)
+        assert p2p.make_limits(n, False) == p2p.Limits(table.two_shot_from, table.pcie_limit)
 
 
 def test_which_algorithms_there_are_is_up_to_the_world_size():
