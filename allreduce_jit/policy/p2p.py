@@ -32,9 +32,9 @@ def make_limits(world_size: int, nvlink: bool, tuned: tuple[AlgorithmBand, ...] 
 
     Args:
         nvlink: all pairs of GPUs have it.
-        tuned: bands of one-shot, two-shot and NCCL, in this order. Where NCCL follows on one-shot, nobody knows from which size on
-            two-shot is the faster of our two, which counts for communicators without NCCL; the package's table does not say
-            so of a size at which one-shot was measured as the fastest of all.
+        tuned: bands of one-shot, two-shot and NCCL, in this order, of which some may be missing. If two-shot is, they do not tell
+            where it overtakes one-shot, which communicators need that hand nothing over: that is left to the package's table,
+            but for sizes at which one-shot was the fastest of all.
     """
     table = P2P_TABLES[world_size]
     if tuned is None:
