@@ -18,7 +18,7 @@ from . import timing
 from .competitors import agreed
 
 SIZES = tuple(1 << shift for shift in range(10, 21, 2))  # bytes of exchanges of packets
-BOTH_BYTES = 16 << 20  # that each rank stores, and loads, in one kernel
+BOTH_BYTES, TURNS = 2 << 20, 8  # that each rank stores, and loads, in one kernel, so many times
 CALLS = {True: 100, False: 10}  # of an exchange in one timed burst: up to 64 KB, beyond
 BLOCKS = (128, 512)  # threads; of each figure the faster counts
 REPLAYS, WARMUP = 8, 2
@@ -63,7 +63,8 @@ class HostFloor:
 
 def module(world_size: int) -> KernelSpec:
     """The kernels; no engine uses them, so they are in no catalogue."""
-    return KernelSpec(f"floor_host_ws{world_size}", "cuda", "floor_host.cu", (("WORLD_SIZE", world_size),), ENTRIES)
+    constants = (("WORLD_SIZE", world_size), ("TURNS", TURNS))
+    return KernelSpec(f"floor_host_ws{world_size}", "cuda", "floor_host.cu", constants, ENTRIES)
 
 
 def measure(place: Place, communicator: Any) -> tuple[HostFloor | None, str | None]:
@@ -81,7 +82,12 @@ def measure(place: Place, communicator: Any) -> tuple[HostFloor | None, str | No
     if trouble is not None:
         return None, trouble
     flag, both, *packets = (max(column) for column in zip(*place.gather(result)))
-    return HostFloor(flag, tuple(packets), BOTH_BYTES / both / 1e3), None
+    return HostFloor(flag, tuple(packets), BOTH_BYTES * TURNS / both / 1e3), None
+
+
+def _shapes(sms: int) -> list[tuple[int, int]]:
+    """Grids and blocks of ``floor_both``, of which the fastest counts: which one that is differs by machine."""
+    return [(-(-sms // 2), 128), (sms, 128), (sms, 512)]
 
 
 class _Probe:
@@ -125,7 +131,7 @@ class _Probe:
                     times.append(self._median("floor_packets", at, -(-count // block), min(block, count), count, calls))
                     at += SIZES[-1]
                 packets.append(min(times))
-            both = min(self._median("floor_both", at, sms * times, 512, BOTH_BYTES // 16, 4) for times in (1, 2))
+            both = min(self._median("floor_both", at, grid, block, BOTH_BYTES // 16, 4) for grid, block in _shapes(sms))
         finally:
             self.place.synchronize()  # whatever happened: nothing of ours may be in flight when others free memory
         expired = [int(state[1::2].max()) for state in self.states]

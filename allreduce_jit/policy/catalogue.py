@@ -101,7 +101,7 @@ class HostAlgorithm:
 
 HOST_ALGORITHMS = {
     "host_one_shot": HostAlgorithm("host_one_shot.cu", 48),
-    "host_stream": HostAlgorithm("host_one_shot.cu", 49, packets=2, ahead=2, patient=True),
+    "host_stream": HostAlgorithm("host_one_shot.cu", 49, packets=2, ahead=2),
     "host_two_shot": HostAlgorithm("host_two_shot.cu", 50, parts=True, gathers=(1,), patient=True),
 }
 

@@ -31,8 +31,8 @@ def _bands(one_shot_up_to: int) -> HostBands:
 HOST_TABLES: dict[int, HostBands] = {
     2: (
         HostBand(256 * KIB, "host_one_shot", 64, 1024),
-        HostBand(1 * MIB, "host_stream", 128, 128),
-        HostBand(NEVER, "host_stream", 128, 256),
+        HostBand(2 * MIB, "host_stream", 128, 96),
+        HostBand(NEVER, "host_stream", 128, 128),
     ),
     3: _bands(128 * KIB),
     4: _bands(64 * KIB),

@@ -1,6 +1,6 @@
 // What no all-reduce through host memory can beat on this machine: the shortest exchange of packets between all ranks, and how fast
 // a GPU stores and loads at once. Beside the kernels of floor.cu, whose contract holds here, but for two: `state` is an array, a
-// FloorState for each block, and data[r] is what rank r stores for all others, `packets` packets.
+// FloorState for each block, and data[r] is what rank r stores for all others, `packets` packets. TURNS is one more constant of `Config`.
 #include "floor.cu"
 
 // A packet is its sender's epoch, four times: no data is loaded before or stored after. What flags are to floor_flag, packets are here:
@@ -36,15 +36,18 @@ extern "C" __global__ void __launch_bounds__(512) floor_packets(const __grid_con
 }
 
 // Stores of `packets` packets, and loads of as many of the next rank's, which nobody waits to have been stored: both directions of the bus.
+// All of it TURNS times, as slots are written again and again.
 extern "C" __global__ void __launch_bounds__(512) floor_both(const __grid_constant__ FloorArgs a) {
     griddepcontrol_launch_dependents();
     griddepcontrol_wait();
     const u64 to = a.data[a.rank], from = a.data[(a.rank + 1) % Config::WORLD_SIZE];
     u32 seen = 0;
-    for (u32 i = blockIdx.x * blockDim.x + threadIdx.x; i < a.packets; i += gridDim.x * blockDim.x) {
-        st_relaxed_sys_v4(to + u64(i) * 16, splat(i));
-        const Packet p = ld_relaxed_sys_v4(from + u64(i) * 16);
-        seen |= p.w[0] & p.w[1] & p.w[2] & p.w[3];
-    }
-    opaque(seen);  // or nobody would wait for the loads
+    for (u32 turn = 0; turn < Config::TURNS; turn++)
+        for (u32 i = blockIdx.x * blockDim.x + threadIdx.x; i < a.packets; i += gridDim.x * blockDim.x) {
+            st_relaxed_sys_v4(to + u64(i) * 16, splat(i));
+            const Packet p = ld_relaxed_sys_v4(from + u64(i) * 16);
+            seen |= p.w[0] & p.w[1] & p.w[2] & p.w[3];
+        }
+    // Never: no packet is all ones. But ptxas drops loads whose values lead to no store, volatile or not.
+    if (seen == ~0u) st_relaxed_gpu_u32(a.state + offsetof(FloorState, expired), a.rank + 1);
 }

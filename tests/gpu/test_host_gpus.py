@@ -57,5 +57,6 @@ def test_host_bench_and_soak(n):
 
 @pytest.mark.parametrize("n", WORLDS)
 def test_host_kills(n):
-    found = kill_matrix.matrix(n, 15, 2.0, watcher=True, seed=0, jobs=3)
+    # One at a time: where several spin on the same GPUs in turn, large calls through host memory take seconds.
+    found = kill_matrix.matrix(n, 15, 2.0, watcher=True, seed=0)
     assert found["ok"], [row["problems"] for row in found["rows"]] or found
