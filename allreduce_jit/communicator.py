@@ -20,7 +20,7 @@ from .inputs import accepted, as_device, plain, require_sum
 from .policy.operation import OpSpec
 from .policy.plan import Plan
 from .policy.verdict import Path
-from .routes import NO_ROUTE, Routes, spec_of
+from .routes import DTYPE_NAMES, NO_ROUTE, Routes, spec_of
 from .setup import groups
 from .setup.exchange import require_cpu_group, require_group
 from .setup.ladder import climb
@@ -122,7 +122,7 @@ class Communicator(NormCalls):
         self._norms = Norms(self._ladder, self._routes, device, index, self.rank, self._current, max_ctas)
         self._norms.note_failed(operations)
         self._watch = watch_peers(self._ladder, self.rank, self._engines())
-        if create_groups and (self._engine is None or not self._engine.takes(spec_of(LARGEST, torch.float32))):
+        if create_groups and (self._engine is None or not all(self._engine.takes(spec_of(LARGEST, d)) for d in DTYPE_NAMES)):
             self.warmup()  # NCCL takes some calls, and its first one must not be captured
             if self._torch.problem and self._engine is not None:
                 self._engine.hands_over = False  # our kernels are faster than gloo at any size

@@ -99,7 +99,7 @@ class CommunicatorReport(Record):
         backend: what runs calls that no kernel takes: ``nccl`` or ``gloo``.
         reasons: why this path, and why not NCCL where it was wanted; at least one.
         deterministic: whether every call has the exact bits of the fp32 sum in rank order.
-        tuning: V2's table: ``package``, or the file that ``allreduce-jit tune`` wrote; None on other paths.
+        tuning: the path's table: ``package``, or the file that ``allreduce-jit tune`` wrote; None on paths that it cannot measure.
         bands: which algorithm runs, for each dtype from its smallest size on.
         staging_bytes: memory of this GPU that peers write into; on path host, memory of the host that this rank writes and they read.
         device_bytes: memory of this GPU that the kernels need, but for their code.
@@ -154,7 +154,7 @@ def describe(
         backend=torch_engine.backend,
         reasons=tuple(reasons(ladder, torch_engine)),
         deterministic=deterministic or verdict.path in (Path.V2, Path.HOST) or len(ladder.processes) == 1,
-        tuning=(ladder.tuning or "package") if verdict.path is Path.V2 else None,
+        tuning=(ladder.tuning or "package") if row and row.tunable else None,
         bands=tuple(band for dtype in DTYPES for band in bands(dtype, plan)),
         staging_bytes=engine.memory.nbytes if engine else 0,
         device_bytes=engine.state.nbytes + (engine.memory.nbytes if row and row.memory == "device" else 0) if engine else 0,

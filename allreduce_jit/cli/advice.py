@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ..paths import Path
+
 if TYPE_CHECKING:
-    from .doctor import DoctorReport
+    from .doctor import DoctorReport, VerdictReport
 
 # Reasons that somebody can remove, by code, with how; and those that are what the machine is, with what that means.
 _REMEDIES = {
@@ -61,6 +63,19 @@ def next_step(report: DoctorReport, settings_valid: bool) -> str:
         found = next(_FACTS[code] for code in (*codes, "full-nvlink") if code in _FACTS)
         found += "; allreduce-jit selftest checks every bit"
     return f"{found[0].upper()}{found[1:]}."
+
+
+def estimates(verdict: VerdictReport, ranks: int) -> list[str]:
+    """What the package's table of the path that would run was not measured for."""
+    if verdict.tuning != "package":
+        return []
+    if verdict.path == Path.LEGACY.value and not verdict.full_nvlink:
+        what = "from which sizes on calls are two-shot, and go to NCCL, is an estimate on PCIe"
+    elif verdict.path == Path.HOST.value and ranks > 2:
+        what = f"which algorithm runs which size is an estimate for {ranks} ranks, as it was measured for 2"
+    else:
+        return []
+    return [f"{what}; allreduce-jit tune measures it here"]
 
 
 def known() -> set[str]:

@@ -15,7 +15,6 @@ from typing import Any
 from ..harness import report, terminal
 from ..integrations.present import EngineReport, engines
 from ..machine.probe import Capabilities
-from ..paths import Path as Rung
 from ..policy import backends
 from ..policy.verdict import Reason
 from ..records import Record, plain
@@ -49,12 +48,14 @@ class VerdictReport(Record):
     Attributes:
         path, backend, full_nvlink: as of ``Verdict``.
         reasons: one for each step down.
+        tuning: as ``Communicator.describe`` has it.
     """
 
     path: str
     backend: str
     full_nvlink: bool | None
     reasons: tuple[Reason, ...]
+    tuning: str | None = None
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,7 @@ def examine(
     open_cache: Callable[[Path | None], Any] | None = None,
     gpu_count: int | None = None,
     proc_gpus: Path = _PROC_GPUS,
+    load_tables: Callable[..., Any] | None = None,
 ) -> DoctorReport:
     """Everything ``doctor`` says. Nothing on the machine makes it raise.
 
@@ -138,6 +140,10 @@ def examine(
     verdict = None
     if settings and None not in caps:
         verdict = look.verdict(decide or _imported("policy.dispatch", "decide"), caps if visible else caps * 2, settings)
+    if verdict and settings and settings.tuning and verdict.tuning:
+        load = load_tables or _imported("policy.measured_tables", "load_all")
+        tables = look.attempt("measured tables", lambda: load(settings.cache_dir, caps[0], len(caps))) or {}
+        verdict = replace(verdict, tuning=tables.get(verdict.path, {}).get("path", verdict.tuning))
     cache = look.cache(open_cache or _imported("jit.cache", "KernelCache"), settings or Settings())
     found = DoctorReport(
         gpu_present=bool(visible or installed),
@@ -209,7 +215,8 @@ class _Look:
         path = report.word(found.path)
         if path not in backends.names():
             self.problems += _said(reason for reason in found.reasons if reason.code not in _NO_HINDRANCE)
-        return VerdictReport(path, found.backend, found.full_nvlink, tuple(found.reasons))
+        tunable = any(row.tunable for row in backends.BACKENDS if row.path.value == path)
+        return VerdictReport(path, found.backend, found.full_nvlink, tuple(found.reasons), "package" if tunable else None)
 
     def cache(self, open_cache: Callable[[Path | None], Any], settings: Settings) -> CacheReport:
         opened = self.attempt("kernel cache", lambda: open_cache(settings.cache_dir))
@@ -247,24 +254,13 @@ def render(found: DoctorReport) -> str:
         kernels = f"{verdict.path}, else " if verdict.path in backends.names() else ""
         lines.append(f"would run    {kernels}torch.distributed over {verdict.backend}, for {who}")
         lines += [f"  because    {line}" for line in _said(verdict.reasons)]
-    lines += [f"note         {estimate}" for estimate in _estimates(verdict, ranks)]
+        lines += [f"table        {verdict.tuning}"] if verdict.tuning else []
+        lines += [f"note         {estimate}" for estimate in advice.estimates(verdict, ranks)]
     notes = dict.fromkeys(" ".join(note.split()) for facts in probes for note in facts.get("problems", ()))
     lines += [f"note         {note}" for note in notes]
     lines += [f"PROBLEM      {problem}" for problem in found.problems] or ["no problems"]
     lines.append(f"advice       {found.advice}")
     return terminal.painted(terminal.wrapped("\n".join(lines), _LABEL), _COLOURS)
-
-
-def _estimates(verdict: VerdictReport | None, ranks: int) -> list[str]:
-    """What the tables of the path that would run were not measured for."""
-    if verdict is None:
-        return []
-    path = str(verdict.path)
-    if path == Rung.LEGACY.value and not verdict.full_nvlink:
-        return ["from which size on calls go to NCCL is an estimate on PCIe: allreduce-jit bench compares the two"]
-    if path == Rung.HOST.value and ranks > 2:
-        return [f"which algorithm runs which size is an estimate for {ranks} ranks: it was measured for 2"]
-    return []
 
 
 def _host_lines(facts: dict[str, Any]) -> list[str]:

@@ -1,7 +1,7 @@
-"""``allreduce-jit tune``: time every V2 algorithm and block size on this machine, keep which is the fastest where.
+"""``allreduce-jit tune``: time what the plans of this machine's path can choose from, keep which is the fastest where.
 
-All-reduces alone. Forms of calls with a norm are those of policy/norm_forms, which takes from the table up to which size calls are
-one-shot.
+All-reduces alone. Forms of V2's calls with a norm are those of policy/norm_forms, which takes from the table up to which size calls
+are one-shot.
 """
 
 from __future__ import annotations
@@ -12,32 +12,32 @@ import json
 import math
 import pathlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from ..bench import timing
 from ..engine import reference
+from ..engine.fallback import TorchEngine
 from ..errors import InputError
 from ..harness import ranks, report, terminal
 from ..harness.place import Place, Seat
-from ..policy import measured_tables, nvlink
-from ..policy.catalogue import NVLINK_ALGORITHMS, WORLD_SIZES, nvlink_algorithms
-from ..policy.operation import ITEMSIZE, all_reduce
-from ..policy.plan import MAX_BLOCK
-from ..policy.tables import BLOCKS, NEVER, NVLINK_TABLES, STREAM_FROM, Band, Bands
-from ..policy.verdict import Path
-from ..setup.ladder import climb
+from ..policy import backends, measured_tables
+from ..policy.catalogue import WORLD_SIZES
+from ..policy.operation import ITEMSIZE, OpSpec, all_reduce
+from ..policy.plan import Plan
+from ..policy.tables import NEVER
+from ..policy.tuning import AnyBands, Choice, Tunable
+from ..setup import service
+from ..setup.ladder import Ladder, climb
 
 SIZES = tuple(1 << shift for shift in range(10, 27))  # 1 KB to 64 MB
 MARGIN = 0.02  # within so much of the fastest, no other band is made
 REPLAYS, WARMUP = 9, 2
 
-Choice = tuple[str, int]  # algorithm, threads of a block
 
-
-def run(args: argparse.Namespace, meter: Callable[[Place, str], Meter] | None = None) -> int:
+def run(args: argparse.Namespace, meter: type[Meter] | None = None) -> int:
     """Measure, store, print, and return the exit code: 1 if some world size got no table."""
     documents = [ranks.run(work, meter or Meter, gpus=gpus, deadline=args.deadline) for gpus in _world_sizes(args.gpus)]
     if documents[0].rank == 0:
@@ -56,7 +56,7 @@ def _world_sizes(gpus: int | None) -> list[int | None]:
     return [n for n in WORLD_SIZES if n <= present]
 
 
-def work(place: Place, meter: Callable[[Place, str], Meter]) -> dict[str, Any]:
+def work(place: Place, meter: type[Meter]) -> dict[str, Any]:
     """One rank's part; every rank derives the same tables from the same times, rank 0 keeps them."""
     started, world_size = time.perf_counter(), place.world_size
     progress = terminal.Progress(place.rank == 0)
@@ -66,25 +66,25 @@ def work(place: Place, meter: Callable[[Place, str], Meter]) -> dict[str, Any]:
     try:
         if world_size not in WORLD_SIZES:
             raise InputError(f"there is nothing to choose for {world_size} ranks")
-        done = 0
-        for name in nvlink_algorithms(world_size):
-            with contextlib.closing(meter(place, name)) as one:
-                steps = _steps(world_size, one.staging_bytes)
+        tunable, done = meter.tunable(place), 0
+        for name in tunable.algorithms(world_size):
+            with contextlib.closing(meter(place, tunable, name)) as one:
+                steps = _steps(tunable, world_size, one.staging_bytes)
                 for dtype, size in steps[name]:
                     what = f"tune: {world_size} ranks, {name} {dtype} {report.format_size(size)}"
                     progress(what, done / sum(map(len, steps.values())))
-                    for block in BLOCKS:
-                        times[dtype][size][name, block] = one(dtype, size, block)
+                    for choice in tunable.choices(world_size, name):
+                        times[dtype][size][choice] = one(dtype, size, choice)
                     done += 1
                 facts, cache_dir = one.fingerprint, one.cache_dir
     except InputError as error:  # the same on all ranks
         return {"ok": False, "world_size": world_size, "problem": str(error)}
     finally:
         progress.done()
-    tables = {dtype: derive(world_size, by_size) for dtype, by_size in times.items()}
+    tables = {dtype: derive(tunable, world_size, by_size) for dtype, by_size in times.items()}
     microseconds = {
         dtype: {
-            report.format_size(size): {f"{name}/{block}": round(us, 3) for (name, block), us in found.items()}
+            report.format_size(size): {"/".join(map(str, choice)): round(us, 3) for choice, us in found.items()}
             for size, found in by_size.items()
         }
         for dtype, by_size in times.items()
@@ -99,6 +99,7 @@ def work(place: Place, meter: Callable[[Place, str], Meter]) -> dict[str, Any]:
     return {
         "ok": problem is None,
         "world_size": world_size,
+        "rung": tunable.path.value,
         "problem": problem,
         "path": file,
         "fingerprint": facts,
@@ -108,36 +109,23 @@ def work(place: Place, meter: Callable[[Place, str], Meter]) -> dict[str, Any]:
     }
 
 
-def _steps(world_size: int, staging_bytes: int) -> dict[str, list[tuple[str, int]]]:
+def _steps(tunable: Tunable, world_size: int, staging_bytes: int) -> dict[str, list[tuple[str, int]]]:
     """Dtypes and sizes to measure, by algorithm."""
-    steps: dict[str, list[tuple[str, int]]] = {name: [] for name in nvlink_algorithms(world_size)}
+    steps: dict[str, list[tuple[str, int]]] = {name: [] for name in tunable.algorithms(world_size)}
     for dtype in ITEMSIZE:
         for size in SIZES:
-            for name in candidates(world_size, dtype, size, staging_bytes):
+            for name in tunable.candidates(world_size, dtype, size, staging_bytes):
                 steps[name].append((dtype, size))
     return steps
 
 
-def candidates(world_size: int, dtype: str, nbytes: int, staging_bytes: int) -> Iterator[str]:
-    """Algorithms that a plan could give a message of ``nbytes``: all but the last have to hold it in one launch."""
-    names = nvlink_algorithms(world_size)
-    for name in names:
-        if NVLINK_ALGORITHMS[name].stream and nbytes <= STREAM_FROM:
-            continue
-        bands = (Band(nbytes, name, MAX_BLOCK), Band(NEVER, names[-1], MAX_BLOCK))
-        layout = nvlink.make_layout(world_size, staging_bytes, bands)
-        spec = all_reduce(dtype, nbytes // ITEMSIZE[dtype])
-        if name == names[-1] or nvlink.plan_of(name, MAX_BLOCK, spec, world_size, layout).chunk == spec.numel:
-            yield name
-
-
-def derive(world_size: int, times: Mapping[int, Mapping[Choice, float]]) -> Bands:
-    """Bands out of the µs of every choice at every size in bytes.
+def derive(tunable: Tunable, world_size: int, times: Mapping[int, Mapping[Choice, float]]) -> AnyBands:
+    """AnyBands out of the µs of every choice at every size in bytes.
 
     The cheapest way through the sizes (Viterbi's algorithm), never back to the algorithm of smaller messages: first
     of all least time lost beyond ``MARGIN``, then fewest bands, then least time. Edges lie at the geometric middle.
     """
-    order = nvlink_algorithms(world_size).index
+    order, band = tunable.algorithms(world_size).index, tunable.band
     sizes = sorted(times)
     ways: dict[Choice, tuple[tuple[float, int, float], list[Choice]]] = {}
     for size in sizes:
@@ -157,14 +145,12 @@ def derive(world_size: int, times: Mapping[int, Mapping[Choice, float]]) -> Band
                 ways[choice] = (excess + max(0.0, lost - MARGIN), bands, total + lost), [*path, choice]
     _, path = min(ways.values())
     edges = zip(sizes, sizes[1:], path, path[1:])
-    inner = [Band(math.isqrt(size * after), *choice) for size, after, choice, other in edges if choice != other]
-    return (*inner, Band(NEVER, *path[-1]))
+    inner = [band(math.isqrt(size * after), *choice) for size, after, choice, other in edges if choice != other]
+    return (*inner, band(NEVER, *path[-1]))
 
 
 class Meter:
-    """µs per call of one algorithm, by explicit plans on a private engine.
-
-    All of its staging memory is the algorithm's, but for the room of those before it in the package's table.
+    """µs per call of one algorithm, by explicit plans on a private engine, whose staging memory is the algorithm's as far as it can be.
 
     Collective, as is every call; ``close`` it before the next one is built, and all stays within the staging limit.
 
@@ -173,32 +159,60 @@ class Meter:
         fingerprint, cache_dir: what the times hold for, and where tables are kept.
 
     Raises:
-        InputError: on all ranks, if these GPUs cannot have V2.
+        InputError: on all ranks, if the path cannot be built here.
     """
 
-    def __init__(self, place: Place, algorithm: str):
-        order = nvlink_algorithms(place.world_size).index
-        before = [band for band in NVLINK_TABLES[place.world_size] if order(band.algorithm) < order(algorithm)]
-        bands = (*before, Band(NEVER, algorithm, MAX_BLOCK))
-        tables = dict.fromkeys(ITEMSIZE, bands)
-        ladder = climb(place.control, place.device, highest=Path.V2, lowest=Path.V2, tables=tables)
+    @staticmethod
+    def tunable(place: Place) -> Tunable:
+        """What can be measured of the path that communicators take here; collective.
+
+        Raises:
+            InputError: on all ranks: nothing can.
+        """
+        ladder = climb(place.control, place.device)
+        row = backends.of(ladder.verdict.path)
+        if ladder.engine is not None:
+            _close(place, ladder.engine)
+        if row is None or row.tunable is None:
+            path = ladder.verdict.path
+            raise InputError(
+                f"nothing to tune: {place.world_size} ranks take path {path} here, which has no table: {_why(ladder)}"
+            )
+        return row.tunable
+
+    def __init__(self, place: Place, tunable: Tunable, algorithm: str):
+        tables = dict.fromkeys(ITEMSIZE, tunable.private(place.world_size, algorithm))
+        ladder = climb(place.control, place.device, highest=tunable.path, lowest=tunable.path, tables=tables)
         if ladder.engine is None:
-            reasons = "; ".join(reason.text for reason in ladder.verdict.reasons)
-            raise InputError(f"only V2 has tables, and {place.world_size} ranks cannot have it here: {reasons}")
-        self.place, self.algorithm = place, algorithm
+            raise InputError(f"{place.world_size} ranks cannot have path {tunable.path} here: {_why(ladder)}")
+        self.place, self.of = place, tunable
         self.engine: Any = ladder.engine
+        self._ladder = ladder
+        self._torch: TorchEngine | None = None
         self.staging_bytes = ladder.settings.staging_mb << 20
-        self.fingerprint = measured_tables.fingerprint(ladder.capabilities[0], place.world_size) or {}  # V2: there is a GPU
+        # Where there is a path with kernels, there is a GPU.
+        self.fingerprint = measured_tables.fingerprint(ladder.capabilities[0], place.world_size, tunable.path) or {}
         self.cache_dir = ladder.settings.cache_dir
         self._one = torch.ones(2, 1, device=place.device).unbind()  # the barrier's input and output
         self._data: tuple[tuple[str, int] | None, list[torch.Tensor]] = (None, [])
+        self._known: dict[tuple[OpSpec, Plan], float] = {}
 
-    def __call__(self, dtype: str, nbytes: int, block: int) -> float:
-        """The slowest rank's median, in a CUDA graph."""
-        spec, engine = all_reduce(dtype, nbytes // ITEMSIZE[dtype]), self.engine
-        plan = nvlink.plan_of(self.algorithm, block, spec, self.place.world_size, engine.layout)
-        *inputs, out = self._tensors(dtype, spec.numel)
-        load = timing.Workload(lambda x: engine.run(spec, plan, x, out), inputs, [])
+    def __call__(self, dtype: str, nbytes: int, choice: Choice) -> float:
+        """The slowest rank's median, in a CUDA graph. Choices that make the same plan are measured once."""
+        spec = all_reduce(dtype, nbytes // ITEMSIZE[dtype])
+        plan = self.of.plan(choice, spec, self.place.world_size, self.engine.layout)
+        if (spec, plan) not in self._known:
+            self._known[spec, plan] = self._measured(spec, plan)
+        return self._known[spec, plan]
+
+    def _measured(self, spec: OpSpec, plan: Plan) -> float:
+        engine = self.engine
+        *inputs, out = self._tensors(spec.dtype, spec.numel)
+        if plan.path == engine.path:
+            load = timing.Workload(lambda x: engine.run(spec, plan, x, out), inputs, [])
+        else:
+            nccl = self._nccl()
+            load = timing.Workload(lambda x: nccl.all_reduce(x, out), inputs, [])
         graph = timing.record(load)
         samples = timing.replays(self.place, load, graph, REPLAYS, WARMUP, lambda: engine.all_reduce(*self._one))
         engine.check()
@@ -215,9 +229,28 @@ class Meter:
 
     def close(self) -> None:
         self._data = (None, [])
-        self.place.synchronize()
-        with torch.cuda.device(self.place.device):
-            self.engine.close()
+        _close(self.place, *(engine for engine in (self._torch, self.engine) if engine is not None))
+
+    def _nccl(self) -> TorchEngine:
+        """What a communicator has for calls that no kernel takes; its first collective cannot be captured."""
+        if self._torch is None:
+            place = self.place
+            self._torch = service.torch_engine(place.control, place.device, self._ladder, deterministic=False, may_have_nccl=True)
+            self._torch.connect()
+        if self._torch.problem:
+            raise InputError(f"path {self.of.path} is measured beside NCCL, which cannot be set up: {self._torch.problem}")
+        return self._torch
+
+
+def _close(place: Place, *engines: Any) -> None:
+    place.synchronize()
+    with torch.cuda.device(place.device):
+        for engine in engines:
+            engine.close()
+
+
+def _why(ladder: Ladder) -> str:
+    return "; ".join(reason.text for reason in ladder.verdict.reasons)
 
 
 def render(document: dict[str, Any]) -> str:
@@ -225,16 +258,15 @@ def render(document: dict[str, Any]) -> str:
     head = f"{document['world_size']} ranks"
     if "tables" not in document:
         return f"{head}: {document['problem']}"
-    facts = document["fingerprint"]
+    facts, of = document["fingerprint"], measured_tables.tunable_of(document["fingerprint"])
     rows = []
     for dtype, bands in document["tables"].items():
         begin = "1"
         for band in bands:
             end = None if band["up_to"] is None else str(band["up_to"])
-            rows.append((dtype, begin, end, band["algorithm"], band["block"]))
+            rows.append((dtype, begin, end, *(band[column] for column in of.columns)))
             begin = end and str(int(end) + 1)
-    lines = [f"{head}, {facts['gpu']}, driver {facts['driver']}, {document['seconds']:.1f} s"]
-    lines.append(report.table(("dtype", "from byte", "to byte", "algorithm", "block"), rows))
+    lines = [f"{head}, path {of.path}, {facts['gpu']}, driver {facts['driver']}, {document['seconds']:.1f} s"]
+    lines.append(report.table(("dtype", "from byte", "to byte", *of.columns), rows))
     lines.append(document["problem"] or f"kept in {document['path']}; communicators built from now on use it")
-    lines.append("calls with a norm are not timed: of this table, they take from which size on they are two-shot")
-    return "\n".join(lines)
+    return "\n".join([*lines, of.note] if of.note else lines)

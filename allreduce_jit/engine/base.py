@@ -21,7 +21,6 @@ from ..jit.compiler import build_all
 from ..policy.catalogue import KernelSpec
 from ..policy.operation import ALL_REDUCE, OpSpec, all_reduce
 from ..policy.plan import Layout, Plan
-from ..policy.tables import Bands
 from ..settings import Settings
 from .driver import load_module
 from .eager import BUILT, eager_call
@@ -42,7 +41,7 @@ class EngineConfig:
 
     Attributes:
         max_ctas: blocks that a launch may have; None = as many as are fastest.
-        tuned: V2's table of each dtype as measured on this machine; None = the package's.
+        tuned: the path's own table of each dtype, as measured on this machine; None = the package's.
         bus_ids: PCI bus id of each rank's GPU.
     """
 
@@ -54,7 +53,7 @@ class EngineConfig:
     deterministic: bool
     settings: Settings
     max_ctas: int | None = None
-    tuned: Mapping[str, Bands] | None = None
+    tuned: Mapping[str, tuple[Any, ...]] | None = None
     bus_ids: tuple[str, ...] = ()
 
 

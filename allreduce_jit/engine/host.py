@@ -31,13 +31,14 @@ class HostEngine(KernelEngine):
 
     def __init__(self, config: EngineConfig):
         super().__init__(config, host.make_layout(config.world_size, config.settings.staging_mb << 20))
-        self.bands = HOST_TABLES[config.world_size]
+        tuned = config.tuned or {}
+        self.bands = {dtype: tuned.get(dtype, HOST_TABLES[config.world_size]) for dtype in ITEMSIZE}
         early = config.max_ctas is None and int(config.arch.removeprefix("sm_")) >= 90
         self._pdl = config.settings.pdl and early
         self._kernels: dict[str, Any] = {}
 
     def plan(self, spec: OpSpec) -> Plan:
-        return host.make_plan(spec, self.config.world_size, self.bands, self.layout, self.config.max_ctas)
+        return host.make_plan(spec, self.config.world_size, self.bands[spec.dtype], self.layout, self.config.max_ctas)
 
     def takes(self, spec: OpSpec) -> bool:
         return spec.family in self.families  # at any size

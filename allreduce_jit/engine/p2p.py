@@ -29,10 +29,12 @@ class P2PEngine(KernelEngine):
 
     def __init__(self, config: EngineConfig):
         super().__init__(config, p2p.make_layout(config.world_size, config.settings.staging_mb << 20))
+        tuned = config.tuned or {}
+        self.limits = {dtype: p2p.make_limits(config.world_size, config.nvlink, tuned.get(dtype)) for dtype in ITEMSIZE}
         self._kernels: dict[tuple[str, str, bool], tuple[Any, int]] = {}
 
     def plan(self, spec: OpSpec) -> Plan:
-        return p2p.make_plan(spec, self.config.world_size, self.layout, self.config.nvlink, self.hands_over)
+        return p2p.make_plan(spec, self.config.world_size, self.limits[spec.dtype], self.layout, self.hands_over)
 
     def connect(self, handles: Sequence[str]) -> None:
         super().connect(handles)

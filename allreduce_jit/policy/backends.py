@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from ..paths import Path
 from ..settings import V2_SWITCH, VARIABLES
-from . import checks, norm_catalogue
+from . import checks, norm_catalogue, tuning
 from .catalogue import KernelSpec, host_modules, p2p_modules
 from .checks import Check, Group, first_rank, unmet
 from .operation import ALL_REDUCE, OpSpec
@@ -60,6 +60,7 @@ class Backend:
         operations: those that its kernels do.
         engine: ``module:class``, imported once it is to be built.
         memory: where staging memory is: ``device`` (CUDA IPC, mapped by peers) or ``host`` (pinned, a memfd that all have mapped).
+        tunable: what ``allreduce-jit tune`` can measure of it; None: nothing.
         switch: the environment variable that turns this backend off alone.
         why: code and text of the reason to give where nothing was stepped down from; ``{n}``: how many ranks.
     """
@@ -72,6 +73,7 @@ class Backend:
     engine: str
     operations: tuple[str, ...] = ("all_reduce",)
     memory: str = "device"
+    tunable: tuning.Tunable | None = None
     switch: str | None = None
     why: tuple[str, str] | None = None
 
@@ -113,6 +115,7 @@ BACKENDS: tuple[Backend, ...] = (
         modules=norm_catalogue.modules,
         engine="allreduce_jit.engine.nvlink:NvlinkEngine",
         operations=("all_reduce", "all_reduce_norm"),
+        tunable=tuning.V2,
         switch=V2_SWITCH,
         why=("full-nvlink", "NVLink and peer access between all {n} GPUs"),
     ),
@@ -123,6 +126,7 @@ BACKENDS: tuple[Backend, ...] = (
         toolchain=TRITON,
         modules=p2p_modules,
         engine="allreduce_jit.engine.p2p:P2PEngine",
+        tunable=tuning.LEGACY,
     ),
     Backend(
         name="host",
@@ -132,6 +136,7 @@ BACKENDS: tuple[Backend, ...] = (
         modules=host_modules,
         engine="allreduce_jit.engine.host:HostEngine",
         memory="host",
+        tunable=tuning.HOST,
     ),
 )
 

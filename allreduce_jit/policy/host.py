@@ -7,19 +7,16 @@ from dataclasses import dataclass
 from .catalogue import HOST_ALGORITHMS, host_algorithms
 from .operation import ITEMSIZE, OpSpec
 from .plan import HEADER_BYTES, PACKET, WARP, Launch, Layout, Plan, Region, ceil_div
-from .tables import KIB, MIB, NEVER
+from .tables import KIB, MIB, NEVER, Band
 
 CHANNELS = {"host_one_shot": 1024, "host_stream": 512, "host_two_shot": 512}  # of each algorithm
 LAUNCH_BYTES = 1 << 30  # of one launch, which counts elements and packets in 32 bits
 
 
 @dataclass(frozen=True)
-class HostBand:
+class HostBand(Band):
     """Messages of up to ``up_to`` bytes run ``algorithm``, in at most ``channels`` warps, in blocks of ``block`` threads."""
 
-    up_to: int
-    algorithm: str
-    block: int
     channels: int
 
 

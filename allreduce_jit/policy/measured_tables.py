@@ -12,21 +12,28 @@ from typing import Any
 
 from ..machine import files
 from ..machine.probe import Capabilities
+from ..paths import Path as Rung
 from ..version import __version__
+from . import backends
 from .operation import DTYPES
-from .tables import Bands, bands_from_json, bands_to_json
+from .tables import bands_to_json
+from .tuning import AnyBands, Tunable
 
 log = logging.getLogger("allreduce_jit")
 
 FORMAT = 1
 
 
-def fingerprint(caps: Capabilities, world_size: int) -> dict[str, Any] | None:
-    """What a table holds for, as rank 0 sees it: another machine, driver or version has another table; None: no GPU."""
+def fingerprint(caps: Capabilities, world_size: int, rung: Rung = Rung.V2) -> dict[str, Any] | None:
+    """What a table holds for, as rank 0 sees it: another path, machine, driver or version has another table; None: no GPU.
+
+    V2's does not name its path: it was the only one with tables once.
+    """
     if caps.gpu is None:
         return None
     major, minor = caps.gpu.compute_capability
-    return {
+    path = {} if rung is Rung.V2 else {"path": rung.value}
+    return path | {
         "gpu": caps.gpu.name,
         "arch": f"sm_{major}{minor}",
         "world_size": world_size,
@@ -37,13 +44,19 @@ def fingerprint(caps: Capabilities, world_size: int) -> dict[str, Any] | None:
     }
 
 
+def tunable_of(facts: Mapping[str, Any]) -> Tunable:
+    """Whose table it is."""
+    rung = facts.get("path", Rung.V2.value)
+    return next(row.tunable for row in backends.BACKENDS if row.tunable and row.path.value == rung)
+
+
 def path(cache_dir: Path | None, facts: Mapping[str, Any]) -> Path:
     """The file that holds the table for a fingerprint. Raises ``OSError`` where there is no directory for it."""
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
     return _folder(cache_dir) / f"{digest[:32]}.json"
 
 
-def save(cache_dir: Path | None, facts: Mapping[str, Any], tables: Mapping[str, Bands], **more: Any) -> Path:
+def save(cache_dir: Path | None, facts: Mapping[str, Any], tables: Mapping[str, AnyBands], **more: Any) -> Path:
     """Write the tables, whole or not at all; ``more`` is for human readers. Raises ``OSError``."""
     file = path(cache_dir, facts)
     assert cache_dir is not None  # or path would have raised
@@ -61,13 +74,20 @@ def load(cache_dir: Path | None, facts: Mapping[str, Any] | None) -> dict[str, A
         document = _document(file, cache_dir)
         if document.get("fingerprint") != facts:
             raise ValueError(f"it is for {document.get('fingerprint')}, this is {dict(facts)}")
-        tables_from_json(facts["world_size"], document.get("tables"))
+        tables_from_json(tunable_of(facts), facts["world_size"], document.get("tables"))
     except FileNotFoundError:
         return None
     except (OSError, ValueError, RecursionError) as e:
         log.warning("the tuned table %s is ignored: %s", file, e)
         return None
     return {"path": str(file), "tables": document["tables"]}
+
+
+def load_all(cache_dir: Path | None, caps: Capabilities, world_size: int) -> dict[str, dict[str, Any]]:
+    """What ``load`` finds for this machine, by path."""
+    rungs = [row.path for row in backends.BACKENDS if row.tunable]
+    found = {rung.value: load(cache_dir, fingerprint(caps, world_size, rung)) for rung in rungs}
+    return {rung: one for rung, one in found.items() if one is not None}
 
 
 def _document(file: Path, cache_dir: Path) -> dict[str, Any]:
@@ -78,15 +98,15 @@ def _document(file: Path, cache_dir: Path) -> dict[str, Any]:
     return document
 
 
-def tables_to_json(tables: Mapping[str, Bands]) -> dict[str, Any]:
+def tables_to_json(tables: Mapping[str, AnyBands]) -> dict[str, Any]:
     return {dtype: bands_to_json(bands) for dtype, bands in tables.items()}
 
 
-def tables_from_json(world_size: int, value: object) -> dict[str, Bands]:
-    """Bands per dtype. Raises ``ValueError`` unless all dtypes are there and all bands keep the rules."""
+def tables_from_json(tunable: Tunable, world_size: int, value: object) -> dict[str, AnyBands]:
+    """AnyBands per dtype. Raises ``ValueError`` unless all dtypes are there and all bands keep the rules."""
     if not isinstance(value, dict) or value.keys() != DTYPES.keys():
         raise ValueError(f"expected tables for {', '.join(DTYPES)}")
-    return {dtype: bands_from_json(world_size, bands) for dtype, bands in value.items()}
+    return {dtype: tunable.bands_from_json(world_size, bands) for dtype, bands in value.items()}
 
 
 def entries(cache_dir: Path | None) -> list[Path]:

@@ -1,4 +1,4 @@
-"""The tables that ``plan`` reads. Tuning changes speed only, never a bit of a result.
+"""The tables that ``plan`` reads. Tuning changes speed only, never a bit of what a kernel of ours returns.
 
 Measured on H200 at 2 to 4 ranks (docs/performance.md). At 5 to 8 estimated: one-shot sends (n-1) S bytes and two-shot
 2 (n-1) / n S in one hop more, so they change places at S ~ 1 / ((n-1) (1 - 2/n)), on from where they do at 3 and 4.
@@ -9,8 +9,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .catalogue import NVLINK_ALGORITHMS, nvlink_algorithms
-
 KIB = 1 << 10
 MIB = 1 << 20
 NEVER = 1 << 62
@@ -19,11 +17,17 @@ STREAM_FROM = 64 * KIB  # an algorithm that streams takes two launches at least,
 
 
 @dataclass(frozen=True)
-class Band:
-    """Messages of up to ``up_to`` bytes run ``algorithm`` in blocks of ``block`` threads."""
+class AlgorithmBand:
+    """Messages of up to ``up_to`` bytes run ``algorithm``."""
 
     up_to: int
     algorithm: str
+
+
+@dataclass(frozen=True)
+class Band(AlgorithmBand):
+    """The same, in blocks of ``block`` threads."""
+
     block: int
 
 
@@ -50,38 +54,8 @@ NVLINK_TABLES: dict[int, Bands] = {
 }
 
 
-def bands_to_json(bands: Bands) -> list[dict[str, object]]:
+def bands_to_json(bands: tuple[AlgorithmBand, ...]) -> list[dict[str, object]]:
     return [{**vars(band), "up_to": None if band.up_to == NEVER else band.up_to} for band in bands]
-
-
-def bands_from_json(world_size: int, value: object) -> Bands:
-    """What ``bands_to_json`` wrote, held against all that plans and kernels rely on.
-
-    Raises:
-        ValueError: what is wrong with it.
-    """
-    if not isinstance(value, list) or not value:
-        raise ValueError(f"expected a list of bands, got {value!r}")
-    names = nvlink_algorithms(world_size)
-    bands: list[Band] = []
-    for i, entry in enumerate(value):
-        if not isinstance(entry, dict) or entry.keys() != {"up_to", "algorithm", "block"}:
-            raise ValueError(f"band {i} is {entry!r}: expected up_to, algorithm and block")
-        up_to, name, block = entry["up_to"], entry["algorithm"], entry["block"]
-        begin = bands[-1].up_to if bands else 0
-        last = i == len(value) - 1
-        if up_to is not None if last else type(up_to) is not int or not begin < up_to < NEVER:
-            raise ValueError(f"band {i} ends at {up_to!r}: expected growing whole bytes, and null in the last band")
-        if name not in names:
-            raise ValueError(f"band {i}: algorithm {name!r} is none of {', '.join(names)}")
-        if bands and names.index(name) < names.index(bands[-1].algorithm):
-            raise ValueError(f"band {i}: {name} after {bands[-1].algorithm}: expected the order {', '.join(names)}")
-        if NVLINK_ALGORITHMS[name].stream and begin < STREAM_FROM:
-            raise ValueError(f"band {i}: {name} from {begin} bytes on: it takes messages above {STREAM_FROM}")
-        if type(block) is not int or block not in BLOCKS:
-            raise ValueError(f"band {i}: blocks of {block!r} threads: expected one of {BLOCKS}")
-        bands.append(Band(NEVER if last else up_to, name, block))
-    return tuple(bands)
 
 
 def two_shot_above(bands: Bands) -> int:
@@ -91,7 +65,7 @@ def two_shot_above(bands: Bands) -> int:
 
 @dataclass(frozen=True)
 class P2PTable:
-    """The same for the legacy path.
+    """The same for the legacy path, where ``allreduce-jit tune`` has measured nothing.
 
     Attributes:
         two_shot_from: bytes from which two-shot runs.

@@ -25,7 +25,7 @@ from ..policy.backends import Backend
 from ..policy.catalogue import WORLD_SIZES
 from ..policy.dispatch import decide
 from ..policy.operation import ALL_REDUCE, OpSpec
-from ..policy.tables import Bands
+from ..policy.tuning import AnyBands
 from ..policy.verdict import Reason, Verdict
 from ..settings import Settings
 from ..version import __version__
@@ -38,6 +38,14 @@ if TYPE_CHECKING:
 log = logging.getLogger("allreduce_jit")
 
 
+@dataclass(frozen=True)
+class Measured:
+    """A path's tables per dtype, in the place of the package's, and the ``file`` they are from, if they are from one."""
+
+    tables: Mapping[str, AnyBands]
+    file: str | None
+
+
 @dataclass
 class Ladder:
     """What was agreed: the engine (None = torch.distributed), why, and how long each stage took in seconds.
@@ -46,8 +54,7 @@ class Ladder:
     ``processes``: each rank's own account of which process it is, for ``watcher.watch``.
     ``stages``: in which further kernels of ``engine`` are built.
     ``without``: why it lacks those of ``operations``, if they were what failed.
-    ``tuned``: V2's tables per dtype as measured on this machine, ``tuning`` the file they are from; None = the
-    package's.
+    ``measured``: the tables of the paths that have other ones than the package's.
     """
 
     verdict: Verdict
@@ -55,12 +62,23 @@ class Ladder:
     settings: Settings
     processes: list[Process]
     wishes: list[Settings]
-    tuned: Mapping[str, Bands] | None = None
-    tuning: str | None = None
+    measured: Mapping[Path, Measured] = field(default_factory=dict)
     engine: KernelEngine | None = None
     stages: Stages | None = None
     without: Reason | None = None
     timings: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def tuned(self) -> Mapping[str, AnyBands] | None:
+        """The path's tables per dtype; None: the package's."""
+        found = self.measured.get(self.verdict.path)
+        return None if found is None else found.tables
+
+    @property
+    def tuning(self) -> str | None:
+        """The file they are from."""
+        found = self.measured.get(self.verdict.path)
+        return None if found is None else found.file
 
 
 def survey(
@@ -86,7 +104,7 @@ def survey(
     facts = {"capabilities": seen.to_dict(), "staging_mb": settings.staging_mb, "tuning": settings.tuning}
     facts |= {"process": asdict(Process.own()), "tuned": None}  # all ranks send the same fields
     if dist.get_rank(group) == 0 and settings.tuning:
-        facts["tuned"] = measured_tables.load(settings.cache_dir, measured_tables.fingerprint(seen, dist.get_world_size(group)))
+        facts["tuned"] = measured_tables.load_all(settings.cache_dir, seen, dist.get_world_size(group))
     payload = {"problem": problem, "request": request, "choice": choice, **facts}
     answers = all_gather_fields(group, payload, settings.setup_timeout_s)
     _raise_first_problem(answers)
@@ -101,20 +119,24 @@ def survey(
     caps = list(caps)
     wishes = list(choices)
     verdict = decide(caps, wishes, WORLD_SIZES)
-    ladder = Ladder(verdict, caps, settings, list(processes), wishes, *_tuned(answers))
+    ladder = Ladder(verdict, caps, settings, list(processes), wishes, _measured(answers))
     ladder.timings["probe_s"] = time.perf_counter() - started
     return ladder
 
 
-def _tuned(answers: list[dict]) -> tuple[dict[str, Bands] | None, str | None]:
-    """Rank 0's tables and their file, unless some rank wants none; the same on all ranks."""
-    found = answers[0]["tuned"]
-    if found and all(answer["tuning"] for answer in answers):
-        try:
-            return measured_tables.tables_from_json(len(answers), found["tables"]), found["path"]
-        except (KeyError, TypeError, ValueError) as e:
-            log.warning("rank 0's tuned table is ignored: %s", e)
-    return None, None
+def _measured(answers: list[dict]) -> dict[Path, Measured]:
+    """Rank 0's tables by path, unless some rank wants none; the same on all ranks."""
+    measured: dict[Path, Measured] = {}
+    if answers[0]["tuned"] and all(answer["tuning"] for answer in answers):
+        for row in backends.BACKENDS:
+            if row.tunable is None or (found := answers[0]["tuned"].get(row.path.value)) is None:
+                continue
+            try:
+                tables = measured_tables.tables_from_json(row.tunable, len(answers), found["tables"])
+                measured[row.path] = Measured(tables, found["path"])
+            except (KeyError, TypeError, ValueError) as e:
+                log.warning("rank 0's tuned table of path %s is ignored: %s", row.path, e)
+    return measured
 
 
 def v2_is_on(group: dist.ProcessGroup) -> bool:
@@ -155,7 +177,7 @@ def climb(
     highest: Path | None = None,
     lowest: Path | None = None,
     max_ctas: int | None = None,
-    tables: Mapping[str, Bands] | None = None,
+    tables: Mapping[str, AnyBands] | None = None,
     families: Sequence[OpSpec] = ALL_REDUCE,
     operations: Sequence[OpSpec] = (),
 ) -> Ladder:
@@ -164,8 +186,8 @@ def climb(
     Args:
         highest: no rung above it is tried; None: all may be.
         lowest: below it there is torch.distributed alone; None: the lowest there is.
-        max_ctas: blocks that V2 may occupy at once; such a communicator has a table of its own.
-        tables: V2's per dtype, instead of what was measured; the same on all ranks.
+        max_ctas: blocks that kernels may occupy at once; what was measured without such a limit does not count then.
+        tables: of path ``highest`` per dtype, instead of what was measured; the same on all ranks.
         families: of the calls whose kernels are built; a rung that cannot is none.
         operations: more of them, where a rung has such kernels; if they fail, the rung is built without them.
     """
@@ -176,7 +198,7 @@ def climb(
     request |= {"families": [asdict(family) for family in families], "operations": [asdict(family) for family in operations]}
     ladder = survey(group, device, request=request)
     if tables is not None or max_ctas is not None:
-        ladder.tuned, ladder.tuning = tables, None
+        ladder.measured = {} if tables is None else {highest: Measured(tables, None)}
     stages = Stages(group, device, ladder.settings.cache_dir, ladder.settings.setup_timeout_s, ladder.timings)
     left: dict[Path, Reason] = {}
     while (row := backends.of(ladder.verdict.path)) is not None:

@@ -635,12 +635,19 @@ class TestDoctor:
             self.caps = caps
             assert len(caps) == len(settings)
             reason = Reason(code, "because of rank 1", 1)
-            return SimpleNamespace(path=SimpleNamespace(value=path), reasons=[reason], full_nvlink=True, backend="nccl")
+            return SimpleNamespace(path=SimpleNamespace(value=path), reasons=[reason], full_nvlink=path == "v2", backend="nccl")
 
         def open_cache(directory):
             return SimpleNamespace(entries=lambda: [("a", 10), ("b", 5)], problem=cache_problem)
 
-        parts = {"probe": probe, "decide": decide, "open_cache": open_cache, "gpu_count": gpus, **others}
+        parts = {
+            "probe": probe,
+            "decide": decide,
+            "open_cache": open_cache,
+            "gpu_count": gpus,
+            "load_tables": lambda *_: {},
+            **others,
+        }
         return doctor.examine(**{"proc_gpus": Path("/nonexistent"), **parts})
 
     @pytest.mark.parametrize("path", ["v2", "legacy"])
@@ -650,6 +657,33 @@ class TestDoctor:
         assert doctor.exit_code(document) == 0
         assert "read-only" in document.problems[0]
         assert f"would run    {path}, else torch.distributed over nccl, for 4 ranks" in doctor.render(document)
+
+    @pytest.mark.parametrize(("path", "gpus", "note"), [
+        ("v2", 4, None), ("legacy", 4, "note         from which sizes on calls are two-shot, and go to NCCL, is an estimate on PCIe"),
+        ("host", 4, "note         which algorithm runs which size is an estimate for 4 ranks"), ("host", 2, None),
+    ])  # fmt: skip
+    def test_estimates_are_told_until_something_was_measured(self, path, gpus, note, monkeypatch):
+        """With what to do about it; a table that tune kept is named, unless it is not used."""
+        asked = []
+
+        def load(cache_dir, caps, ranks):
+            asked.append((caps.device, ranks))
+            return {path: {"path": "/cache/table.json"}}
+
+        text = doctor.render(self.examine(path, gpus))
+        assert "table        package" in text and text.count("estimate") == (note is not None)
+        assert note is None or (note in text and "allreduce-jit tune measures it here" in " ".join(text.split()))
+        found = self.examine(path, gpus, load_tables=load)
+        assert found.verdict.tuning == "/cache/table.json" and asked == [("cuda:0", gpus)]
+        assert "table        /cache/table.json" in doctor.render(found) and "estimate" not in doctor.render(found)
+        other = self.examine(path, gpus, load_tables=lambda *_: {"another": {"path": "/f"}})
+        monkeypatch.setenv("ALLREDUCE_JIT_TUNING", "off")
+        off = self.examine(path, gpus, load_tables=load)
+        assert off.verdict.tuning == other.verdict.tuning == "package" and len(asked) == 1
+
+    def test_a_path_without_tables_has_none(self):
+        found = self.examine("torch.distributed", code="no-p2p")
+        assert found.verdict.tuning is None and "table  " not in doctor.render(found)
 
     def test_what_it_finds_of_gpus_keeps_to_the_schema(self):
         """But for the probe, of which the stand-in has not all."""

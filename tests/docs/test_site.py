@@ -222,4 +222,4 @@ def test_doctor_shows_the_lines_that_the_page_explains():
     assert heads >= {"versions", "driver", "host", "libraries", "cpu", "kernel", "would", "because", "advice"}
     source = inspect.getsource(sys.modules["allreduce_jit.cli.doctor"])
     explained = re.findall(r"^\| `(\w+)", page, re.M)
-    assert len(explained) == 13 and all(word == "cuda" or word in source for word in explained)
+    assert len(explained) == 14 and all(word == "cuda" or word in source for word in explained)

@@ -39,6 +39,7 @@ def engines(monkeypatch):
     made = []
     for rank in range(3):
         config = SimpleNamespace(
+            tuned=None,
             rank=rank, world_size=3, device=SimpleNamespace(index=0), arch="sm_90", deterministic=True, max_ctas=None,
             settings=Settings(staging_mb=4, c_calls=False), bus_ids=(),
         )  # fmt: skip
@@ -122,6 +123,7 @@ def test_an_outbox_lies_near_its_only_reader_or_its_writer(monkeypatch, world_si
     asked = []
     monkeypatch.setattr(engine_module, "HostStaging", lambda nbytes, rank, bus_id: asked.append((rank, bus_id)))
     config = SimpleNamespace(
+        tuned=None,
         rank=0, world_size=world_size, device=SimpleNamespace(index=0), arch="sm_80", deterministic=True, max_ctas=None,
         settings=Settings(staging_mb=4, c_calls=False), bus_ids=("a", "b", "c")[:world_size],
     )  # fmt: skip

@@ -764,8 +764,8 @@ def test_no_plan_comes_back_to_one_that_it_has_left(world_size):
         for dtype in ITEMSIZE:
             for plan in (
                 lambda spec, layout=of_v2, bands=bands: nvlink.make_plan(spec, world_size, bands, layout),
-                lambda spec, layout=of_legacy: p2p.make_plan(spec, world_size, layout, nvlink=True, hands_over=True),
-                lambda spec, layout=of_legacy: p2p.make_plan(spec, world_size, layout, nvlink=False, hands_over=False),
+                lambda spec, layout=of_legacy: p2p.make_plan(spec, world_size, p2p.make_limits(world_size, True), layout, True),
+                lambda spec, layout=of_legacy: p2p.make_plan(spec, world_size, p2p.make_limits(world_size, False), layout, False),
             ):
                 found = [(p.path, p.algorithm) for p in (plan(all_reduce(dtype, n)) for n in sizes)]
                 changes = [what for i, what in enumerate(found) if i == 0 or found[i - 1] != what]

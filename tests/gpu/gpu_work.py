@@ -29,8 +29,9 @@ from allreduce_jit.engine.graph_cache import SHORTS
 from allreduce_jit.policy import host, nvlink
 from allreduce_jit.policy import measured_tables as tuned
 from allreduce_jit.policy.catalogue import NVLINK_ALGORITHMS, nvlink_algorithms
+from allreduce_jit.policy.operation import ITEMSIZE
 from allreduce_jit.policy.operation import all_reduce as all_reduce_spec
-from allreduce_jit.policy.tables import BLOCKS
+from allreduce_jit.policy.tuning import V2
 from allreduce_jit.policy.verdict import Path
 from allreduce_jit.routes import spec_of
 
@@ -583,10 +584,11 @@ def _slower_than_another(place, sizes, margin):
             del graph, load, inputs, out
         comm.check()
     for algorithm in nvlink_algorithms(place.world_size):
-        with closing(tune.Meter(place, algorithm)) as meter:
+        with closing(tune.Meter(place, V2, algorithm)) as meter:
             for size in sizes:
-                if algorithm in tune.candidates(place.world_size, name, size, staging):
-                    best[size, algorithm] = min((meter(name, size, block), block) for block in BLOCKS)
+                if algorithm in V2.candidates(place.world_size, name, size, staging):
+                    tried = V2.choices(place.world_size, algorithm)
+                    best[size, algorithm] = min((meter(name, size, choice), choice[1]) for choice in tried)
     slow = {}
     for (size, algorithm), (us, block) in best.items():
         plan, ours = planned[size]
@@ -598,7 +600,7 @@ def _slower_than_another(place, sizes, margin):
     return slow
 
 
-def tuned_table(place):
+def tuned_table(place, path=Path.V2):
     """``tune`` on these GPUs: a table that keeps the rules, that new communicators use, and the same bits as before."""
     saved = tune.SIZES
     tune.SIZES = saved[::4]
@@ -606,13 +608,28 @@ def tuned_table(place):
         document = tune.work(place, tune.Meter)
     finally:
         tune.SIZES = saved
-    assert document["ok"], document
+    assert document["ok"] and document["rung"] == path.value, document
+    for dtype, by_size in document["microseconds"].items():
+        for size, us in by_size.items():
+            assert us and all(0 < one < 1e6 for one in us.values()), (dtype, size, us)
     with allreduce_jit.init(device=place.device, deterministic=True) as comm:
-        expect_path(comm, Path.V2)
+        expect_path(comm, path)
         assert comm.describe().tuning == document["path"]
         assert tuned.tables_to_json(comm._ladder.tuned) == document["tables"]
         for seed, numel in enumerate(SIZES[1:]):
             check(place, comm, numel, DTYPES[seed % 3], seed, offset=seed % 2)
+    with allreduce_jit.init(device=place.device) as comm:
+        for dtype, bands in (
+            comm._ladder.tuned.items() if path is not Path.V2 else ()
+        ):  # which may have too little room for a band
+            for size in tune.SIZES:  # what was found is what runs, NCCL on legacy too
+                band = next(band for band in bands if size <= band.up_to)
+                plan = comm.plan(size // ITEMSIZE[dtype], getattr(torch, dtype))
+                assert plan.algorithm == band.algorithm, (dtype, size, plan, band)
+                if path is Path.HOST:
+                    assert plan.block == band.block and plan.grid * plan.block <= 32 * band.channels, (dtype, size, plan, band)
+                x = torch.ones(size // ITEMSIZE[dtype], dtype=getattr(torch, dtype), device=place.device)
+                assert bool((comm.all_reduce(x) == place.world_size).all()), (dtype, size, plan)
 
 
 def suite(place, names):

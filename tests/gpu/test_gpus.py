@@ -116,6 +116,8 @@ def test_plans_are_the_fastest(n, monkeypatch):
 def test_tune(n, monkeypatch, tmp_path):
     monkeypatch.setenv("ALLREDUCE_JIT_CACHE_DIR", str(tmp_path))
     run(n, "tuned_table")
+    monkeypatch.setenv("SGLANG_OPT_USE_CUSTOM_ALL_REDUCE_V2", "off")
+    run(n, ("tuned_table", (Path.LEGACY,)))
 
 
 @pytest.mark.parametrize("n", WORLDS)

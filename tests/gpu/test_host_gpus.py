@@ -28,6 +28,12 @@ def test_host_bits(n):
 
 
 @pytest.mark.parametrize("n", WORLDS)
+def test_host_tune(n, monkeypatch, tmp_path):
+    monkeypatch.setenv("ALLREDUCE_JIT_CACHE_DIR", str(tmp_path))
+    run(n, ("tuned_table", ONLY[0]))
+
+
+@pytest.mark.parametrize("n", WORLDS)
 def test_host_calls_that_come_again(n):
     run(n, ("repeated", (Path.HOST,)), ("repeated", (Path.HOST, False, True)), ("gpu_streams:every_form", (Path.HOST,)))
 

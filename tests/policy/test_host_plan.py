@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 
 from allreduce_jit.policy import host
 from allreduce_jit.policy.catalogue import HOST_ALGORITHMS, WORLD_SIZES, entry, host_algorithms, host_modules
-from allreduce_jit.policy.host import HOST_TABLES
+from allreduce_jit.policy.host import HOST_TABLES, HostBand
 from allreduce_jit.policy.operation import ITEMSIZE, all_reduce
 from allreduce_jit.policy.plan import HEADER_BYTES, PACKET, WARP
-from allreduce_jit.policy.tables import NEVER
+from allreduce_jit.policy.tables import BLOCKS, NEVER, bands_to_json
+from allreduce_jit.policy.tuning import HOST
 
 MIB = 1 << 20
 
@@ -76,19 +77,35 @@ def plan_is_sound(plan, launches, spec, world_size, layout, max_ctas):
 
 
 @st.composite
+def tables(draw, world_size):
+    """Any bands that a file of ``allreduce-jit tune`` may hold."""
+    cuts = sorted(draw(st.lists(st.integers(1, 1 << 30), max_size=4, unique=True)))
+    names, bands, first = host_algorithms(world_size), [], 0
+    for up_to in [*cuts, NEVER]:
+        first = draw(st.integers(first, len(names) - 1))
+        block = draw(st.sampled_from(BLOCKS))
+        channels = draw(st.integers(1, host.CHANNELS[names[first]] * WARP // block)) * block // WARP
+        bands.append(HostBand(up_to, names[first], block, channels))
+    return HOST.bands_from_json(world_size, bands_to_json(tuple(bands)))  # they keep the rules
+
+
+@st.composite
 def cases(draw):
     world_size, dtype = draw(st.sampled_from(WORLD_SIZES)), draw(st.sampled_from(list(ITEMSIZE)))
     numel = int(2 ** draw(st.floats(0, 32)))
-    return world_size, all_reduce(dtype, numel), draw(st.sampled_from([None, 2, 3, 16])), draw(st.sampled_from([4, 32]))
+    bands = draw(st.just(HOST_TABLES[world_size]) | tables(world_size))
+    return world_size, all_reduce(dtype, numel), draw(st.sampled_from([None, 2, 3, 16])), draw(st.sampled_from([4, 32])), bands
 
 
 @hypothesis_settings(max_examples=300, deadline=None)
 @given(case=cases())
 def test_plans(case):
-    world_size, spec, max_ctas, staging_mb = case
+    world_size, spec, max_ctas, staging_mb, bands = case
     layout = host.make_layout(world_size, staging_mb * MIB)
-    plan = host.make_plan(spec, world_size, HOST_TABLES[world_size], layout, max_ctas)
-    assert plan.path == "host" and plan == host.make_plan(spec, world_size, HOST_TABLES[world_size], layout, max_ctas)
+    plan = host.make_plan(spec, world_size, bands, layout, max_ctas)
+    assert plan.path == "host" and plan == host.make_plan(spec, world_size, bands, layout, max_ctas)
+    band = next(band for band in bands if spec.nbytes <= band.up_to)
+    assert (plan.algorithm, plan.block) == (band.algorithm, band.block) and plan.grid * plan.block // WARP <= band.channels
     plan_is_sound(plan, host.launches(plan, spec), spec, world_size, layout, max_ctas)
     entries = {name for module in host_modules(world_size) for name in module.entries}
     assert {entry(plan.algorithm, spec.dtype, world_size, whole) for whole in (True, False)} <= entries

@@ -24,16 +24,8 @@ from hypothesis import strategies as st
 from allreduce_jit.policy import nvlink, p2p
 from allreduce_jit.policy.catalogue import WORLD_SIZES, entry, nvlink_algorithms, nvlink_modules
 from allreduce_jit.policy.operation import DTYPES, ITEMSIZE, all_reduce
-from allreduce_jit.policy.tables import (
-    BLOCKS,
-    NEVER,
-    NVLINK_TABLES,
-    P2P_TABLES,
-    STREAM_FROM,
-    Band,
-    bands_from_json,
-    bands_to_json,
-)  # fmt: skip
+from allreduce_jit.policy.tables import BLOCKS, NEVER, NVLINK_TABLES, P2P_TABLES, STREAM_FROM, AlgorithmBand, Band, bands_to_json
+from allreduce_jit.policy.tuning import KERNELS_UP_TO, LEGACY, V2
 from allreduce_jit.settings import Settings
 
 PACKET, WARP, HEADER = 16, 32, 4096
@@ -63,6 +55,7 @@ class Case:
     max_ctas: int | None = None
     tuned: tuple[Band, ...] | None = None  # of this dtype
     other: tuple[Band, ...] | None = None  # of another dtype, which shares the staging memory
+    legacy: tuple[AlgorithmBand, ...] | None = None  # of this dtype
 
     @property
     def spec(self):
@@ -93,7 +86,18 @@ def tables(draw, world_size):
         if names[pick] in STREAMS and (not bands or bands[-1].up_to < STREAM_FROM):
             pick -= 1
         bands.append(Band(up_to, names[pick], draw(st.sampled_from(BLOCKS))))
-    return bands_from_json(world_size, bands_to_json(tuple(bands)))  # they keep the rules
+    return V2.bands_from_json(world_size, bands_to_json(tuple(bands)))  # they keep the rules
+
+
+@st.composite
+def legacy_tables(draw):
+    cuts, names = sorted(draw(CUTS)), LEGACY.algorithms(2)
+    picked = sorted(draw(st.lists(st.integers(0, len(names) - 1), min_size=len(cuts) + 1, max_size=len(cuts) + 1)))
+    bands = [
+        AlgorithmBand(up_to, names[min(pick, 1) if begin < KERNELS_UP_TO else pick])
+        for begin, up_to, pick in zip([0, *cuts], [*cuts, NEVER], picked, strict=True)
+    ]
+    return LEGACY.bands_from_json(2, bands_to_json(tuple(bands)))  # they keep the rules
 
 
 @st.composite
@@ -101,7 +105,8 @@ def cases(draw, world_sizes=WORLD_SIZES):
     n, dtype = draw(st.sampled_from(world_sizes)), draw(st.sampled_from(list(DTYPES)))
     staging, numel, max_ctas = draw(STAGING), draw(SIZES), draw(MAX_CTAS)
     tuned, other = (draw(st.none() | tables(n)) for _ in range(2))
-    case = Case(n, dtype, 1, staging, draw(st.booleans()), draw(st.booleans()), max_ctas, tuned, other)
+    legacy = draw(st.none() | legacy_tables())
+    case = Case(n, dtype, 1, staging, draw(st.booleans()), draw(st.booleans()), max_ctas, tuned, other, legacy)
     if numel is None:
         which, distance = draw(NEAR)
         edges = edges_of(case)
@@ -113,8 +118,9 @@ def cases(draw, world_sizes=WORLD_SIZES):
 def edges_of(case):
     """Message sizes in bytes at which a plan changes its mind."""
     n, legacy_table = case.world_size, P2P_TABLES[case.world_size]
+    measured = [min(band.up_to, 1 << 30) for band in case.legacy or ()]
     bands, layout = v2_memory(REAL, case)
-    edges = [min(band.up_to, 1 << 30) for band in bands]
+    edges = [*measured, *(min(band.up_to, 1 << 30) for band in bands)]
     limits = legacy_table.two_shot_from, legacy_table.nvlink_limit, legacy_table.pcie_limit  # which may be never
     edges += [*(min(limit, 1 << 30) for limit in limits), case.staging // (6 * n)]
     full = [PACKET * region.capacity * parts_of(name, n) for name, region in layout.regions.items()]
@@ -174,7 +180,11 @@ def packets_of(algorithm, numel, case):
 
 def legacy(f, case):
     layout = f.legacy_layout(case.world_size, case.staging)
-    return layout, f.legacy_plan(case.spec, case.world_size, layout, case.nvlink, not case.deterministic)
+    return layout, f.legacy_plan(case.spec, case.world_size, limits_of(case), layout, not case.deterministic)
+
+
+def limits_of(case):
+    return p2p.make_limits(case.world_size, case.nvlink, case.legacy)
 
 
 def told(piece, *names):
@@ -363,11 +373,23 @@ def legacy_launches_fit(f, case):
 def legacy_hands_over(f, case):
     """To NCCL above the limit, and never when determinism was asked for."""
     _, plan = legacy(f, case)
-    table = P2P_TABLES[case.world_size]
-    above = case.nbytes > (table.nvlink_limit if case.nvlink else table.pcie_limit)
+    if case.legacy is None:
+        table = P2P_TABLES[case.world_size]
+        above = case.nbytes > (table.nvlink_limit if case.nvlink else table.pcie_limit)
+    else:
+        above = next(band for band in case.legacy if case.nbytes <= band.up_to).algorithm == "nccl"
     assert plan.path == ("torch.distributed" if above and not case.deterministic else "legacy")
     if plan.path == "torch.distributed":
         assert plan.chunk == case.numel
+
+
+def legacy_takes_its_band(f, case):
+    """The algorithm that was measured as the fastest, where one launch of it holds the call."""
+    layout, plan = legacy(f, case)
+    band = next((band for band in case.legacy or () if case.nbytes <= band.up_to), None)
+    if band is not None and plan.path == "legacy" and band.algorithm != "nccl":
+        fits = case.nbytes <= layout.regions["legacy_one_shot"].capacity
+        assert plan.algorithm == (band.algorithm if fits else "legacy_two_shot")
 
 
 def legacy_repeats(f, case):
@@ -414,7 +436,7 @@ PROPERTIES = [
     v2_regions_apart, v2_aligned, v2_inside_the_slots, v2_covers, v2_whole_packets, v2_stream_ends_well,
     v2_stream_is_resident, v2_stream_buffers, v2_guards_pair_up, v2_blocks, v2_few_blocks, v2_known_kernel, v2_never_goes_back,
     v2_splits_no_more_than_it_must, v2_takes_its_band, v2_repeats,
-    legacy_regions_apart, legacy_aligned, legacy_launches_fit, legacy_hands_over, legacy_repeats,
+    legacy_regions_apart, legacy_aligned, legacy_launches_fit, legacy_hands_over, legacy_takes_its_band, legacy_repeats,
 ]  # fmt: skip
 
 
@@ -637,6 +659,11 @@ MUTANTS = [
     (legacy_hands_over, "always legacy", mutant("legacy_plan", on_plan(path=lambda p: "legacy"))),
     (legacy_hands_over, "deaf to deterministic",
      replaced("legacy_plan", lambda *args: p2p.make_plan(*args[:-1], True))),
+    (legacy_hands_over, "deaf to measurements",
+     replaced("legacy_plan", lambda spec, n, limits, *more: p2p.make_plan(spec, n, p2p.make_limits(n, False), *more))),
+    (legacy_takes_its_band, "two-shot a byte later",
+     replaced("legacy_plan", lambda spec, n, limits, *more: p2p.make_plan(
+         spec, n, replace(limits, two_shot_from=limits.two_shot_from + 512), *more))),
     (legacy_repeats, "a counter in the grid", drifting("legacy_plan")),
 ]  # fmt: skip
 
@@ -664,7 +691,7 @@ for n in range(2, 9):
             spec, bands = all_reduce(dtype, 2**e + 5), nvlink.make_bands(n, 16 if e % 2 else None)
             v2, old = nvlink.make_layout(n, 32 << 20, bands, 16 if e % 2 else None), p2p.make_layout(n, 32 << 20)
             lines.append(repr((v2, nvlink.make_plan(spec, n, bands, v2))))
-            lines.append(repr((old, p2p.make_plan(spec, n, old, True, e % 2 == 0))))
+            lines.append(repr((old, p2p.make_plan(spec, n, p2p.make_limits(n, True), old, e % 2 == 0))))
 print(hashlib.sha256("".join(lines).encode()).hexdigest(), sorted({"torch", "cuda", "triton"} & set(sys.modules)))
 """
 

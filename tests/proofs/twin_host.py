@@ -39,7 +39,7 @@ class HostWorld(World):
     EMPTY, POISONED = 0, False
 
     def _make_engines(self, pdl: bool, max_ctas: int | None) -> list:
-        return [HostEngine(self._config(rank, pdl, max_ctas, bus_ids=())) for rank in range(self.world_size)]
+        return [HostEngine(self._config(rank, pdl, max_ctas, bus_ids=(), tuned=None)) for rank in range(self.world_size)]
 
     def near_abort_word(self, rank: int) -> int:
         """Address of the word that a rank's own process stops its kernels by, where they begin; for pokes."""
