@@ -16,20 +16,22 @@ import litmus
 import mutants
 import promises
 import test_compile
+import test_compile_host
 import test_compile_norm
 import test_memory_model
 import test_twin
+import test_twin_host
 import test_twin_norm
 import torch
 import twin
 from compare_cubins import kernels
 from helpers.cubins import compile_one
-from mutants import NORM, PTX, Mutant
+from mutants import HOST, NORM, PTX, Mutant
 from promises import Case
 
 from allreduce_jit.errors import CompileError
 from allreduce_jit.jit import compiler, source
-from allreduce_jit.policy.catalogue import KernelSpec, cuda_module
+from allreduce_jit.policy.catalogue import KernelSpec, cuda_module, host_algorithms, host_module
 from allreduce_jit.policy.norm_catalogue import norm_module
 from allreduce_jit.policy.norm_forms import Form
 
@@ -160,6 +162,30 @@ def slow_norm() -> list[Check]:
     ]
 
 
+def quick_host() -> list[Check]:
+    return [
+        *_of(test_twin_host, "mixed calls", [0]),
+        *_of(test_twin_host, "streamed calls", [0]),
+        *_of(test_twin_host, "absent rank", range(3)),
+        *_of(test_twin_host, "a process stops its rank", range(3)),
+        *_of(test_twin_host, "calls differ", range(3)),
+        *_of(test_twin_host, "special values", [0]),
+    ]
+
+
+def slow_host() -> list[Check]:
+    names = ("mixed calls", "streamed calls", "one-shot calls", "two-shot calls")
+    return [
+        *[check for name in names for check in _of(test_twin_host, name, range(1, 4))],
+        *[check for name in ("absent rank", "a process stops its rank") for check in _of(test_twin_host, name, range(3, 6))],
+        *_seeds("2 ranks", test_twin_host.run_mixed, [0, 1], world_size=2),
+        *_seeds("8 ranks", test_twin_host.run_mixed, [0], world_size=8),
+        *_of(test_twin_host, "ThreadSanitizer", range(2)),
+        *[(f"machine code of {name}", lambda _, name=name: _machine_code_of_host(name)) for name in HOST_MODULES],
+    ]
+
+
+HOST_MODULES = {"host_one_shot": 2, "host_stream": 2, "host_two_shot": 3}  # with the world size that is looked at
 BARE_ALONE = ("one_shot.cu", "two_shot.cu", "partition/flat.cuh", "epilogue/store.cuh", "exchange.cuh", "wait.cuh")
 
 
@@ -167,11 +193,13 @@ def quick(mutant: Mutant) -> list[Check]:
     """What takes seconds."""
     if mutant.file == PTX:
         return [("memory model", lambda _: _memory_model(mutant))]
-    return quick_norm() if mutant.file in NORM else quick_bare()
+    return quick_norm() if mutant.file in NORM else quick_host() if mutant.file in HOST else quick_bare()
 
 
 def longer(mutant: Mutant) -> list[Check]:
     """What takes half a minute: who hears of failures, and calls with a norm."""
+    if mutant.file in HOST:
+        return []
     bare, norm = mutant.file not in (*NORM, PTX), mutant.file not in (*BARE_ALONE, PTX)
     return promises_bare() * bare + quick_norm() * (norm and bare) + promises_norm() * norm
 
@@ -180,6 +208,8 @@ def slow(mutant: Mutant) -> list[Check]:
     """What takes up to a minute, for who is left: more seeds, data races, machine code."""
     if mutant.file == PTX:
         return slow_bare()[-3:]
+    if mutant.file in HOST:
+        return slow_host()
     return slow_bare() * (mutant.file not in NORM) + slow_norm() * (mutant.file not in BARE_ALONE)
 
 
@@ -192,6 +222,13 @@ def _machine_code(name: str) -> None:
     spec = cuda_module(name, 4)
     with tempfile.TemporaryDirectory() as folder:
         test_compile.check_module(Path(folder), spec, compile_one(spec, ARCH))
+
+
+def _machine_code_of_host(name: str) -> None:
+    world_size = HOST_MODULES[name]
+    with tempfile.TemporaryDirectory() as folder:
+        artifact = compile_one(host_module(name, world_size), ARCH)
+        test_compile_host.check_module(Path(folder), name, world_size, artifact)
 
 
 def _machine_code_of_norms() -> None:
@@ -213,6 +250,9 @@ def _memory_model(mutant: Mutant) -> None:
 def configurations(file: str) -> list[KernelSpec]:
     """Modules that plans can pick and that hold code of this file."""
     found = []
+    if file in HOST:
+        of = {"host_one_shot.cu": ("host_one_shot", "host_stream"), "host_two_shot.cu": ("host_two_shot",)}
+        return [host_module(name, n) for n in (2, 3, 8) for name in host_algorithms(n) if name in of.get(file, (name,))]
     if file not in NORM:
         of = {
             "one_shot.cu": ("one_shot", "one_shot_wide"),
@@ -354,5 +394,7 @@ def all_checks() -> list[Check]:
         + quick_norm()
         + slow_bare()
         + slow_norm()
+        + quick_host()
+        + slow_host()
         + [("memory model", lambda _: _memory_model(mutants.every((PTX,))[0]))]
     )

@@ -15,6 +15,7 @@ from allreduce_jit.jit import source
 # it compiles (abi, layout, entry), and floor.cu, which no communicator runs.
 BARE = ("exchange.cuh", "failure.cuh", "guard.cuh", "one_shot.cu", "packet.cuh", "slots.cuh", "two_shot.cu", "wait.cuh",
         "partition/flat.cuh", "wire/sentinel.cuh", "epilogue/store.cuh")  # fmt: skip
+HOST = ("host_one_shot.cu", "host_two_shot.cu", "outbox.cuh", "wire/phase.cuh", "partition/chunks.cuh")
 NORM = (
     "one_shot_norm.cu",
     "two_shot_norm.cu",
@@ -99,7 +100,7 @@ def missing() -> str | None:
     return None
 
 
-def every(files: tuple[str, ...] = (*BARE, *NORM, PTX)) -> list[Mutant]:
+def every(files: tuple[str, ...] = (*BARE, *NORM, *HOST, PTX)) -> list[Mutant]:
     """All mutants of these files, in their order."""
     texts = source.files()
     return [mutant for file in files for mutant in of_text(file, texts[file])]
@@ -254,11 +255,11 @@ def _of_call(node) -> Iterator[Change]:
 
 def _of_loop(node) -> Iterator[Change]:
     if node.type == "for_statement":
-        declared, condition = node.child_by_field_name("initializer"), node.child_by_field_name("condition")
+        declared, condition, update = map(node.child_by_field_name, ("initializer", "condition", "update"))
         if declared is not None and declared.type == "declaration":
             declarator = declared.child_by_field_name("declarator")
             name, value = declarator.child_by_field_name("declarator"), declarator.child_by_field_name("value")
-            turn = "* 2" if "*=" in _text(node.child_by_field_name("update")) else "+ 1"
+            turn = "* 2" if update is not None and "*=" in _text(update) else "+ 1"
             yield _replace(TURN, value, f"({_text(value)}) {turn}")
             for part in () if condition is None else _walk(condition):
                 left = part.child_by_field_name("left") if part.type == "binary_expression" else None
