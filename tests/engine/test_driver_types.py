@@ -13,7 +13,7 @@ from helpers.fake_launch import FakeLaunch
 
 import allreduce_jit
 from allreduce_jit.engine import driver as launches
-from allreduce_jit.engine import streams
+from allreduce_jit.engine import memory, streams
 
 SOURCES = sorted(Path(allreduce_jit.__file__).parent.rglob("*.py"))
 
@@ -85,6 +85,31 @@ def test_the_id_of_a_capture_is_a_plain_value(monkeypatch):
     FakeDriver(monkeypatch, streams, cuStreamGetCaptureInfo=lambda stream: capture_info(33 if stream else None))
     assert streams.capture_of(1) == streams.capture_of(2) == 33 and type(streams.capture_of(1)) is int
     assert streams.capture_of(0) is None
+
+
+# -- handles of memory
+
+
+def test_a_handle_of_memory_reaches_the_peer_whole(monkeypatch):
+    """With the installed bindings' own struct, which has had a member for its bytes and has it no more."""
+    sent, opened = bytes(range(64)), []
+
+    def made_by_the_driver(_):
+        handle = driver.CUipcMemHandle()
+        ctypes.memmove(handle.getPtr(), sent, 64)
+        return handle
+
+    def note(handle, flags):
+        opened.append((ctypes.string_at(handle.getPtr(), 64), flags))
+        return driver.CUdeviceptr(0x7000)
+
+    FakeDriver(monkeypatch, memory, cuIpcGetMemHandle=made_by_the_driver, cuIpcOpenMemHandle=note)
+    staging = memory.StagingMemory(1 << 20, 0)
+    assert staging.handle() == sent.hex()
+    staging.connect([staging.handle(), bytes(reversed(sent)).hex()])
+    assert opened == [(bytes(reversed(sent)), 1)] and staging.addresses[1] == 0x7000
+    with pytest.raises(ValueError):
+        staging.connect(["", "00" * 65])
 
 
 # -- launches
