@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import ctypes
+import importlib
 import inspect
 from pathlib import Path
 
@@ -155,3 +156,28 @@ def test_the_stand_in_of_a_launch_hands_over_what_the_real_one_does(monkeypatch,
 def test_the_stand_in_of_a_launch_is_made_as_the_real_one():
     real, fake = inspect.signature(launches.KernelLaunch), inspect.signature(FakeLaunch)
     assert real.parameters == fake.parameters
+
+
+# -- names
+
+
+def names_used(module: str) -> set[str]:
+    """Attributes that the package asks of ``driver`` or ``nvml``, by whichever name it holds them, and functions that it names in calls."""
+    found = set()
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            held = node.value if isinstance(node, ast.Attribute) else None
+            if isinstance(held, ast.Name) and held.id == module and f"from cuda.bindings import {module}" in path.read_text():
+                found.add(node.attr)
+            elif isinstance(held, ast.Attribute) and held.attr == f"_{module}":
+                found.add(node.attr)
+            elif module == "driver" and isinstance(node, ast.Call) and getattr(node.func, "id", "") == "call":
+                found |= {value.value for value in node.args[:1] if isinstance(value, ast.Constant)}
+    return found
+
+
+@pytest.mark.parametrize(("module", "least"), [("driver", 30), ("nvml", 8)])
+def test_the_bindings_have_every_name_that_is_asked_of_them(module, least):
+    bindings = importlib.import_module(f"cuda.bindings.{module}")
+    used = names_used(module)
+    assert len(used) >= least and {name for name in used if not hasattr(bindings, name)} == set()
