@@ -301,7 +301,7 @@ class TestBench:
                               communicator=SimpleNamespace(all_reduce=all_reduce))  # fmt: skip
         new, with_out = bench._Bench._ever_new(one, [torch.ones(700, dtype=torch.bfloat16)] * 4).values()
         new.burst()
-        assert len(set(seen)) == new.calls == 200 and len({x % 512 for x, _ in seen}) == 1
+        assert len(set(seen)) == new.calls == timing.CALLS and len({x % 512 for x, _ in seen}) == 1
         seen.clear()
         with_out.burst()
         first, seen = seen[:], seen.clear() or seen
