@@ -7,6 +7,7 @@ python=${PYTHON:-python3}
 rm -rf "$venv"
 
 if "$python" -c "import torch" 2>/dev/null; then
+    echo "setup: $venv on top of $python, which has torch"
     "$python" -m venv --without-pip "$venv"
     # Everything the interpreter has, its own .pth files included; a nested virtual environment would lose it.
     "$python" - > "$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/parent.pth" <<'P'
@@ -25,6 +26,7 @@ P
             echo "setup: ${package##*:} is not installed and cannot be fetched; going on without it"
     done
 else
+    echo "setup: $python has no torch: fetching it and the tools for tests and pages into $venv; this takes minutes and several GB"
     "$python" -m venv "$venv"
     "$venv/bin/python" -m pip install -q "torch==2.13.0"
     "$venv/bin/python" -m pip install -q -e ".[test,docs]"

@@ -90,8 +90,7 @@ def _plot(title: str, across: str, up: str, series: Sequence[Series], note: str,
     values = [b for s in series for _, b in s.points] + [1.0] * one
     x = _Scale(min(sides), max(sides), LEFT, WIDTH - RIGHT)
     y = _Scale(min(values) / 1.1, max(values) * 1.1, HEIGHT - BOTTOM, top)
-    narrow = y.high / y.low < 3
-    for value in _hundredths(y.low, y.high) if narrow else _ticks(y.low, y.high):
+    for value in _ticks(y.low, y.high):
         picture.line([(LEFT, y(value)), (WIDTH - RIGHT, y(value))])
         picture.write(LEFT - 8, y(value) + 4, f"{value:g}", "soft end")
     known = sorted(set(sides))
@@ -110,11 +109,6 @@ def _plot(title: str, across: str, up: str, series: Sequence[Series], note: str,
     for j, line in enumerate(wrapped(note, 120)):
         picture.write(16, HEIGHT - 22 + 15 * j, line, "soft")
     return picture.text()
-
-
-def _hundredths(low: float, high: float) -> list[float]:
-    """Multiples of 0.05 between ``low`` and ``high``."""
-    return [i / 20 for i in range(round(low * 20), round(high * 20) + 1) if low <= i / 20 <= high]
 
 
 def _legend(series: Sequence[Series]) -> list[list[tuple[float, Series]]]:

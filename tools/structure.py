@@ -115,5 +115,5 @@ def house(architecture: str) -> str:
     picture.box(left, y + 9, span - 3, height - 6, 2)
     picture.write(left + span / 2, y + height / 2 + 10, "kernels/cuda · kernels/triton", "middle")
     picture.write(left + span + 18, y + height / 2 + 10, "what runs on the GPU, compiled by jit", "soft")
-    picture.write(16, y + height + 36, "What crosses a border upwards is handed in.", "soft")
+    picture.write(16, y + height + 36, "What a lower room needs from above is passed in as an argument.", "soft")
     return picture.text()

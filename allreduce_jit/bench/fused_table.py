@@ -13,11 +13,12 @@ def render(document: dict[str, Any]) -> str:
     """The tables as text."""
     options = document["options"]
     what = f"residual and RMSNorm, rounding {options['rounding']}, quantization {options['quant']}"
-    lines = [*heading(document), f"# all-reduce, {what}; SoL: of the all-reduce of those bytes alone"]
-    lines.append(
-        "# unfused: our all_reduce and add_rms_norm; allreduce, norm: each alone; others: their all-reduce and add_rms_norm,"
-    )
-    lines.append("# but for flashinfer_*, which are fused")
+    notes = [
+        f"# all-reduce, {what}; SoL: of the all-reduce of those bytes alone",
+        "# unfused: our all_reduce and add_rms_norm; allreduce, norm: each alone; others: their all-reduce and add_rms_norm, "
+        "but for flashinfer_*, which are fused",
+    ]
+    lines = [*heading(document), *(terminal.wrapped(note, 2) for note in notes)]
     names = [name for name, why in document["peers"].items() if why is None]
     for mode in dict.fromkeys(row["mode"] for row in document["rows"]):
         rows = [row for row in document["rows"] if row["mode"] == mode]

@@ -16,7 +16,7 @@ from ..harness import report
 
 WIDTH, HEIGHT = 860, 420
 LEFT, RIGHT, TOP, BOTTOM = 66, 30, 46, 62  # so that labels are apart at the size that a phone needs
-LABELS = 32  # least distance of two, downwards
+APART = 32 / (HEIGHT - TOP - BOTTOM)  # least distance of two labels, of the height of a plot
 SLOTS = {"nccl": 2, "nccl_symm": 3, "torch_one_shot": 4, "torch_two_shot": 5, "sglang": 6, "flashinfer": 7}
 _EAGER = {"with out=": "with_out", "ever new addresses": "ever_new", "the same with out=": "ever_new_with_out"}
 _STYLE = """
@@ -143,13 +143,10 @@ def _figure(series: list[Series], unit: str, caption: str, one: bool = False) ->
     x = _Scale(min(sizes), max(sizes), LEFT, WIDTH - RIGHT)
     y = _Scale(min(values) / 1.15, max(values) * 1.15, HEIGHT - BOTTOM, TOP)
     parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(caption)}">']
-    above = math.inf  # where the last label is
     for value in _ticks(y.low, y.high):
         at = y(value)
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
-        if above - at >= LABELS:
-            parts.append(f'<text x="{LEFT - 8}" y="{at + 4:.1f}" text-anchor="end">{value:g}</text>')
-            above = at
+        parts.append(f'<text x="{LEFT - 8}" y="{at + 4:.1f}" text-anchor="end">{value:g}</text>')
     known = sorted(set(sizes))
     for nbytes in known[:: -(-len(known) // 12)]:
         parts.append(
@@ -196,13 +193,19 @@ class _Scale:
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    """1, 2, 5, 10 … between ``low`` and ``high``; finer steps where these leave fewer than three."""
-    for steps in ((1, 2, 5), (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8), tuple(i / 20 for i in range(20, 200))):
-        decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-        found = [value for d in decades for value in (s * 10.0**d for s in steps) if low <= value <= high]
-        if len(found) >= 3:
-            return [float(f"{value:.3g}") for value in found]
-    return []
+    """Round values from ``low`` to ``high``, at least two, as many as have room for their labels on a logarithmic axis:
+
+    1, 2, 5, 10 …, or fewer of each decade on a long axis; even steps on a short one.
+    """
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    grids = [[s * 10.0**d for d in decades for s in of_each] for of_each in ((1, 2, 5), (1, 3), (1,))]
+    grids += [[10.0**d for d in decades if d % every == 0] for every in range(2, len(decades))]
+    finest = math.floor(math.log10((high - low) * APART)) - 1
+    for step in (s * 10.0**d for d in range(finest, finest + 3) for s in (1, 2, 5)):
+        grids.append([i * step for i in range(math.ceil(low / step), math.floor(high / step) + 1)])
+    shown = [[float(f"{value:.12g}") for value in grid if low <= value <= high] for grid in grids]
+    room = math.log(high / low) * APART
+    return max((found for found in shown if all(math.log(b / a) >= room for a, b in zip(found, found[1:]))), key=len)
 
 
 def _table(rows: list[dict[str, Any]], names: list[str]) -> str:

@@ -28,16 +28,17 @@ def render(document: dict[str, Any]) -> str:
 
 
 def heading(document: dict[str, Any]) -> list[str]:
-    """What was measured where."""
+    """What was measured where; lines that fit the terminal, if stdout is one."""
     facts = document["communicator"]
     lines = [
         f"# {report.headline(document['machine'])}",
-        f"# {facts['world_size']} ranks, path {facts['path']}; {'; '.join(report.reasons(facts['reasons']))}",
+        f"# {report.counted(facts['world_size'], 'rank')}, path {facts['path']}; {'; '.join(report.reasons(facts['reasons']))}",
         f"# {document['unit']}; NVLink multicast {document['multicast']}",
         f"# {_speed_of_light(document)}",
     ]
     found = document["peers"].items()
-    return lines + [f"# competitor {name}: {'ok' if why is None else 'unavailable: ' + why}" for name, why in found]
+    lines += [f"# competitor {name}: {'ok' if why is None else 'unavailable: ' + why}" for name, why in found]
+    return [terminal.wrapped(line, 2) for line in lines]
 
 
 def _speed_of_light(document: dict[str, Any]) -> str:

@@ -18,7 +18,7 @@ from ..torch_private import keep_gpu_busy
 # Calls in one timed burst: their common start-up is divided by this, so short calls come in longer bursts. The same
 # for all that is measured.
 BURSTS = ((256 << 10, 200), (4 << 20, 100), (32 << 20, 20))  # (up to so many bytes, calls)
-CALLS = 8  # of messages beyond
+CALLS = 8  # of messages beyond; and on the CPU, where a call takes milliseconds and a burst has nothing to start up
 ROTATE = 4  # inputs taken in turn, so that no call finds its own data in a cache
 PRIMING = 2  # replays before the warm-up: the first also uploads the graph, the second tells what a launch costs
 GATE_US = 100.0
@@ -53,8 +53,10 @@ class Workload:
     @property
     def calls(self) -> int:
         """Calls in one burst."""
-        nbytes = self.inputs[0].nbytes
-        return next((calls for largest, calls in BURSTS if nbytes <= largest), CALLS)
+        first = self.inputs[0]
+        if first.device.type == "cpu":
+            return CALLS
+        return next((calls for largest, calls in BURSTS if first.nbytes <= largest), CALLS)
 
     def refill(self) -> None:
         for tensor, source in zip(self.inputs, self.sources):

@@ -17,6 +17,7 @@ from ..harness.place import Place
 from .bursts import Burst
 
 _SHOWN = 20
+_RESOURCES = {"descriptors": "open files", "threads": "threads", "device_bytes": "bytes of device memory in use"}
 
 
 @dataclass
@@ -121,16 +122,17 @@ def render(ledger: dict[str, Any]) -> str:
     kinds = ", ".join(f"{count:,} {name}" for name, count in ledger["kinds"].items())
     lines = [
         report.headline(ledger["machine"]),
-        f"{ledger['communicator']['path']} on {ledger['communicator']['world_size']} ranks",
+        f"{report.counted(ledger['communicator']['world_size'], 'rank')}, path {ledger['communicator']['path']}",
         f"{calls['total']:,} calls in {ledger['seconds']} s ({calls.get('eager', 0):,} eager, {calls.get('graph', 0):,} "
         f"in graphs): {kinds}",
         f"alongside: {alongside['gemm']:,} matrix products, {alongside['nccl']:,} NCCL all-reduces, "
         f"{alongside['stalls']:,} stalls",
-        f"{ledger['elements']:,} elements checked, {ledger['wrong']:,} wrong; {ledger['hangs']} ranks with errors",
+        f"{ledger['elements']:,} elements checked, {ledger['wrong']:,} wrong; {report.counted(ledger['hangs'], 'rank')} with errors",
         f"latency: median {latency['median']} µs, p99.9 {latency['p99.9']} µs ({latency['samples']:,} samples a rank)",
     ]
     for name in ledger["resources"][0][0]:
-        lines.append(f"{name}, rank 0: " + ", ".join(f"{at[name]:,}" for at in ledger["resources"][0]))
+        over_time = ", ".join(f"{at[name]:,}" for at in ledger["resources"][0])
+        lines.append(f"{_RESOURCES[name]} of rank 0, early and at the end: {over_time}")
     lines += [
         f"rank {f['rank']}: call {f['call']:,} ({f['kind']}, {f['numel']} {f['dtype']}"
         f"{', in place' if f['in_place'] else ''}): {f['wrong']} wrong elements"

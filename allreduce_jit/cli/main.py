@@ -20,8 +20,8 @@ Started by torchrun, selftest, soak, bench and tune use its ranks. All commands
 take --json. NO_COLOR=1 switches colours off. 'allreduce-jit COMMAND --help'
 tells more."""
 _TUNE = """\
-Times all-reduces alone; calls with a norm take of the table from which size on
-they are two-shot."""
+Only all-reduces are timed. Calls with a norm take from the table at which size
+they change from one-shot to two-shot."""
 _Init = Callable[..., Any]
 _Command = Callable[[argparse.Namespace, _Init | None], int]
 
@@ -94,11 +94,11 @@ def _parser() -> argparse.ArgumentParser:
         return sub
 
     options.selftest(command("selftest", _selftest, "compare every bit of many all-reduces with the exact sum"))
-    options.soak(command("soak", _soak, "run verified traffic for long, under load and stalls if wanted"))
+    options.soak(command("soak", _soak, "run verified traffic for a long time, beside other work if wanted"))
     command("doctor", _doctor, "say what this machine is, which path would run and why")
     options.bench(command("bench", _bench, "time all-reduces of growing size, other libraries' beside them"))
     tune = command("tune", _tune, "measure which algorithm is fastest where on this machine, and keep the table", _TUNE)
-    options.gpus(tune, tune, "ranks, one per GPU (default: one run for every number from 2 to that of the GPUs)")
+    options.gpus(tune, tune, "ranks, one per GPU (default: a run for each number from 2 to all GPUs)")
     options.warmup(command("warmup", _warmup, "compile the kernels into the cache ahead of time"))
     cache = command("cache", _cache, "show or empty the cache of compiled kernels and measured tables")
     cache.add_argument("action", choices=["path", "list", "clear"])

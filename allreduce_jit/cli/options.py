@@ -35,7 +35,7 @@ _EXAMPLES = {
     },
     "soak": {
         "soak --seconds 60": "a minute of small calls",
-        "soak --gemm --nccl --stalls": "beside other work, out of step",
+        "soak --gemm --nccl --stalls": "beside other work, with pauses",
         "soak --op both --calls 1000000": "with norms among them",
     },
     "doctor": {
@@ -55,7 +55,7 @@ _EXAMPLES = {
     },
     "warmup": {
         "warmup": "for this machine's GPUs",
-        "warmup --arch sm_90 --world-size 4": "for another",
+        "warmup --arch sm_90 --world-size 4": "for another GPU, 4 ranks",
         "warmup --op add-rms-norm --hidden 4096": "calls with a norm",
     },
     "cache": {
@@ -88,14 +88,14 @@ def selftest(parser: argparse.ArgumentParser) -> None:
 def soak(parser: argparse.ArgumentParser) -> None:
     _rank_arguments(parser)
     add = parser.add_argument
-    add("--calls", type=whole(1), metavar="N", help="calls to make at least (default 100000, without --seconds)")
-    add("--seconds", type=seconds, metavar="S", help="how long to go on at most")
+    add("--calls", type=whole(1), metavar="N", help="least number of calls (default 100000, without --seconds)")
+    add("--seconds", type=seconds, metavar="S", help="stop after S seconds")
     add("--max-bytes", type=size_from(4), metavar="SIZE", help="largest tensor (default 1M, on the CPU 16K)")
-    text = "which calls: all-reduce (default), add-rms-norm, or both in one mix"
+    text = "calls to make: all-reduce (default), add-rms-norm, or both, mixed"
     add("--op", choices=["all-reduce", "add-rms-norm", "both"], default="all-reduce", help=text)
     add("--seed", type=int, default=0, help="of sizes and inputs (default 0)")
-    add("--gemm", action="store_true", help="matrix products on another stream keep all SMs busy")
-    add("--nccl", action="store_true", help="NCCL all-reduces on another stream and group alongside")
+    add("--gemm", action="store_true", help="matrix products on another stream, to keep all SMs busy")
+    add("--nccl", action="store_true", help="NCCL all-reduces on another stream and group")
     add("--stalls", action="store_true", help="random pauses of hosts and devices")
 
 
@@ -104,14 +104,14 @@ def bench(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("-b", "--min-bytes", type=size_from(1), default=1 << 10, metavar="SIZE", help="first size (default 1K)")
     add("-e", "--max-bytes", type=size_from(1), metavar="SIZE", help="last size (default 64M, on the CPU 1M)")
-    add("-f", "--factor", type=whole(2), default=2, metavar="N", help="from one size to the next (default 2)")
+    add("-f", "--factor", type=whole(2), default=2, metavar="N", help="each size is N times the one before (default 2)")
     add("-n", "--iters", type=whole(1), default=20, metavar="N", help="timed bursts of 8 to 200 calls (default 20)")
     add("-w", "--warmup", type=whole(0), default=5, metavar="N", help="bursts before them (default 5)")
     add("-d", "--dtype", type=dtype, default="bfloat16", help="float, half or bfloat16 (default)")
-    add("-o", "--op", choices=["sum", "add-rms-norm"], default="sum", help="sum (default), or with residual and norm behind it")
+    add("-o", "--op", choices=["sum", "add-rms-norm"], default="sum", help="the all-reduce (default), or with residual and norm")
     add("-c", "--check", type=int, choices=[0, 1], default=1, help="compare every bit with the exact sum (default 1)")
     add("--seed", type=int, default=0, help="of the inputs (default 0)")
-    add("--max-ctas", type=whole(2), metavar="N", help="a communicator that occupies at most so many thread blocks")
+    add("--max-ctas", type=whole(2), metavar="N", help="use at most N thread blocks (V2, host)")
     add(
         "--peers",
         type=competitors,
@@ -123,28 +123,35 @@ def bench(parser: argparse.ArgumentParser) -> None:
     for mode, text in (("graph", "replayed CUDA graphs"), ("eager", "calls from the host"), ("both", "both (default)")):
         modes.add_argument(f"--{mode}", dest="mode", action="store_const", const=mode, help=f"time {text}")
     parser.set_defaults(mode="both")
-    norm = parser.add_argument_group("add-rms-norm", "rows times elements of a row in place of sizes")
+    norm = parser.add_argument_group("add-rms-norm", "with --op add-rms-norm, shapes take the place of sizes")
     text = "(default 1,8,32,128,512,2048, on the CPU 1,8,32)"
-    norm.add_argument("--rows", type=several(whole(1)), metavar="N,N,…", help=f"how many {text}")
+    norm.add_argument("--rows", type=several(whole(1)), metavar="N,N,…", help=f"numbers of rows {text}")
     hidden = several(whole(64, 16384))
-    norm.add_argument("--hidden", type=hidden, metavar="N,N,…", help="elements of a row (default 4096,8192, on the CPU 1024)")
-    norm.add_argument("--rounding", choices=ROUNDINGS, default="R", help="where it rounds (default R)")
-    norm.add_argument("--quant", choices=QUANTS, default="none", help="to e4m3, with such scales (default none)")
-    add("--html", type=new_file, metavar="FILE", help="also write a page with plots, complete in itself")
-    text = "measure nothing, take what --json printed earlier (its table, or its --html)"
+    norm.add_argument("--hidden", type=hidden, metavar="N,N,…", help="hidden sizes (default 4096,8192, on the CPU 1024)")
+    norm.add_argument(
+        "--rounding",
+        choices=ROUNDINGS,
+        default="R",
+        help="as vLLM and TensorRT-LLM (R, default), SGLang (U) or Hugging Face (H) round",
+    )
+    norm.add_argument(
+        "--quant", choices=QUANTS, default="none", help="quantize the norm to FP8 (e4m3) with scales of this kind (default none)"
+    )
+    add("--html", type=new_file, metavar="FILE", help="also write tables and plots as one HTML page")
+    text = "measure nothing: show an earlier --json as a table, or with --html as a page"
     add("--from", dest="source", type=Path, metavar="FILE", help=text)
 
 
 def warmup(parser: argparse.ArgumentParser) -> None:
     worlds = ["all", *map(str, WORLD_SIZES)]
     parser.add_argument("--world-size", choices=worlds, default="all", help="number of ranks (default all)")
-    parser.add_argument("--arch", type=arch, metavar="sm_90", help="to compile for (default: this machine's GPUs)")
-    parser.add_argument("--path", choices=[*backends.names(), "all"], default="all", help="whose kernels (default all)")
+    parser.add_argument("--arch", type=arch, metavar="sm_90", help="architecture to compile for (default: this machine's GPUs)")
+    parser.add_argument("--path", choices=[*backends.names(), "all"], default="all", help="kernels of this path (default all)")
     operations = parser.add_argument_group("operations")
     operations.add_argument(
-        "--op", choices=["all-reduce", "add-rms-norm"], default="all-reduce", help="of which calls (default all-reduce)"
+        "--op", choices=["all-reduce", "add-rms-norm"], default="all-reduce", help="kernels of these calls (default all-reduce)"
     )
-    text = "of add-rms-norm: elements of a row (default 4096 8192)"
+    text = "of add-rms-norm: hidden sizes (default 4096 8192)"
     operations.add_argument("--hidden", type=whole(64, 16384), nargs="+", default=[4096, 8192], metavar="N", help=text)
     text = "of add-rms-norm: float32, float16 or bfloat16 (default)"
     operations.add_argument("--dtype", choices=list(DTYPES), default="bfloat16", metavar="DTYPE", help=text)

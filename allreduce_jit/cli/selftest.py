@@ -232,7 +232,7 @@ def _merge(rows: tuple[dict[str, Any], ...], failures: list[str]) -> dict[str, A
 def render(document: dict[str, Any]) -> str:
     """The result as text."""
     facts, rows = document["communicator"], document["rows"]
-    lines = [report.headline(document["machine"]), f"{facts['world_size']} ranks, path {facts['path']}"]
+    lines = [report.headline(document["machine"]), f"{report.counted(facts['world_size'], 'rank')}, path {facts['path']}"]
     lines += [f"  {reason}" for reason in report.reasons(facts["reasons"])]
     groups = [[row for row in rows if row["size"] == size] for size in dict.fromkeys(row["size"] for row in rows)]
     shown = len(_HEADERS) - all(row["graph_us"] is None for row in rows)
@@ -245,7 +245,7 @@ def render(document: dict[str, Any]) -> str:
     lines += [f"  {failure}" for failure in failures[:_SHOWN]]
     lines += [f"  … and {len(failures) - _SHOWN} more"] if len(failures) > _SHOWN else []
     verdict = terminal.verdict(document["ok"], "PASSED")
-    counts = f"{document['checked']} elements checked, {document['wrong']} wrong"
+    counts = f"{report.counted(document['checked'], 'element')} checked, {document['wrong']:,} wrong"
     return terminal.wrapped("\n".join([*lines, f"{verdict}: {counts}, {document['seconds']:.1f} s"]), 2)
 
 

@@ -52,7 +52,7 @@ def _world_sizes(gpus: int | None) -> list[int | None]:
         return [gpus]
     present = torch.cuda.device_count()
     if present < 2:
-        raise InputError(f"nothing to tune: this machine shows {present} CUDA GPUs, and an all-reduce takes two")
+        raise InputError(f"nothing to tune: it takes 2 GPUs or more, this machine shows {report.counted(present, 'CUDA GPU')}")
     return [n for n in WORLD_SIZES if n <= present]
 
 

@@ -110,17 +110,19 @@ def run_cache(args: argparse.Namespace) -> int:
         lines = [document["directory"] or "none", *lines]
     elif args.action == "list":
         entries = document["entries"] = [{"name": name, "bytes": size} for name, size in cache.entries()]
-        lines.append(report.table(("kernel", "bytes"), [tuple(entry.values()) for entry in entries]))
-        lines.append(f"{len(entries)} kernels, {sum(entry['bytes'] for entry in entries)} bytes")
+        lines += [report.table(("kernel", "bytes"), [tuple(entry.values()) for entry in entries])] if entries else []
+        lines.append(
+            f"{report.counted(len(entries), 'kernel')}, {sum(entry['bytes'] for entry in entries):,} bytes in {document['directory'] or 'no directory'}"
+        )
         refused = cache.refused() + measured_tables.refused(cache.directory)
         document["refused"] = [{"file": file, "why": why} for file, why in refused]
         document["tables"] = sorted({*map(str, measured_tables.entries(cache.directory))} - {file for file, _ in refused})
-        lines += [f"{len(document['tables'])} tables of allreduce-jit tune", *document["tables"]]
+        lines += [f"{report.counted(len(document['tables']), 'table')} of allreduce-jit tune", *document["tables"]]
         lines += [f"not used: {file}: {why}" for file, why in refused]
     else:
         document["removed"], document["tables_removed"] = cache.clear(), measured_tables.clear(cache.directory)
-        lines.append(f"{document['removed']} kernels removed from {document['directory'] or 'no directory'}")
-        lines.append(f"{document['tables_removed']} tables of allreduce-jit tune removed")
+        lines.append(f"{report.counted(document['removed'], 'kernel')} removed from {document['directory'] or 'no directory'}")
+        lines.append(f"{report.counted(document['tables_removed'], 'table')} of allreduce-jit tune removed")
     print(json.dumps(document, indent=2) if args.json else "\n".join(lines))
     return 0
 

@@ -10,6 +10,7 @@ import ctypes
 import threading
 from collections.abc import Sequence
 from ctypes import sizeof
+from typing import Any
 
 from cuda.bindings import driver
 
@@ -19,6 +20,11 @@ from .driver import beside_captures, call
 
 GRANULARITY = 2 << 20  # allocations of whole 2 MiB pages share no page with anything else
 REPORT_BYTES = 64  # a Report, and what fills its cache line
+
+
+def _bytes_of(handle: driver.CUipcMemHandle) -> Any:
+    """The handle's memory. Its member ``reserved``, which holds the same, is gone from cuda-bindings 13.4.4."""
+    return (ctypes.c_char * driver.CU_IPC_HANDLE_SIZE).from_address(handle.getPtr())
 
 
 class StagingMemory:
@@ -43,7 +49,7 @@ class StagingMemory:
 
     def handle(self) -> str:
         """What peers need to map this memory, in hex."""
-        return bytes(call("cuIpcGetMemHandle", self._local).reserved).hex()
+        return _bytes_of(call("cuIpcGetMemHandle", self._local)).raw.hex()
 
     def connect(self, handles: Sequence[str]) -> None:
         """Map every peer's memory; ``handles`` in rank order."""
@@ -52,7 +58,7 @@ class StagingMemory:
                 self.addresses.append(self._local)
                 continue
             ipc = driver.CUipcMemHandle()
-            ipc.reserved = bytes.fromhex(handle)
+            _bytes_of(ipc).raw = bytes.fromhex(handle)
             flags = driver.CUipcMem_flags.CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS
             self.addresses.append(int(call("cuIpcOpenMemHandle", ipc, flags.value)))
 

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from ..errors import AllReduceError, InputError, SetupError
+from . import report
 from .place import Seat, joined
 
 _MAX_GPUS = 8
@@ -112,14 +113,14 @@ def _seat_device(seat: Seat, gpus: int | None, cpu: int | None) -> str:
         raise InputError(f"{wanted} ranks wanted, torchrun started {seat.world_size}: leave --gpus and --cpu away")
     present = 0 if cpu is not None else torch.cuda.device_count()
     if gpus is not None and not present:
-        raise InputError("--gpus: this machine shows no CUDA GPU (--cpu N: ranks on the CPU)")
+        raise InputError(f"--gpus {gpus}: this machine shows 0 CUDA GPUs (--cpu N: ranks on the CPU)")
     return f"cuda:{seat.local_rank % present}" if present else "cpu"
 
 
 def _devices(gpus: int | None, cpu: int | None) -> list[str]:
     present = torch.cuda.device_count()
     if gpus is not None and not 1 <= gpus <= present:
-        raise InputError(f"{gpus} GPUs wanted, this machine shows {present} CUDA GPUs (--cpu N: ranks on the CPU)")
+        raise InputError(f"--gpus {gpus}: this machine shows {report.counted(present, 'CUDA GPU')} (--cpu N: ranks on the CPU)")
     if gpus is None and cpu is None and present >= 2:
         gpus = min(present, _MAX_GPUS)
     if gpus is not None:

@@ -157,6 +157,11 @@ def headline(facts: dict[str, Any]) -> str:
     return ", ".join(parts)
 
 
+def counted(number: int, what: str) -> str:
+    """``1 kernel``, ``2,000 kernels``."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
 def reasons(entries: Iterable[dict[str, Any]]) -> list[str]:
     """One line per reason in its JSON form: code, text, and the rank unless the text names it."""
     return [_reason(word(entry["code"]), entry["text"], entry.get("rank")) for entry in entries]

@@ -9,6 +9,8 @@ from html.parser import HTMLParser
 
 import pytest
 from helpers import ROOT
+from hypothesis import given
+from hypothesis import strategies as st
 
 from allreduce_jit.bench import bench, table
 from allreduce_jit.bench import html as bench_page
@@ -136,9 +138,24 @@ def test_one_size_and_no_peer(with_floor):
 
 
 def test_ticks():
-    assert bench_page._ticks(1.3, 1500) == [2, 5, 10, 20, 50, 100, 200, 500, 1000]
-    assert bench_page._ticks(0.9, 1.6) == [1, 1.2, 1.5]
-    assert bench_page._ticks(1.01, 1.2) == [1.05, 1.1, 1.15, 1.2]
+    assert bench_page._ticks(1.3, 600) == [2, 5, 10, 20, 50, 100, 200, 500]
+    assert bench_page._ticks(1.1, 5000) == [3, 10, 30, 100, 300, 1000, 3000]
+    assert bench_page._ticks(0.23, 1.3) == [0.4, 0.6, 0.8, 1, 1.2]
+    assert bench_page._ticks(0.87, 1.16) == [0.9, 0.95, 1, 1.05, 1.1, 1.15]  # once 29 of them
+
+
+@given(low=st.floats(1e-4, 1e5), wide=st.floats(1e-3, 1e7))
+def test_ticks_are_few_and_round(low, wide):
+    """At least two on any axis, round, rising and within it; no two of them so near that their labels would collide."""
+    high = low * (1 + wide)
+    ticks = bench_page._ticks(low, high)
+    places = [bench_page._Scale(low, high, 0, bench_page.HEIGHT - bench_page.TOP - bench_page.BOTTOM)(tick) for tick in ticks]
+    assert 2 <= len(ticks) <= 10 and low <= ticks[0] and ticks[-1] <= high
+    assert min(b - a for a, b in zip(places, places[1:])) > 31.9
+    steps = {f"{b - a:.5g}" for a, b in zip(ticks, ticks[1:])}
+    assert {f"{tick:.9e}".rstrip("0")[:2] for tick in ticks} <= {"1.", "2.", "3.", "5."} or (
+        len(steps) == 1 and steps.pop().strip("0.")[0] in "125"
+    )
 
 
 def test_the_document_stays_json(with_floor):

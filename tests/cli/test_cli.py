@@ -301,7 +301,7 @@ class TestBench:
                               communicator=SimpleNamespace(all_reduce=all_reduce))  # fmt: skip
         new, with_out = bench._Bench._ever_new(one, [torch.ones(700, dtype=torch.bfloat16)] * 4).values()
         new.burst()
-        assert len(set(seen)) == new.calls == 200 and len({x % 512 for x, _ in seen}) == 1
+        assert len(set(seen)) == new.calls == timing.CALLS and len({x % 512 for x, _ in seen}) == 1
         seen.clear()
         with_out.burst()
         first, seen = seen[:], seen.clear() or seen
@@ -310,10 +310,14 @@ class TestBench:
 
     def test_everybody_gets_bursts_of_one_length(self):
         """Short messages in long bursts; always whole rounds of the inputs."""
-        loads = [timing.Workload(None, [torch.empty(1 << shift, dtype=torch.uint8)], []) for shift in range(10, 28)]
+        loads = [
+            timing.Workload(None, [torch.empty(1 << shift, dtype=torch.uint8, device="meta")], []) for shift in range(10, 28)
+        ]
         calls = [load.calls for load in loads]
         assert calls == sorted(calls, reverse=True) and calls[0] == 200 and calls[-1] == 8
         assert not [n for n in calls if n % timing.ROTATE]
+        on_the_cpu = timing.Workload(None, [torch.empty(1 << 10, dtype=torch.uint8)], [])
+        assert on_the_cpu.calls == 8  # with 200 of gloo's, of milliseconds each, bench would not end within its deadline
 
     def test_turns_share_all_bursts_out(self):
         for iters, least in ((1, 0), (2, 1), (20, 5), (7, 3)):

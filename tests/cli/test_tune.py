@@ -599,7 +599,7 @@ def test_torchruns_ranks_are_one_run(monkeypatch):
 def test_without_gpus(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert cli.main(["tune"]) == 2
-    assert "shows 1 CUDA GPUs" in capsys.readouterr().err
+    assert "this machine shows 1 CUDA GPU\n" in capsys.readouterr().err
 
 
 def test_the_cache_commands_know_the_tables(monkeypatch, capsys, tmp_path):
@@ -609,7 +609,7 @@ def test_the_cache_commands_know_the_tables(monkeypatch, capsys, tmp_path):
     (file.parent / "mine.txt").write_text("not ours")
     assert cli.main(["cache", "list"]) == 0
     out = capsys.readouterr().out
-    assert "1 tables of allreduce-jit tune" in out and str(file) in out
+    assert "\n1 table of allreduce-jit tune\n" in out and str(file) in out
     assert cli.main(["cache", "clear", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["tables_removed"] == 1
     assert os.listdir(file.parent) == ["mine.txt"]

@@ -218,6 +218,9 @@ def test_doctor_shows_the_lines_that_the_page_explains():
     shown = re.search(r"```text\n(.*?)```", page, re.S)[1]
     words = [line.split()[0] for line in shown.splitlines()]
     assert words == ["versions", "driver", "host", "libraries", "cpu", "kernel", "would", "because", "no", "advice"]
+    for head in ("versions", "host", "libraries"):  # the same facts, with this machine's values
+        ours, theirs = (re.search(rf"^{head} +(.*)$", text, re.M)[1].split(", ") for text in (printed, shown))
+        assert [part.split(" ")[0] for part in ours] == [part.split(" ")[0] for part in theirs], head
     heads = {line.split()[0] for line in printed.splitlines()}
     assert heads >= {"versions", "driver", "host", "libraries", "cpu", "kernel", "would", "because", "advice"}
     source = inspect.getsource(sys.modules["allreduce_jit.cli.doctor"])

@@ -24,11 +24,14 @@ from allreduce_jit.engine.fallback import TorchEngine
 from allreduce_jit.harness import ranks
 from allreduce_jit.jit import compiler
 from allreduce_jit.jit.cache import KernelCache
-from allreduce_jit.policy.catalogue import triton_module
+from allreduce_jit.machine import toolchain
+from allreduce_jit.policy.catalogue import cuda_module, triton_module
 from allreduce_jit.policy.dispatch import decide
+from allreduce_jit.policy.operation import all_reduce
 from allreduce_jit.policy.verdict import CODES
 from allreduce_jit.settings import Settings
 from allreduce_jit.setup.exchange import missing
+from allreduce_jit.setup.nccl import connect as connect_nccl
 from allreduce_jit.setup.stages import Stages, StepDown
 
 TEXT = (ROOT / "docs/troubleshooting.md").read_text()
@@ -93,16 +96,6 @@ def told(caps, nnodes=1, **wish):
     return {reason.code: reason.text for reason in verdict.reasons}
 
 
-class Raises:
-    """A stage that fails."""
-
-    def __init__(self, error):
-        self.error = error
-
-    def __call__(self):
-        raise self.error
-
-
 @pytest.fixture(scope="module")
 def alone():
     """The default group, of this process only."""
@@ -111,12 +104,13 @@ def alone():
     dist.destroy_process_group()
 
 
-def of_stage(group, code, error):
+def of_stage(group, code, work):
+    """The reason of a stage whose work fails."""
     stages = Stages(group, torch.device("cuda", 0), None, 10, {})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "device", lambda device: torch.device("cpu"))
         with pytest.raises(StepDown) as failed:
-            stages._run("build_s", code, Raises(error))
+            stages._run("build_s", code, work)
     return failed.value.reason.text
 
 
@@ -160,10 +154,93 @@ PROVOKED = {
     "no-nvrtc": [without("h200-x4", "software", "nvrtc")],
     "no-triton": [without("l40s-x4", "software", "triton")],
 }
+
+
+def unknown_gpu():
+    """A compiler that does not know the GPU."""
+    pytest.importorskip("cuda.core", reason="needs cuda-core, which NVRTC is called through")
+    try:
+        toolchain.nvrtc()
+    except Exception as error:
+        pytest.skip(f"needs NVRTC: {error}")
+    compiler.build(cuda_module("one_shot", 2), "sm_10", KernelCache(None))
+
+
+def refused_handle():
+    """A driver that does not map a peer's memory: what cuda.bindings answers, through our own calls."""
+    driver_module, memory = cuda_modules()
+    from cuda.bindings import driver
+
+    def refuse(*_):
+        return (driver.CUresult.CUDA_ERROR_INVALID_VALUE,)
+
+    staging = memory.StagingMemory.__new__(memory.StagingMemory)
+    staging.rank, staging.addresses, staging._local = 0, [], 0
+    answers = SimpleNamespace(
+        CUresult=driver.CUresult,
+        cuGetErrorString=lambda error: (driver.CUresult.CUDA_SUCCESS, b"invalid argument"),
+        cuIpcOpenMemHandle=refuse,
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(driver_module, "driver", answers)
+        staging.connect(["", "00" * 64])
+
+
+def wrong_bytes():
+    cuda_modules()
+    from allreduce_jit.engine.base import KernelEngine
+
+    memory = SimpleNamespace(connect=list, read=lambda rank, nbytes: bytes(nbytes), FILL=0xFF)
+    place = SimpleNamespace(world_size=2, rank=0)
+    KernelEngine.connect(SimpleNamespace(memory=memory, config=place), ["", ""])
+
+
+def hidden_proc():
+    """A peer's /proc that this rank does not see."""
+    cuda_modules()
+    from allreduce_jit.engine.host_memory import HostStaging
+
+    staging = HostStaging.__new__(HostStaging)
+    staging.rank, staging.nbytes = 0, 4096
+    staging._opened(1, 2**22 + 1, 3, 0, 0)  # above the highest PID of Linux
+
+
+def wrong_sums():
+    """A call whose result has a wrong element."""
+    from allreduce_jit.engine import verify
+
+    out = torch.zeros(4096)
+    engine = SimpleNamespace(config=SimpleNamespace(world_size=2, rank=0))
+    verify._compare(engine, out, 0, "a captured call")
+
+
+def lost_sums():
+    """Kernels that leave the output as it was."""
+    cuda_modules()
+    from allreduce_jit.engine import verify
+    from allreduce_jit.engine.base import EngineConfig
+    from allreduce_jit.engine.nvlink import NvlinkEngine
+
+    engine = NvlinkEngine(EngineConfig(0, 2, torch.device("cpu"), "sm_90", True, True, Settings()))
+    engine.run = lambda spec, plan, x, out: out.zero_()
+    engine.prepare = lambda *_, **__: SimpleNamespace(aligned=[[None]])
+    engine._graph_cache, engine.check = SimpleNamespace(make=id), int
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "synchronize", lambda device: None)
+        verify._kernels(engine, all_reduce("float32"))
+
+
+def cuda_modules():
+    pytest.importorskip("cuda.bindings.driver")
+    from allreduce_jit.engine import driver, memory
+
+    return driver, memory
+
+
 OF_STAGES = {
-    "build-failed": lambda: errors.CompileError("one_shot_ws4 for sm_90: NVRTCError: ..."),
-    "map-failed": lambda: errors.AllReduceError("cuIpcOpenMemHandle: CUDA_ERROR_INVALID_VALUE (invalid argument)"),
-    "verify-failed": lambda: errors.SetupError("rank 0: one_shot of 4096 float32 elements: ..."),
+    "build-failed": [unknown_gpu],
+    "map-failed": [refused_handle, wrong_bytes, hidden_proc],
+    "verify-failed": [lost_sums, wrong_sums],
 }
 
 
@@ -178,12 +255,15 @@ def test_reasons_of_machines_and_wishes(code):
 
 @pytest.mark.parametrize("code", OF_STAGES)
 def test_reasons_of_stages(alone, code):
-    same_words(CODE_ENTRIES[code], [of_stage(alone, code, OF_STAGES[code]())])
+    same_words(CODE_ENTRIES[code], [of_stage(alone, code, work) for work in OF_STAGES[code]])
 
 
-def test_reason_no_nccl():
+def test_reason_no_nccl(alone, monkeypatch):
+    monkeypatch.setattr(dist, "is_nccl_available", lambda: False)
+    nothing, problem = connect_nccl(alone, torch.device("cpu"), 10)
     ladder = SimpleNamespace(verdict=SimpleNamespace(reasons=()))
-    (reason,) = reasons(ladder, SimpleNamespace(problem="rank 0: this torch has no NCCL"))
+    (reason,) = reasons(ladder, SimpleNamespace(problem=problem))
+    assert nothing is None and problem == "rank 0: this torch has no NCCL"
     assert reason.code == "no-nccl" and fits(quotes(CODE_ENTRIES["no-nccl"])[0], reason.text)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import ctypes
+import importlib
 import inspect
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from helpers.fake_launch import FakeLaunch
 
 import allreduce_jit
 from allreduce_jit.engine import driver as launches
-from allreduce_jit.engine import streams
+from allreduce_jit.engine import memory, streams
 
 SOURCES = sorted(Path(allreduce_jit.__file__).parent.rglob("*.py"))
 
@@ -87,6 +88,31 @@ def test_the_id_of_a_capture_is_a_plain_value(monkeypatch):
     assert streams.capture_of(0) is None
 
 
+# -- handles of memory
+
+
+def test_a_handle_of_memory_reaches_the_peer_whole(monkeypatch):
+    """With the installed bindings' own struct, which has had a member for its bytes and has it no more."""
+    sent, opened = bytes(range(64)), []
+
+    def made_by_the_driver(_):
+        handle = driver.CUipcMemHandle()
+        ctypes.memmove(handle.getPtr(), sent, 64)
+        return handle
+
+    def note(handle, flags):
+        opened.append((ctypes.string_at(handle.getPtr(), 64), flags))
+        return driver.CUdeviceptr(0x7000)
+
+    FakeDriver(monkeypatch, memory, cuIpcGetMemHandle=made_by_the_driver, cuIpcOpenMemHandle=note)
+    staging = memory.StagingMemory(1 << 20, 0)
+    assert staging.handle() == sent.hex()
+    staging.connect([staging.handle(), bytes(reversed(sent)).hex()])
+    assert opened == [(bytes(reversed(sent)), 1)] and staging.addresses[1] == 0x7000
+    with pytest.raises(ValueError):
+        staging.connect(["", "00" * 65])
+
+
 # -- launches
 
 
@@ -130,3 +156,28 @@ def test_the_stand_in_of_a_launch_hands_over_what_the_real_one_does(monkeypatch,
 def test_the_stand_in_of_a_launch_is_made_as_the_real_one():
     real, fake = inspect.signature(launches.KernelLaunch), inspect.signature(FakeLaunch)
     assert real.parameters == fake.parameters
+
+
+# -- names
+
+
+def names_used(module: str) -> set[str]:
+    """Attributes that the package asks of ``driver`` or ``nvml``, by whichever name it holds them, and functions that it names in calls."""
+    found = set()
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            held = node.value if isinstance(node, ast.Attribute) else None
+            if isinstance(held, ast.Name) and held.id == module and f"from cuda.bindings import {module}" in path.read_text():
+                found.add(node.attr)
+            elif isinstance(held, ast.Attribute) and held.attr == f"_{module}":
+                found.add(node.attr)
+            elif module == "driver" and isinstance(node, ast.Call) and getattr(node.func, "id", "") == "call":
+                found |= {value.value for value in node.args[:1] if isinstance(value, ast.Constant)}
+    return found
+
+
+@pytest.mark.parametrize(("module", "least"), [("driver", 30), ("nvml", 8)])
+def test_the_bindings_have_every_name_that_is_asked_of_them(module, least):
+    bindings = importlib.import_module(f"cuda.bindings.{module}")
+    used = names_used(module)
+    assert len(used) >= least and {name for name in used if not hasattr(bindings, name)} == set()

@@ -284,7 +284,7 @@ def test_torchrun_decides_how_many_ranks_there_are(monkeypatch):
     with pytest.raises(InputError, match="3 ranks wanted, torchrun started 2"):
         ranks.run(add_up, 0, cpu=3)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    with pytest.raises(InputError, match="shows no CUDA GPU"):
+    with pytest.raises(InputError, match="--gpus 2: this machine shows 0 CUDA GPUs"):
         ranks.run(add_up, 0, gpus=2)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert ranks.on_gpus(None, None) and ranks.on_gpus(2, None) and not ranks.on_gpus(None, 2)
@@ -304,7 +304,7 @@ def test_ranks_that_cannot_connect_are_one_sentence():
 
 def test_more_gpus_than_there_are_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(InputError, match="3 GPUs wanted, this machine shows 2 CUDA GPUs"):
+    with pytest.raises(InputError, match="--gpus 3: this machine shows 2 CUDA GPUs"):
         ranks.run(add_up, 0, gpus=3)
 
 

@@ -165,7 +165,7 @@ def cache(tmp_path_factory):
 def test_selftest_on_a_terminal(cache):
     text = on_a_terminal("selftest --cpu 2 --max-bytes 64 --deadline 150", **cache)
     assert "\r\033[Kselftest: 0 el fp32, wrong so far: 0\r\033[K" in text
-    assert re.search(r"\033\[32mPASSED\033\[0m: \d+ elements checked", text)
+    assert re.search(r"\033\[32mPASSED\033\[0m: [\d,]+ elements checked", text)
     tables = [block for block in text.split("\n\n") if re.search(r"^-+  -", block, re.M)]
     assert len(tables) >= 2 and all(len(line) <= 80 for block in tables for line in block.split("\n"))
 
