@@ -170,6 +170,8 @@ def quick_host() -> list[Check]:
         *_of(test_twin_host, "a process stops its rank", range(3)),
         *_of(test_twin_host, "calls differ", range(3)),
         *_of(test_twin_host, "special values", [0]),
+        *_seeds("absent rank, two-shot", test_twin_host.absent, [0], algorithm="host_two_shot"),
+        ("numbers of phases", lambda _: test_twin_host.numbered()),
     ]
 
 

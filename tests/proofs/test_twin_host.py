@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 
 import pytest
 import torch
@@ -10,14 +11,18 @@ import twin_host
 from twin import Failed, Program
 from twin_host import HostCall, mixed, narrow
 
+from allreduce_jit.abi import Report
 from allreduce_jit.engine import reference
 from allreduce_jit.engine.failure import Kind, abort_code
 from allreduce_jit.engine.verify import VERIFY_BYTES, several_launches
+from allreduce_jit.jit import source
+from allreduce_jit.policy.catalogue import HOST_ALGORITHMS
 from allreduce_jit.policy.operation import DTYPES, ITEMSIZE, all_reduce
 from allreduce_jit.policy.plan import HEADER_BYTES
 
 pytestmark = pytest.mark.skipif(twin.missing() is not None, reason=str(twin.missing()))
 
+BUFFER = Report.buffer.offset // 4
 LONG = bool(os.environ.get("LONG"))
 WORLDS = range(2, 9) if LONG else (2, 3, 4)
 PATIENCE, DEADLINE = 20_000_000, 200_000  # steps
@@ -91,6 +96,16 @@ def test_counts_of_chunks_wrap(objects, epoch):
 # -- and end when a peer does not come
 
 
+def test_phases_have_the_numbers_that_reports_are_read_by():
+    numbered()
+
+
+def numbered():
+    (found,) = re.findall(r"SCATTER = (\d+), GATHER = (\d+);", source.files()["host_two_shot.cu"])
+    scatter, gather = map(int, found)
+    assert (scatter, (gather,)) == (0, HOST_ALGORITHMS["host_two_shot"].gathers)
+
+
 @pytest.mark.parametrize("world_size", [2, 3])
 @pytest.mark.parametrize("algorithm", ["host_one_shot", "host_stream", "host_two_shot"])
 def test_an_absent_rank_is_named(objects, world_size, algorithm):
@@ -117,6 +132,8 @@ def absent(objects, edits, seed, world_size=3, algorithm="host_one_shot"):
             code = world.report(rank)[0]
             if code & 0xFFFF != abort_code(Kind.TIMEOUT, last, 0) or code >> 16 >= last:
                 raise Failed("report", f"rank {rank}: {code:#x}")
+            if world.report(rank)[BUFFER]:  # no first sum has come, so nobody waits in a later phase
+                raise Failed("report", f"rank {rank} waits in phase {world.report(rank)[BUFFER]}")
             if not all(out.of(world.arena(rank)).isnan().any() for _, _, out in program.steps):
                 raise Failed("bits", f"rank {rank} believes in a sum without rank {last}")
         before = [world.staging(rank)[HEADER_BYTES:].clone() for rank in range(last)]
