@@ -23,7 +23,7 @@ REPORT_BYTES = 64  # a Report, and what fills its cache line
 
 
 def _bytes_of(handle: driver.CUipcMemHandle) -> Any:
-    """The handle's memory. Its member ``reserved``, which holds the same, is gone from cuda-bindings 13.4.4."""
+    """The handle's memory, for as long as the handle lives. Its member ``reserved``, which holds the same, is gone from cuda-bindings 13.4.4."""
     return (ctypes.c_char * driver.CU_IPC_HANDLE_SIZE).from_address(handle.getPtr())
 
 
@@ -49,7 +49,8 @@ class StagingMemory:
 
     def handle(self) -> str:
         """What peers need to map this memory, in hex."""
-        return _bytes_of(call("cuIpcGetMemHandle", self._local)).raw.hex()
+        ipc = call("cuIpcGetMemHandle", self._local)
+        return _bytes_of(ipc).raw.hex()
 
     def connect(self, handles: Sequence[str]) -> None:
         """Map every peer's memory; ``handles`` in rank order."""
