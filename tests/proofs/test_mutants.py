@@ -62,7 +62,7 @@ def test_mutants_of_the_kernels():
     """Hundreds, of every file and kind, each another text; the parser understands nearly all of the sources."""
     made, texts = mutants.every(), source.files()
     assert len(made) > 1000 and len({mutant.id for mutant in made}) == len(made)
-    assert {mutant.file for mutant in made} == {*mutants.BARE, *mutants.NORM, mutants.PTX}
+    assert {mutant.file for mutant in made} == {*mutants.BARE, *mutants.NORM, *mutants.HOST, mutants.PTX}
     assert {mutant.kind for mutant in made} == set(KINDS)
     results = [(mutant.file, mutant.applied(texts[mutant.file])) for mutant in made]
     assert len(set(results)) == len(results) and not any(texts[file] == text for file, text in results)
