@@ -25,6 +25,8 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[1]
 WORK = ROOT / "build/policy-mutants"
 REACHED = WORK / "reached"  # by processes that the test at hand forked
@@ -65,6 +67,8 @@ KILLED, SURVIVED, EXPLAINED_, UNREACHED, LEFT_OUT, UNKNOWN = (
 _OUTCOMES = {None: UNKNOWN, 0: SURVIVED, 5: SURVIVED, 33: UNREACHED, 34: LEFT_OUT}  # mutmut's exit codes; all others: killed
 _SKIPPED = 34
 
+TABLES = ("x__bands",)  # run when their module is imported, and make tables of speed alone
+
 _COMPARISONS = {"<", "<=", ">", ">=", "==", "!="}
 _WORDS = {"and", "or", "not", "in", "is"}
 
@@ -96,7 +100,7 @@ class Mutant:
         id: of module, function and change: the same while these are.
         change: the lines that differ, before and after.
         kind: of ``KINDS``.
-        words: whether a sentence for people is all that changes, of which nothing is promised.
+        left_out: whether nothing is promised of what it changes: a sentence for people alone, or a table of sizes.
     """
 
     name: str
@@ -104,7 +108,7 @@ class Mutant:
     id: str
     change: str
     kind: str
-    words: bool
+    left_out: bool
 
 
 def tokens(lines: list[str]) -> list[str]:
@@ -170,7 +174,8 @@ def mutants(module: str) -> dict[str, Mutant]:
         change = f"{' '.join(before)}  =>  {' '.join(after)}"
         seen[original, change] += 1
         id = hashlib.sha256(f"{module} {original} {change} {seen[original, change]}".encode()).hexdigest()[:12]
-        found[name] = Mutant(name, module, id, change, *classify(before, after))
+        kind, words = classify(before, after)
+        found[name] = Mutant(name, module, id, change, kind, words or original in TABLES)
     return found
 
 
@@ -256,16 +261,27 @@ def table(chosen: list[Mutant], outcomes: dict[str, str], key) -> list[str]:
 # -- a plug-in of pytest, as mutmut runs it
 
 
+_wanted: set[str] = set()  # of the tests that mutmut names: it takes long to collect hundreds by name
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_load_initial_conftests(args) -> None:
+    names = [arg for arg in args if "::" in arg]
+    _wanted.clear()
+    _wanted.update(names)
+    args[:] = [arg for arg in args if "::" not in arg] + sorted({name.partition("::")[0] for name in names})
+
+
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items) -> None:
     """The quickest first, as soon as mutmut knows how long each takes."""
     file = WORK / "mutants/mutmut-stats.json"
     took = json.loads(file.read_text())["duration_by_test"] if file.exists() else {}
-    items[:] = sorted((item for item in items if item.path.name not in SLOW), key=lambda item: took.get(item.nodeid, 0.0))
+    chosen = [item for item in items if item.path.name not in SLOW and (not _wanted or item.nodeid in _wanted)]
+    items[:] = sorted(chosen, key=lambda item: took.get(item.nodeid, 0.0))
 
 
-pytest_collection_modifyitems.trylast = True  # type: ignore[attr-defined]
-
-
+@pytest.hookimpl(tryfirst=True)
 def pytest_runtest_teardown(item) -> None:
     """What processes that a test forked have reached, the test has."""
     from mutmut.state import state
@@ -275,14 +291,14 @@ def pytest_runtest_teardown(item) -> None:
         REACHED.unlink()
 
 
-pytest_runtest_teardown.tryfirst = True  # type: ignore[attr-defined]
-
-
 def pytest_configure() -> None:
-    """Ranks are forked, not spawned, which takes a tenth of the time, and write down which functions they reach."""
+    """Ranks are forked, not spawned, which takes a tenth of the time, and write down which functions they reach. Who kills a
+    mutant need not find the smallest example."""
     import torch.multiprocessing
+    from hypothesis.internal.conjecture.engine import ConjectureRunner
     from mutmut.mutation import trampoline
 
+    ConjectureRunner.shrink_interesting_examples = lambda self: None  # type: ignore[method-assign]
     get_context = torch.multiprocessing.get_context
     torch.multiprocessing.get_context = lambda method=None: get_context("fork")  # type: ignore[assignment]
     torch.multiprocessing.spawn = functools.partial(torch.multiprocessing.start_processes, start_method="fork")
@@ -320,9 +336,9 @@ def main() -> int:
         todo = []
         for module, found in every.items():
             known = codes(module)
-            mark(module, {name: _SKIPPED for name, mutant in found.items() if mutant.words})
+            mark(module, {name: _SKIPPED for name, mutant in found.items() if mutant.left_out})
             wanted = (None, *((0, 5, 33) if args.again else ()))
-            todo += [n for n, m in found.items() if not m.words and known[n] in wanted and m.id not in reasons]
+            todo += [n for n, m in found.items() if not m.left_out and known[n] in wanted and m.id not in reasons]
         if todo:
             inside("from mutmut.__main__ import cli; cli()", "run", "--max-children", "1", *todo)
     chosen = [mutant for found in every.values() for mutant in found.values()]
@@ -342,7 +358,7 @@ def main() -> int:
     counted = [mutant for mutant in chosen if outcomes[mutant.name] not in (LEFT_OUT, UNKNOWN)]
     lines = [*table(counted, outcomes, lambda m: m.module), *table(counted, outcomes, lambda m: m.kind)]
     counts = Counter(outcomes.values())
-    print(*lines, "", f"not counted: {counts[LEFT_OUT]} of words for people, {counts[UNKNOWN]} not run", sep="\n")
+    print(*lines, "", f"not counted: {counts[LEFT_OUT]} of words for people and tables, {counts[UNKNOWN]} not run", sep="\n")
     left = [mutant for mutant in counted if outcomes[mutant.name] in (SURVIVED, UNREACHED)]
     print(*(f"{outcomes[m.name]}: {m.id} {m.name} [{m.kind}]: {m.change}" for m in left), sep="\n")
     if args.write:

@@ -94,6 +94,43 @@ def test_plans(case):
     assert {entry(plan.algorithm, spec.dtype, world_size, whole) for whole in (True, False)} <= entries
 
 
+def as_wide_as_there_is_work(plan, spec, world_size, layout, channels, max_ctas):
+    """A warp for each chunk, or all warps that there may be: of the plan, of the memory, of the communicator (less the guard)."""
+    what = HOST_ALGORITHMS[plan.algorithm]
+    parts, slot, warps = world_size if what.parts else 1, WARP * what.packets, plan.block // WARP
+    packets = -(-plan.chunk * ITEMSIZE[spec.dtype] // (PACKET * parts))
+    chunks = -(-packets // (slot - 1))  # one packet of a slot is the wire's
+    most = min(channels, layout.regions[plan.algorithm].channels) // warps
+    if max_ctas is not None:
+        most = min(most, max_ctas - 1)
+    assert plan.grid == max(1, min(-(-chunks // warps), most))
+    assert {type(n) for n in (plan.grid, plan.block, plan.chunk)} == {int}
+
+
+@hypothesis_settings(max_examples=300, deadline=None, derandomize=True)
+@given(case=cases(), block=st.sampled_from([32, 64, 128, 512]), channels=st.sampled_from([16, 128, 256, 1024]))
+def test_all_warps_that_have_work_take_part(case, block, channels):
+    world_size, spec, max_ctas, staging_mb = case
+    layout = host.make_layout(world_size, staging_mb * MIB)
+    for algorithm in layout.regions:
+        plan = host.plan_of(algorithm, block, channels, spec, world_size, layout, max_ctas)
+        as_wide_as_there_is_work(plan, spec, world_size, layout, channels, max_ctas)
+        if plan.grid > 1:
+            with pytest.raises(AssertionError):
+                narrow = replace(plan, grid=plan.grid - 1)
+                as_wide_as_there_is_work(narrow, spec, world_size, layout, channels, max_ctas)
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_a_band_ends_with_its_largest_message(world_size):
+    bands = (host.HostBand(4096, "host_one_shot", 64, 16), host.HostBand(8192, "host_one_shot", 32, 8))
+    bands = (*bands, host.HostBand(NEVER, host_algorithms(world_size)[-1], 128, 256))
+    layout = host.make_layout(world_size, 32 * MIB)
+    for nbytes, band in ((4, 0), (4096, 0), (4100, 1), (8192, 1), (8196, 2), (1 << 20, 2)):
+        plan = host.make_plan(all_reduce("float32", nbytes // 4), world_size, bands, layout)
+        assert (plan.algorithm, plan.block) == (bands[band].algorithm, bands[band].block), nbytes
+
+
 def test_planted_plans_are_found():
     layout = host.make_layout(2, 32 * MIB)
     spec = all_reduce("bfloat16", 5_000_000)
