@@ -129,6 +129,7 @@ def parts_of(algorithm, world_size):
 REAL = SimpleNamespace(
     v2_bands=nvlink.make_bands, v2_layout=nvlink.make_layout, v2_plan=nvlink.make_plan, launches=nvlink.launches,
     legacy_layout=p2p.make_layout, legacy_plan=p2p.make_plan, legacy_part=p2p.part_of,
+    legacy_launches=p2p.launches,
 )  # fmt: skip
 
 
@@ -360,6 +361,53 @@ def legacy_launches_fit(f, case):
         assert case.world_size * part >= plan.chunk
 
 
+def legacy_covers(f, case):
+    """Every element once, in launches of a guard and a program for each block that goes to a peer."""
+    layout, plan = legacy(f, case)
+    if plan.path == "torch.distributed":
+        return
+    region, itemsize, done = layout.regions[plan.algorithm], ITEMSIZE[case.dtype], 0
+    for piece in f.legacy_launches(plan, case.spec, case.world_size):
+        assert piece.start == done and 0 < piece.numel <= plan.chunk and piece.start * itemsize % PACKET == 0
+        done += piece.numel
+        (part,) = told(piece, "part")
+        if plan.algorithm == "legacy_two_shot":  # a part for each rank, of whole blocks, and no block that is nobody's
+            assert part * itemsize == (piece.grid - 1) * BLOCK_BYTES
+            assert part * case.world_size >= piece.numel > (part - BLOCK_BYTES // itemsize) * case.world_size
+        else:
+            assert (piece.grid - 1) * BLOCK_BYTES >= piece.numel * itemsize > (piece.grid - 2) * BLOCK_BYTES
+        assert piece.grid - 1 <= min(plan.grid, region.channels)
+    assert done == case.numel
+
+
+def legacy_uses_its_memory(f, case):
+    """One-shot has a third, two-shot the rest; what is left over is less than a block of each slot array."""
+    layout, _ = legacy(f, case)
+    one, two = (region_bytes(name, layout.regions[name], case.world_size) for name in ("legacy_one_shot", "legacy_two_shot"))
+    assert two == 2 * one and case.staging - HEADER - one - two < 6 * case.world_size * BLOCK_BYTES
+
+
+def legacy_takes_one_shot_while_it_is_small(f, case):
+    """Below the table's size, as far as one launch holds it."""
+    layout, plan = legacy(f, case)
+    if plan.path == "legacy":
+        small = case.nbytes < P2P_TABLES[case.world_size].two_shot_from
+        fits = case.nbytes <= layout.regions["legacy_one_shot"].capacity
+        assert plan.algorithm == ("legacy_one_shot" if small and fits else "legacy_two_shot")
+
+
+def whole_numbers(f, case):
+    """What is counted is counted in ``int``: kernels are launched with it."""
+    (layout, plan), (old, legacy_plan) = v2(f, case), legacy(f, case)
+    found = [plan, legacy_plan, layout, old, *layout.regions.values(), *old.regions.values()]
+    found += f.launches(plan, case.spec, case.world_size)
+    if legacy_plan.path == "legacy":
+        found += f.legacy_launches(legacy_plan, case.spec, case.world_size)
+    for record in found:
+        values = [v for v in vars(record).values() if not isinstance(v, (str, dict, tuple))]
+        assert {*map(type, values), *(type(v) for _, v in getattr(record, "arguments", ()))} == {int}, record
+
+
 def legacy_hands_over(f, case):
     """To NCCL above the limit, and never when determinism was asked for."""
     _, plan = legacy(f, case)
@@ -415,6 +463,7 @@ PROPERTIES = [
     v2_stream_is_resident, v2_stream_buffers, v2_guards_pair_up, v2_blocks, v2_few_blocks, v2_known_kernel, v2_never_goes_back,
     v2_splits_no_more_than_it_must, v2_takes_its_band, v2_repeats,
     legacy_regions_apart, legacy_aligned, legacy_launches_fit, legacy_hands_over, legacy_repeats,
+    legacy_covers, legacy_uses_its_memory, legacy_takes_one_shot_while_it_is_small, whole_numbers,
 ]  # fmt: skip
 
 
@@ -468,6 +517,10 @@ def on_launches(change):
         return [change(plan, piece) for piece in REAL.launches(plan, *rest)]
 
     return replaced("launches", changed)
+
+
+def on_legacy_launches(change):
+    return replaced("legacy_launches", lambda *args: [change(piece) for piece in REAL.legacy_launches(*args)])
 
 
 def on_regions(*names, **changes):
@@ -638,6 +691,15 @@ MUTANTS = [
     (legacy_hands_over, "deaf to deterministic",
      replaced("legacy_plan", lambda *args: p2p.make_plan(*args[:-1], True))),
     (legacy_repeats, "a counter in the grid", drifting("legacy_plan")),
+    (legacy_covers, "no guard", on_legacy_launches(lambda piece: replace(piece, grid=piece.grid - 1))),
+    (legacy_covers, "a program too many", on_legacy_launches(lambda piece: replace(piece, grid=piece.grid + 1))),
+    (legacy_covers, "an element forgotten", on_legacy_launches(lambda piece: replace(piece, numel=max(1, piece.numel - 1)))),
+    (legacy_covers, "parts of half blocks", on_legacy_launches(lambda piece: tell(piece, part=told(piece, "part")[0] // 2))),
+    (legacy_uses_its_memory, "half of it", replaced("legacy_layout", lambda n, staging: p2p.make_layout(n, staging // 2))),
+    (legacy_takes_one_shot_while_it_is_small, "never", replaced("legacy_plan", lambda spec, n, layout, *_: p2p.plan_of(
+        "legacy_two_shot", spec, n, layout))),
+    (whole_numbers, "a grid that was divided", mutant("v2_plan", on_plan(grid=float))),
+    (whole_numbers, "parts that were divided", on_legacy_launches(lambda piece: tell(piece, part=told(piece, "part")[0] / 1))),
 ]  # fmt: skip
 
 
