@@ -28,7 +28,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-WORK = ROOT / "build/policy-mutants"
+WORK = Path(os.environ.get("POLICY_MUTANTS", ROOT / "build/policy-mutants"))  # the plug-in is imported from a copy
 REACHED = WORK / "reached"  # by processes that the test at hand forked
 EXPLAINED = ROOT / "tests/policy/mutants_explained.json"
 VERDICTS = ROOT / "tests/policy/mutants_verdicts.json"
@@ -227,7 +227,7 @@ mutmut.create_mutants(1)
 
 def inside(code: str, *arguments: str) -> int:
     """Python in ``WORK``, from where mutmut goes. Without bytecode, which would be of the last mutant's file."""
-    environ = os.environ | {"PYTHONPATH": str(ROOT / "tools"), "PYTHONDONTWRITEBYTECODE": "1"}
+    environ = os.environ | {"PYTHONPATH": str(ROOT / "tools"), "PYTHONDONTWRITEBYTECODE": "1", "POLICY_MUTANTS": str(WORK)}
     return subprocess.run([sys.executable, "-c", code, *arguments], cwd=WORK, env=environ, check=False).returncode
 
 
