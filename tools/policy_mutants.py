@@ -25,11 +25,8 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).resolve().parents[1]
-WORK = Path(os.environ.get("POLICY_MUTANTS", ROOT / "build/policy-mutants"))  # the plug-in is imported from a copy
-REACHED = WORK / "reached"  # by processes that the test at hand forked
+WORK = ROOT / "build/policy-mutants"
 EXPLAINED = ROOT / "tests/policy/mutants_explained.json"
 VERDICTS = ROOT / "tests/policy/mutants_verdicts.json"
 
@@ -38,7 +35,6 @@ _SETUP = "exchange stages ladder groups".split()
 MODULES = (*(f"policy/{name}" for name in _POLICY), *(f"setup/{name}" for name in _SETUP), "engine/failure")
 
 QUICK = ("tests/policy", "tests/setup", "tests/engine/test_failure.py", "tests/cli/test_tune.py")
-SLOW = ("test_setup_fire.py",)  # of these, what waits for deadlines: for ``--wide``
 WIDE = {
     "policy": ("tests/engine", "tests/machine", "tests/front/test_communicator.py", "tests/cli/test_cli.py", "tests/jit"),
     "setup": ("tests/setup", "tests/front/test_communicator.py"),
@@ -56,15 +52,9 @@ KINDS = (
     "loop left",
     "call swapped",
 )
-KILLED, SURVIVED, EXPLAINED_, UNREACHED, LEFT_OUT, UNKNOWN = (
-    "killed",
-    "survived",
-    "equivalent",
-    "unreached",
-    "left out",
-    "not run",
-)
-_OUTCOMES = {None: UNKNOWN, 0: SURVIVED, 5: SURVIVED, 33: UNREACHED, 34: LEFT_OUT}  # mutmut's exit codes; all others: killed
+KILLED, EQUIVALENT, SURVIVED, LEFT_OUT, UNKNOWN = "killed", "equivalent", "survived", "left out", "not run"
+KNOWN = (KILLED, EQUIVALENT, SURVIVED)
+_OUTCOMES = {None: UNKNOWN, 0: SURVIVED, 5: SURVIVED, 33: SURVIVED, 34: LEFT_OUT}  # mutmut's exit codes; all others: killed
 _SKIPPED = 34
 
 TABLES = ("x__bands",)  # run when their module is imported, and make tables of speed alone
@@ -77,7 +67,7 @@ CONFIGURATION = """
 source_paths = ["allreduce_jit"]
 only_mutate = {only}
 also_copy = ["kernels", "tools", "docs", "README.md", "typings"]
-pytest_add_cli_args = ["-p", "policy_mutants", "-p", "no:xdist", "-p", "no:cacheprovider", "--hypothesis-seed=0"]
+pytest_add_cli_args = ["-p", "policy_mutants_pytest", "-p", "no:xdist", "-p", "no:cacheprovider", "--hypothesis-seed=0"]
 pytest_add_cli_args_test_selection = {tests}
 use_git_change_detection = false
 track_dependencies = false
@@ -251,67 +241,10 @@ def table(chosen: list[Mutant], outcomes: dict[str, str], key) -> list[str]:
             groups.setdefault(name, Counter())[outcomes[mutant.name]] += 1
     groups["all"] = groups.pop("all", Counter())
     for name, count in groups.items():
-        survived = count[SURVIVED] + count[UNREACHED]
-        total = count[KILLED] + count[EXPLAINED_] + survived
-        share = f"{100 * count[KILLED] / (total - count[EXPLAINED_]):.1f} %" if total > count[EXPLAINED_] else "-"
-        lines.append(f"| {name} | {total} | {count[KILLED]} | {count[EXPLAINED_]} | {survived} | {share} |")
+        total = sum(count[outcome] for outcome in KNOWN)
+        share = f"{100 * count[KILLED] / (total - count[EQUIVALENT]):.1f} %" if total > count[EQUIVALENT] else "-"
+        lines.append(f"| {name} | {total} | {count[KILLED]} | {count[EQUIVALENT]} | {count[SURVIVED]} | {share} |")
     return lines
-
-
-# -- a plug-in of pytest, as mutmut runs it
-
-
-_wanted: set[str] = set()  # of the tests that mutmut names: it takes long to collect hundreds by name
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_load_initial_conftests(args) -> None:
-    names = [arg for arg in args if "::" in arg]
-    _wanted.clear()
-    _wanted.update(names)
-    args[:] = [arg for arg in args if "::" not in arg] + sorted({name.partition("::")[0] for name in names})
-
-
-@pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(items) -> None:
-    """The quickest first, as soon as mutmut knows how long each takes."""
-    file = WORK / "mutants/mutmut-stats.json"
-    took = json.loads(file.read_text())["duration_by_test"] if file.exists() else {}
-    chosen = [item for item in items if item.path.name not in SLOW and (not _wanted or item.nodeid in _wanted)]
-    items[:] = sorted(chosen, key=lambda item: took.get(item.nodeid, 0.0))
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_runtest_teardown(item) -> None:
-    """What processes that a test forked have reached, the test has."""
-    from mutmut.state import state
-
-    if REACHED.exists():
-        state()._stats |= set(REACHED.read_text().split())
-        REACHED.unlink()
-
-
-def pytest_configure() -> None:
-    """Ranks are forked, not spawned, which takes a tenth of the time, and write down which functions they reach. Who kills a
-    mutant need not find the smallest example."""
-    import torch.multiprocessing
-    from hypothesis.internal.conjecture.engine import ConjectureRunner
-    from mutmut.mutation import trampoline
-
-    ConjectureRunner.shrink_interesting_examples = lambda self: None  # type: ignore[method-assign]
-    get_context = torch.multiprocessing.get_context
-    torch.multiprocessing.get_context = lambda method=None: get_context("fork")  # type: ignore[assignment]
-    torch.multiprocessing.spawn = functools.partial(torch.multiprocessing.start_processes, start_method="fork")
-
-    here, record = os.getpid(), trampoline.record_trampoline_hit
-
-    def noted(name: str, caller: str | None = None) -> None:
-        record(name, caller)
-        if os.getpid() != here:
-            with REACHED.open("a") as file:
-                file.write(f"{name}\n")
-
-    trampoline.record_trampoline_hit = noted
 
 
 def main() -> int:
@@ -320,7 +253,9 @@ def main() -> int:
     parser.add_argument("--no-run", action="store_true", help="what is known, no run")
     parser.add_argument("--again", action="store_true", help="those that survived before, too, which tests may notice by now")
     parser.add_argument("--wide", action="store_true", help="run what is left against slower tests")
-    parser.add_argument("--write", action="store_true", help="write what is known to tests/policy/mutants_verdicts.json")
+    parser.add_argument(
+        "--write", action="store_true", help="write what is known of the modules to tests/policy/mutants_verdicts.json"
+    )
     args = parser.parse_args()
     modules = args.only or list(MODULES)
     if unknown := set(modules) - set(MODULES):
@@ -346,25 +281,23 @@ def main() -> int:
     for module, found in every.items():
         for name, code in codes(module).items():
             outcome = _OUTCOMES.get(code, KILLED)
-            if (
-                args.wide
-                and outcome in (SURVIVED, UNREACHED)
-                and found[name].id not in reasons
-                and not survives_wide(found[name])
-            ):
+            if args.wide and outcome == SURVIVED and found[name].id not in reasons and not survives_wide(found[name]):
                 mark(module, {name: 1})
                 outcome = KILLED
-            outcomes[name] = EXPLAINED_ if outcome in (SURVIVED, UNREACHED) and found[name].id in reasons else outcome
-    counted = [mutant for mutant in chosen if outcomes[mutant.name] not in (LEFT_OUT, UNKNOWN)]
+            outcomes[name] = EQUIVALENT if outcome == SURVIVED and found[name].id in reasons else outcome
+    counted = [mutant for mutant in chosen if outcomes[mutant.name] in KNOWN]
     lines = [*table(counted, outcomes, lambda m: m.module), *table(counted, outcomes, lambda m: m.kind)]
     counts = Counter(outcomes.values())
     print(*lines, "", f"not counted: {counts[LEFT_OUT]} of words for people and tables, {counts[UNKNOWN]} not run", sep="\n")
-    left = [mutant for mutant in counted if outcomes[mutant.name] in (SURVIVED, UNREACHED)]
+    left = [mutant for mutant in counted if outcomes[mutant.name] == SURVIVED]
     print(*(f"{outcomes[m.name]}: {m.id} {m.name} [{m.kind}]: {m.change}" for m in left), sep="\n")
     if args.write:
-        verdicts = {m.module: dict[str, int]() for m in counted}
-        for m in counted:
-            verdicts[m.module][outcomes[m.name]] = verdicts[m.module].get(outcomes[m.name], 0) + 1
+        verdicts: dict[str, dict[str, dict[str, int]]] = json.loads(VERDICTS.read_text()) if VERDICTS.exists() else {}
+        for module in modules:
+            kinds: dict[str, Counter] = {}
+            for mutant in (m for m in counted if m.module == module):
+                kinds.setdefault(mutant.kind, Counter())[outcomes[mutant.name]] += 1
+            verdicts |= {module: {kind: dict(sorted(count.items())) for kind, count in sorted(kinds.items())}}
         VERDICTS.write_text(json.dumps(verdicts, indent=1) + "\n")
     return 1 if left else 0
 

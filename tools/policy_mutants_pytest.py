@@ -1,0 +1,67 @@
+"""Plug-in of pytest for ``tools/policy_mutants.py``: tests as mutmut runs them, hundreds of times over, in forks of one process."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+WORK = Path(os.environ["POLICY_MUTANTS"])
+REACHED = WORK / "reached"  # by processes that the test at hand forked
+SLOW = ("test_setup_fire.py",)  # waits for deadlines: for ``--wide``
+
+
+_wanted: set[str] = set()  # of the tests that mutmut names: it takes long to collect hundreds by name
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_load_initial_conftests(args) -> None:
+    names = [arg for arg in args if "::" in arg]
+    _wanted.clear()
+    _wanted.update(names)
+    args[:] = [arg for arg in args if "::" not in arg] + sorted({name.partition("::")[0] for name in names})
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items) -> None:
+    """The quickest first, as soon as mutmut knows how long each takes."""
+    file = WORK / "mutants/mutmut-stats.json"
+    took = json.loads(file.read_text())["duration_by_test"] if file.exists() else {}
+    chosen = [item for item in items if item.path.name not in SLOW and (not _wanted or item.nodeid in _wanted)]
+    items[:] = sorted(chosen, key=lambda item: took.get(item.nodeid, 0.0))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_teardown(item) -> None:
+    """What processes that a test forked have reached, the test has."""
+    from mutmut.state import state
+
+    if REACHED.exists():
+        state()._stats |= set(REACHED.read_text().split())
+        REACHED.unlink()
+
+
+def pytest_configure() -> None:
+    """Ranks are forked, not spawned, which takes a tenth of the time, and write down which functions they reach. Who kills a
+    mutant need not find the smallest example."""
+    import torch.multiprocessing
+    from hypothesis.internal.conjecture.engine import ConjectureRunner
+    from mutmut.mutation import trampoline
+
+    ConjectureRunner.shrink_interesting_examples = lambda self: None  # type: ignore[method-assign]
+    get_context = torch.multiprocessing.get_context
+    torch.multiprocessing.get_context = lambda method=None: get_context("fork")  # type: ignore[assignment]
+    torch.multiprocessing.spawn = functools.partial(torch.multiprocessing.start_processes, start_method="fork")
+
+    here, record = os.getpid(), trampoline.record_trampoline_hit
+
+    def noted(name: str, caller: str | None = None) -> None:
+        record(name, caller)
+        if os.getpid() != here:
+            with REACHED.open("a") as file:
+                file.write(f"{name}\n")
+
+    trampoline.record_trampoline_hit = noted
