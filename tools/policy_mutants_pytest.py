@@ -26,11 +26,12 @@ def pytest_load_initial_conftests(args) -> None:
 
 
 @pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(items) -> None:
+def pytest_collection_modifyitems(config, items) -> None:
     """The quickest first, as soon as mutmut knows how long each takes."""
     file = WORK / "mutants/mutmut-stats.json"
     took = json.loads(file.read_text())["duration_by_test"] if file.exists() else {}
     chosen = [item for item in items if item.path.name not in SLOW and (not _wanted or item.nodeid in _wanted)]
+    config.hook.pytest_deselected(items=[item for item in items if item.path.name in SLOW])
     items[:] = sorted(chosen, key=lambda item: took.get(item.nodeid, 0.0))
 
 

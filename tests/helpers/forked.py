@@ -16,7 +16,7 @@ import torch.distributed as dist
 DIED = "died"  # what a rank answers that ended without an answer
 
 
-def ranks(folder: Any, count: int, work: Callable[..., Any], *args: Any, deadline: float = 60.0) -> list[Any]:
+def ranks(folder: Any, count: int, work: Callable[..., Any], *args: Any, deadline: float = 20.0) -> list[Any]:
     """``work(rank, *args)`` on ``count`` ranks, the default group being up over gloo; what each returned or raised, in rank order.
 
     Both have to be such as can be pickled. A rank that has not answered by ``deadline`` (seconds) is killed and answers ``DIED``.

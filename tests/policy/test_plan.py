@@ -322,6 +322,39 @@ def v2_takes_its_band(f, case):
         assert (plan.algorithm, plan.block) == (band.algorithm, band.block)
 
 
+def v2_uses_its_memory(f, case):
+    """A region could have a block's slots more only where its largest message, its share or the memory would not have it.
+
+    Its share is a quarter of the memory for one-shot and a half for two-shot; the last one's is what the others leave, over which
+    its shared buffers lie.
+    """
+    (bands, layout), n = v2_memory(f, case), case.world_size
+    bands = (*bands, *f.v2_bands(n, case.max_ctas, case.other))
+    owners, begin = [name for name in layout.regions if INSIDE.get(name) not in layout.regions], HEADER
+    for name in owners:
+        last, users = name == owners[-1], [name, *(user for user in layout.regions if INSIDE.get(user) == name)]
+        step, buffers, shared = 512 * PACKETS.get(name, 1), BUFFERS[name], SHARED.get(name, 0)
+        more, one = layout.regions[name].capacity + step, (n - 1) * PACKET
+        largest = {user: max(band.up_to for band in bands if band.algorithm == user) for user in users}
+        if name == owners[-1] and list(layout.regions)[-1] == name:
+            largest[name] = NEVER
+        needed = [
+            min(-(-size // (PACKET * parts_of(user, n))), RESIDENT if user in STREAMS else NEVER)
+            for user, size in largest.items()
+        ]
+        share = case.staging // (4 if parts_of(name, n) == 1 else 2)
+        assert (
+            more - step >= max(needed)
+            or not last
+            and more * buffers * one > share
+            or HEADER + more * buffers * one > case.staging
+            or begin + more * (buffers - shared) * one > case.staging
+            or case.max_ctas is not None
+            and more > (case.max_ctas - 1) * step
+        ), name
+        begin = layout.regions[name].offset + buffers * one * layout.regions[name].capacity
+
+
 def v2_repeats(f, case):
     assert v2(f, case) == v2(f, case)
 
@@ -461,7 +494,7 @@ def check_buffers(plan, found):
 PROPERTIES = [
     v2_regions_apart, v2_aligned, v2_inside_the_slots, v2_covers, v2_whole_packets, v2_stream_ends_well,
     v2_stream_is_resident, v2_stream_buffers, v2_guards_pair_up, v2_blocks, v2_few_blocks, v2_known_kernel, v2_never_goes_back,
-    v2_splits_no_more_than_it_must, v2_takes_its_band, v2_repeats,
+    v2_splits_no_more_than_it_must, v2_takes_its_band, v2_uses_its_memory, v2_repeats,
     legacy_regions_apart, legacy_aligned, legacy_launches_fit, legacy_hands_over, legacy_repeats,
     legacy_covers, legacy_uses_its_memory, legacy_takes_one_shot_while_it_is_small, whole_numbers,
 ]  # fmt: skip
@@ -678,6 +711,9 @@ MUTANTS = [
     (v2_takes_its_band, "straight to the last band", replaced("v2_plan", straight_to_the_last_band)),
     (v2_takes_its_band, "blocks of the last band", replaced("v2_plan", lambda spec, n, bands, layout: replace(
         nvlink.make_plan(spec, n, bands, layout), block=bands[-1].block))),
+    (v2_uses_its_memory, "a block's slots less", mutant("v2_layout", on_regions(capacity=lambda c: c - 512 if c > 512 else c))),
+    (v2_uses_its_memory, "the last one has a half, too", replaced("v2_layout", lambda n, staging, *rest: nvlink.make_layout(
+        n, staging // 2, *rest))),
     (v2_repeats, "a counter in the grid", drifting("v2_plan")),
     (legacy_regions_apart, "a block too many", mutant("legacy_layout", on_regions(capacity=lambda c: c + BLOCK_BYTES))),
     (legacy_regions_apart, "regions at one place", mutant("legacy_layout", on_regions(offset=lambda o: 0))),
