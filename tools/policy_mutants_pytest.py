@@ -11,7 +11,7 @@ import pytest
 
 WORK = Path(os.environ["POLICY_MUTANTS"])
 REACHED = WORK / "reached"  # by processes that the test at hand forked
-SLOW = ("test_setup_fire.py",)  # waits for deadlines: for ``--wide``
+SLOW = ("test_setup_fire.py", "test_ladder.py")  # start processes for seconds and more: for ``--wide``
 
 
 _wanted: set[str] = set()  # of the tests that mutmut names: it takes long to collect hundreds by name
@@ -46,15 +46,13 @@ def pytest_runtest_teardown(item) -> None:
 
 
 def pytest_configure() -> None:
-    """Ranks are forked, not spawned, which takes a tenth of the time, and write down which functions they reach. Who kills a
-    mutant need not find the smallest example."""
+    """Ranks that torch starts are forked, which takes a tenth of the time, and write down which functions they reach. Who kills
+    a mutant need not find the smallest example."""
     import torch.multiprocessing
     from hypothesis.internal.conjecture.engine import ConjectureRunner
     from mutmut.mutation import trampoline
 
     ConjectureRunner.shrink_interesting_examples = lambda self: None  # type: ignore[method-assign]
-    get_context = torch.multiprocessing.get_context
-    torch.multiprocessing.get_context = lambda method=None: get_context("fork")  # type: ignore[assignment]
     torch.multiprocessing.spawn = functools.partial(torch.multiprocessing.start_processes, start_method="fork")
 
     here, record = os.getpid(), trampoline.record_trampoline_hit

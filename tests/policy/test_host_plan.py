@@ -24,8 +24,10 @@ def layout_is_sound(world_size, staging_bytes, layout):
     channels = []
     for name, region in sorted(layout.regions.items(), key=lambda item: item[1].offset):
         assert region.offset >= end and region.offset % 512 == 0, "regions lie apart, slots on borders of their own"
-        assert region.capacity == HOST_ALGORITHMS[name].slots(world_size) and region.channels >= 64
-        end = region.offset + region.channels * host.channel_bytes(name, world_size)
+        assert region.capacity == HOST_ALGORITHMS[name].slots(world_size) and 64 <= region.channels <= host.CHANNELS[name]
+        slot = WARP * HOST_ALGORITHMS[name].packets * PACKET
+        end = region.offset + region.channels * region.capacity * slot
+        assert {type(n) for n in vars(region).values()} == {int}
         channels += range(region.first_channel, region.first_channel + region.channels)
     assert end == layout.nbytes <= staging_bytes
     assert sorted(channels) == list(range(layout.channels)), "a count for each channel, and no two share one"
@@ -35,6 +37,21 @@ def layout_is_sound(world_size, staging_bytes, layout):
 @pytest.mark.parametrize("staging_mb", [4, 5, 32, 1024])
 def test_layouts(world_size, staging_mb):
     layout_is_sound(world_size, staging_mb * MIB, host.make_layout(world_size, staging_mb * MIB))
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_all_channels_where_there_is_room_and_a_share_of_each_algorithm_s_where_there_is_not(world_size):
+    everything = host.make_layout(world_size, 32 * MIB)
+    assert {name: region.channels for name, region in everything.regions.items()} == {
+        name: host.CHANNELS[name] for name in host_algorithms(world_size)
+    }
+    assert host.make_layout(world_size, everything.nbytes) == everything
+    for less in (1, HEADER_BYTES, (everything.nbytes - HEADER_BYTES) // 2, everything.nbytes * 3 // 4):
+        layout = host.make_layout(world_size, everything.nbytes - less)
+        layout_is_sound(world_size, everything.nbytes - less, layout)
+        share = (everything.nbytes - less - HEADER_BYTES) / (everything.nbytes - HEADER_BYTES)
+        for name, region in layout.regions.items():
+            assert share * host.CHANNELS[name] - 1 < region.channels <= share * host.CHANNELS[name]
 
 
 def test_a_planted_layout_is_found():
@@ -68,7 +85,7 @@ def plan_is_sound(plan, launches, spec, world_size, layout, max_ctas):
     for piece in launches:
         assert piece.start == covered and 0 < piece.numel <= plan.chunk < 1 << 31 and piece.grid == plan.grid + 1
         assert piece.start * ITEMSIZE[spec.dtype] % PACKET == 0, "whole packets stay aligned"
-        assert dict(piece.arguments)["last"] == 1
+        assert piece.arguments == (("launch", launches.index(piece)), ("last", 1))
         covered += piece.numel
     assert covered == spec.numel
     first = -(-launches[0].numel * ITEMSIZE[spec.dtype] // (PACKET * parts))
