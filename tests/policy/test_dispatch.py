@@ -98,6 +98,7 @@ def test_missing_compilers(rank):
     assert judge(with_software(PCIE, rank, nvrtc=None)).path is Path.LEGACY
     neither = judge(with_software(NVLINK, rank, nvrtc=None, triton=None))
     assert (neither.path, codes(neither), neither.full_nvlink) == (Path.TORCH, ["no-nvrtc", "no-triton", "has-p2p"], None)
+    assert neither.backend == "nccl"
     off = judge(with_software(NVLINK, rank, triton=None), OFF)
     assert (off.path, codes(off)) == (Path.TORCH, ["v2-switched-off", "no-triton", "has-p2p"])
     apart = judge(with_software(NO_P2P, min(rank, 1), nvrtc=None))
@@ -354,9 +355,9 @@ def test_world_sizes(size):
 
 
 def test_arguments_that_are_no_group():
-    with pytest.raises(InputError):
+    with pytest.raises(InputError, match="one Capabilities and one Settings a rank, got 0 and 0"):
         decide([], [])
-    with pytest.raises(InputError):
+    with pytest.raises(InputError, match="one Capabilities and one Settings a rank, got 4 and 1"):
         decide(NVLINK, [AUTO])
     with pytest.raises(InputError, match="empty"):
         decide(NVLINK, [AUTO] * 4, supported_world_sizes={})
@@ -428,7 +429,7 @@ def test_a_more_cautious_wish_never_climbs(name, data):
 
 def test_values():
     assert str(Path.TORCH) == f"{Path.TORCH}" == "torch.distributed" and Path("v2") is Path.V2
-    with pytest.raises(ValueError, match="unknown reason code"):
+    with pytest.raises(ValueError, match="unknown reason code 'because'; valid: full-nvlink, world-size-1, path-forced, "):
         Reason("because", "of this")
     seen = {code for m in MACHINES.values() for code in m["expect"]["reasons"]}
     assert seen <= set(CODES)
