@@ -12,7 +12,7 @@ import pytest
 WORK = Path(os.environ["POLICY_MUTANTS"])
 REACHED = WORK / "reached"  # by processes that the test at hand forked
 SLOW = ("test_setup_fire.py", "test_ladder.py")  # start processes for seconds and more: for ``--wide``
-
+PLANTED = "planted"  # in names of tests that want to see a property fail: they do with a mutant, too
 
 _wanted: set[str] = set()  # of the tests that mutmut names: it takes long to collect hundreds by name
 
@@ -30,8 +30,9 @@ def pytest_collection_modifyitems(config, items) -> None:
     """The quickest first, as soon as mutmut knows how long each takes."""
     file = WORK / "mutants/mutmut-stats.json"
     took = json.loads(file.read_text())["duration_by_test"] if file.exists() else {}
-    chosen = [item for item in items if item.path.name not in SLOW and (not _wanted or item.nodeid in _wanted)]
-    config.hook.pytest_deselected(items=[item for item in items if item.path.name in SLOW])
+    left = [item for item in items if item.path.name in SLOW or PLANTED in item.name]
+    config.hook.pytest_deselected(items=left)
+    chosen = [item for item in items if item not in left and (not _wanted or item.nodeid in _wanted)]
     items[:] = sorted(chosen, key=lambda item: took.get(item.nodeid, 0.0))
 
 

@@ -220,7 +220,7 @@ def v2_covers(f, case):
     _, plan, found = launches(f, case)
     done = 0
     for i, piece in enumerate(found):
-        assert piece.start == done and piece.numel > 0
+        assert piece.start == done and piece.numel > 0 and told(piece, "launch") == [i]
         done += piece.numel
         moving = piece.grid - (0 if plan.algorithm in STREAMS and i else 1)  # the guard's block moves nothing
         threads = plan.block * PACKETS.get(plan.algorithm, 1)
@@ -448,7 +448,7 @@ def legacy_hands_over(f, case):
     above = case.nbytes > (table.nvlink_limit if case.nvlink else table.pcie_limit)
     assert plan.path == ("torch.distributed" if above and not case.deterministic else "legacy")
     if plan.path == "torch.distributed":
-        assert plan.chunk == case.numel
+        assert plan.chunk == case.numel and plan.algorithm == "nccl"
 
 
 def legacy_repeats(f, case):
@@ -796,6 +796,21 @@ def test_default_staging_suffices(world_size):
     for band in NVLINK_TABLES[world_size]:
         _, plan = v2(REAL, case_of(world_size, numel=min(band.up_to, 1 << 30) // 2))
         assert (plan.algorithm, plan.block) == (band.algorithm, band.block)
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+@pytest.mark.parametrize("nvlink", [False, True])
+def test_nccl_takes_what_is_larger_than_the_limit_and_no_less(world_size, nvlink):
+    """The same for two-shot, which begins at its size."""
+    table, layout = P2P_TABLES[world_size], p2p.make_layout(world_size, 1 << 30)
+    limit = min(table.nvlink_limit if nvlink else table.pcie_limit, 1 << 30)
+    for nbytes in (limit - 4, limit, limit + 4):
+        plan = p2p.make_plan(all_reduce("float32", nbytes // 4), world_size, layout, nvlink, True)
+        above = nbytes > (table.nvlink_limit if nvlink else table.pcie_limit)
+        assert (plan.path, plan.algorithm == "nccl") == (("torch.distributed", True) if above else ("legacy", False))
+    for nbytes, small in ((table.two_shot_from - 4, True), (table.two_shot_from, False), (table.two_shot_from + 4, False)):
+        plan = p2p.make_plan(all_reduce("float32", nbytes // 4), world_size, layout, nvlink, False)
+        assert plan.algorithm == ("legacy_one_shot" if small else "legacy_two_shot")
 
 
 @pytest.mark.long
