@@ -367,6 +367,9 @@ def test_gloo_where_nccl_cannot():
     shared = [NVLINK[0], NVLINK[0]]
     assert (judge(shared).backend, codes(judge(shared))) == ("gloo", ["same-gpu"])
     assert judge(shared, TORCH).backend == "gloo"  # whatever the first reason is
+    assert judge(shared).reasons == (Reason("same-gpu", f"rank 1 uses the GPU of rank 0 ({NVLINK[0].gpu.uuid})", 1),)
+    later = judge([replace(NVLINK[2], gpu=None), NVLINK[1], NVLINK[1]])  # nor where a rank before them has none
+    assert (later.backend, codes(later)) == ("gloo", ["no-gpu"])
     cpu = [replace(NVLINK[0], device="cpu", gpu=None)]
     assert (judge(cpu).backend, judge(cpu * 2).backend, judge([*cpu, NVLINK[1]]).backend) == ("gloo",) * 3
     away = with_host(shared, 1, host_id="another")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import subprocess
 import sys
 from dataclasses import dataclass, replace
@@ -798,6 +799,34 @@ def test_default_staging_suffices(world_size):
         assert (plan.algorithm, plan.block) == (band.algorithm, band.block)
 
 
+def test_a_table_that_breaks_a_rule_is_told_which_and_where():
+    """``tests/cli/test_tune.py`` has them all; here what is said, and the sizes at which a rule begins."""
+
+    def entry(up_to, algorithm="one_shot", block=64):
+        return {"up_to": up_to, "algorithm": algorithm, "block": block}
+
+    order = "one_shot, two_shot, two_shot_stream"
+    for value, told in (
+        ([entry(NEVER), entry(None)], f"band 0 ends at {NEVER}: expected growing whole bytes, and null in the last band"),
+        ([entry(4096), entry(4096), entry(None)], "band 1 ends at 4096: expected growing"),
+        ([entry(None, "two")], f"band 0: algorithm 'two' is none of {order}"),
+        ([entry(8), entry(16, "two_shot"), entry(None)], f"band 2: one_shot after two_shot: expected the order {order}"),
+        (
+            [entry(8), entry(1 << 20, "two_shot"), entry(1 << 21, "two_shot_stream"), entry(None)],
+            f"band 3: one_shot after two_shot_stream: expected the order {order}",
+        ),
+        (
+            [entry(65_535), entry(None, "two_shot_stream")],
+            "band 1: two_shot_stream from 65535 bytes on: it takes messages above 65536",
+        ),
+        ([entry(None, block=33)], "band 0: blocks of 33 threads: expected one of (32, 64, 128, 256, 512)"),
+    ):
+        with pytest.raises(ValueError, match="^" + re.escape(told)):
+            bands_from_json(4, value)
+    assert [band.up_to for band in bands_from_json(4, [entry(65_536), entry(None, "two_shot_stream")])] == [65_536, NEVER]
+    assert [band.up_to for band in bands_from_json(4, [entry(NEVER - 1), entry(None)])] == [NEVER - 1, NEVER]
+
+
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 @pytest.mark.parametrize("nvlink", [False, True])
 def test_nccl_takes_what_is_larger_than_the_limit_and_no_less(world_size, nvlink):
@@ -807,7 +836,13 @@ def test_nccl_takes_what_is_larger_than_the_limit_and_no_less(world_size, nvlink
     for nbytes in (limit - 4, limit, limit + 4):
         plan = p2p.make_plan(all_reduce("float32", nbytes // 4), world_size, layout, nvlink, True)
         above = nbytes > (table.nvlink_limit if nvlink else table.pcie_limit)
-        assert (plan.path, plan.algorithm == "nccl") == (("torch.distributed", True) if above else ("legacy", False))
+        assert plan.path == ("torch.distributed" if above else "legacy")
+        assert not above or (plan.algorithm, plan.grid, plan.block, plan.chunk) == (
+            "nccl",
+            0,
+            0,
+            nbytes // 4,
+        )  # no kernel of ours
     for nbytes, small in ((table.two_shot_from - 4, True), (table.two_shot_from, False), (table.two_shot_from + 4, False)):
         plan = p2p.make_plan(all_reduce("float32", nbytes // 4), world_size, layout, nvlink, False)
         assert plan.algorithm == ("legacy_one_shot" if small else "legacy_two_shot")
