@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 import json
 import os
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 WORK = Path(os.environ["POLICY_MUTANTS"])
 REACHED = WORK / "reached"  # by processes that the test at hand forked
+KILLERS = WORK / "killers"  # tests that failed, one a line
 SLOW = ("test_setup_fire.py", "test_ladder.py")  # start processes for seconds and more: for ``--wide``
 PLANTED = "planted"  # in names of tests that want to see a property fail: they do with a mutant, too
 
@@ -27,13 +29,20 @@ def pytest_load_initial_conftests(args) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config, items) -> None:
-    """The quickest first, as soon as mutmut knows how long each takes."""
+    """First those that killed a mutant just now, for the next one is of the same function; then the quickest, as mutmut knows them."""
     file = WORK / "mutants/mutmut-stats.json"
     took = json.loads(file.read_text())["duration_by_test"] if file.exists() else {}
     left = [item for item in items if item.path.name in SLOW or PLANTED in item.name]
     config.hook.pytest_deselected(items=left)
     chosen = [item for item in items if item not in left and (not _wanted or item.nodeid in _wanted)]
-    items[:] = sorted(chosen, key=lambda item: took.get(item.nodeid, 0.0))
+    recent = Counter(KILLERS.read_text().splitlines()[-20:] if KILLERS.exists() else [])
+    items[:] = sorted(chosen, key=lambda item: (-recent[item.nodeid], took.get(item.nodeid, 0.0)))
+
+
+def pytest_runtest_logreport(report) -> None:
+    if report.failed:
+        with KILLERS.open("a") as file:
+            file.write(f"{report.nodeid}\n")
 
 
 @pytest.hookimpl(tryfirst=True)
