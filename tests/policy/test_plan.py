@@ -250,6 +250,15 @@ def v2_stream_is_resident(f, case):
         assert max(packets_of(plan.algorithm, piece.numel, case) for piece in found) <= RESIDENT
 
 
+def v2_equal_launches(f, case):
+    """Of as many packets each, but for what is lost to whole warps; where warps are so few that they decide, nothing is said."""
+    _, plan, found = launches(f, case)
+    unit = WARP * PACKETS.get(plan.algorithm, 1)
+    each, packets = (packets_of(plan.algorithm, numel, case) for numel in (plan.chunk, case.numel))
+    if each > 2 * unit * len(found):
+        assert each * len(found) - packets < unit * len(found)
+
+
 def v2_stream_buffers(f, case):
     """Of the launches of the case's call, and of calls that take the same plan in any number of launches."""
     _, plan, found = launches(f, case)
@@ -494,7 +503,7 @@ def check_buffers(plan, found):
 
 PROPERTIES = [
     v2_regions_apart, v2_aligned, v2_inside_the_slots, v2_covers, v2_whole_packets, v2_stream_ends_well,
-    v2_stream_is_resident, v2_stream_buffers, v2_guards_pair_up, v2_blocks, v2_few_blocks, v2_known_kernel, v2_never_goes_back,
+    v2_stream_is_resident, v2_equal_launches, v2_stream_buffers, v2_guards_pair_up, v2_blocks, v2_few_blocks, v2_known_kernel, v2_never_goes_back,
     v2_splits_no_more_than_it_must, v2_takes_its_band, v2_uses_its_memory, v2_repeats,
     legacy_regions_apart, legacy_aligned, legacy_launches_fit, legacy_hands_over, legacy_repeats,
     legacy_covers, legacy_uses_its_memory, legacy_takes_one_shot_while_it_is_small, whole_numbers,
@@ -673,6 +682,7 @@ MUTANTS = [
     (v2_whole_packets, "launches of odd length", mutant("v2_plan", on_plan(chunk=lambda c: max(1, c - 1)))),
     (v2_stream_ends_well, "as few launches as possible", replaced("v2_plan", deaf_to_the_stream)),
     (v2_stream_is_resident, "launches as large as the slots allow", replaced("v2_plan", lambda *args: deaf_to_the_stream(*args, most=NEVER))),
+    (v2_equal_launches, "all that there is room for, and the rest", replaced("v2_plan", deaf_to_the_stream)),
     (v2_stream_buffers, "always in one direction", on_buffers(lambda n, i, scatter, gather: ((2, 0, 3)[i % 3], gather))),
     (v2_stream_buffers, "in the other direction", on_buffers(lambda n, i, scatter, gather: (
         (2, 3, 0)[i % 3] if n % 3 == 0 else (2, 0, 3)[i % 3], gather))),
@@ -874,6 +884,16 @@ def test_a_stream_can_always_end_well():
         for bands in (NVLINK_TABLES[world_size], tuple(Band(NEVER, name, 32) for name in nvlink_algorithms(world_size))):
             region = nvlink.make_layout(world_size, 4 << 20, bands).regions["two_shot_stream"]
             assert region.capacity >= 32 * WARP
+
+
+@pytest.mark.parametrize("world_size", [3, 8])
+@pytest.mark.parametrize("number", range(2, 12))
+def test_a_stream_is_cut_into_equal_launches(world_size, number):
+    """As few as there is room for, and one more where these would be 1 modulo 3."""
+    case = case_of(world_size, "float32", number * RESIDENT * world_size * 4, staging_mb=1024)
+    _, plan, found = launches(REAL, case)
+    assert plan.algorithm == "two_shot_stream" and len(found) == (number + 1 if number % 3 == 1 else number)
+    v2_equal_launches(REAL, case)
 
 
 def test_too_few_elements_for_a_stream_are_refused():
