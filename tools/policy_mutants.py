@@ -75,7 +75,7 @@ timeout_constant = 5.0
 
 [tool.pytest.ini_options]
 pythonpath = ["tests", "tools"]
-timeout = 300
+timeout = 60
 markers = ["gpus(n)", "long", "programs"]
 """
 

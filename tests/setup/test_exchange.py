@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import struct
 import time
 
 import pytest
@@ -97,8 +98,6 @@ def among_strangers(rank, length, body):
     """Rank 1 speaks no protocol of ours: a length, and whatever it is of."""
     if rank == 0:
         return outcome(all_gather_json, None, "mine", 5.0)
-    import struct
-
     block = (struct.pack("<q", length) + body).ljust(FIRST, b"\0")
     dist.send(torch.frombuffer(bytearray(block), dtype=torch.uint8), 0, tag=TAG)
     dist.recv(torch.empty(FIRST, dtype=torch.uint8), 0, tag=TAG)
@@ -110,6 +109,7 @@ def among_strangers(rank, length, body):
     "length, body, told",
     [
         (-1, b"", "sent no exchange of this package (a length of -1)"),
+        (1 << 62, b"", "sent no exchange of this package (a length of 4611686018427387904)"),
         ((1 << 30) + 1, b"", "sent no exchange of this package (a length of 1073741825)"),
         (0, b"", "handed in no JSON value"),
         (5, b"what?", "sent 5 bytes that are no JSON"),
@@ -119,6 +119,34 @@ def among_strangers(rank, length, body):
 def test_what_is_no_exchange_of_ours_is_refused_and_its_sender_named(tmp_path, length, body, told):
     found = ranks(tmp_path, 2, among_strangers, length, body)[0]
     assert found["result"].startswith(f"InputError: rank 1 of the group {told}"), found
+
+
+def of_a_stranger_and_a_friend(rank, folder):
+    """Rank 0 refuses what rank 1 sends; rank 2, which comes after that, still gets what rank 0 had sent."""
+    if rank == 0:
+        found = outcome(all_gather_json, None, "of 0", 20.0)["result"]
+        gc.collect()
+        (folder / "refused").touch()
+        wait_for(folder / "got")
+        return found
+    if rank == 1:
+        return among_strangers_to_all(folder)
+    block = torch.empty(FIRST, dtype=torch.uint8)
+    dist.send(torch.frombuffer(bytearray((struct.pack("<q", 3) + b'"2"').ljust(FIRST, b"\0")), dtype=torch.uint8), 0, tag=TAG)
+    wait_for(folder / "refused")
+    dist.recv(block, 0, tag=TAG)
+    (folder / "got").touch()
+    return bytes(block.numpy()[8:14])
+
+
+def among_strangers_to_all(folder):
+    dist.send(torch.frombuffer(bytearray(struct.pack("<q", -7).ljust(FIRST, b"\0")), dtype=torch.uint8), 0, tag=TAG)
+    wait_for(folder / "got")
+
+
+def test_what_was_sent_before_a_refusal_still_arrives(tmp_path):
+    first, _, third = ranks(tmp_path, 3, of_a_stranger_and_a_friend, tmp_path)
+    assert first == "InputError: rank 1 of the group sent no exchange of this package (a length of -7)" and third == b'"of 0"'
 
 
 def of_no_json(rank):
@@ -132,6 +160,21 @@ def of_no_json(rank):
 def test_a_payload_that_is_no_json_fails_everywhere_and_the_group_goes_on(tmp_path):
     told = "InputError: rank 1 of the group handed in no JSON value"
     assert ranks(tmp_path, 3, of_no_json) == [(told, [0, 1, 2])] * 3
+
+
+def of_fields_in_time(rank, absent):
+    """In a group of ranks 0 and 1 alone, of which one does not come."""
+    pair = dist.new_group([0, 1], backend="gloo")
+    if rank == absent:
+        time.sleep(3.0)
+        return None
+    return outcome(all_gather_fields, pair, {"a": rank}, 0.5) if rank < 2 else None
+
+
+def test_objects_too_are_of_a_group_and_have_a_deadline(tmp_path):
+    first, _, third = ranks(tmp_path, 3, of_fields_in_time, 1)
+    assert first["ranks"] == (1,) and first["took"] < 2.5 and third is None
+    assert "waited 0.5 s" in first["result"]
 
 
 def of_fields(rank):
