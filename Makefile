@@ -4,6 +4,7 @@
 # make docs: the pages, in build/site.  make pictures: their pictures, after a change of what they show.
 # make dist: sdist and wheel into dist/, checked, and tried in an empty environment of each Python that is here.
 # make mutants: small changes of the kernels' sources, and which of them no check notices; SAMPLE=N: so many, drawn at random; goes on where it was.
+# make mutants-policy: the same of the policy, set-up and failures, whose tests are to notice; ONLY="policy/plan policy/host": of those modules.
 # make test: all tests that this machine can run.  make proofs: in full what make test cuts short of the proofs about kernels.
 PYTHON ?= python3
 VENV := .venv
@@ -13,7 +14,7 @@ pytest = parallel=; if [ ! -e /dev/nvidia0 ] && $(VENV)/bin/python -c "import xd
 		parallel="-n 3 --dist $(1)"; fi; \
 	$(VENV)/bin/python -m pytest $$parallel
 
-.PHONY: run quick test proofs mutants engines lint docs pictures dist clean
+.PHONY: run quick test proofs mutants mutants-policy engines lint docs pictures dist clean
 
 run: $(VENV)/ready
 	$(VENV)/bin/python -m allreduce_jit selftest
@@ -30,6 +31,10 @@ proofs: $(VENV)/ready
 
 mutants: $(VENV)/ready
 	$(VENV)/bin/python tests/proofs/mutation.py $(if $(SAMPLE),--sample $(SAMPLE)) $(if $(MINUTES),--minutes $(MINUTES)) $(if $(KNOWN),--known --fresh)
+
+mutants-policy: $(VENV)/ready
+	@$(VENV)/bin/python -c "import mutmut.models" 2>/dev/null || $(VENV)/bin/python -m pip install -q -e ".[mutation]"
+	$(VENV)/bin/python tools/policy_mutants.py $(if $(ONLY),--only $(ONLY)) $(if $(WIDE),--wide)
 
 engines: $(VENV)/ready
 	PYTHON=$(VENV)/bin/python tools/engines.sh $(VENV)/engines

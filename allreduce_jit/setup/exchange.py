@@ -176,7 +176,8 @@ class _Exchange:
         return {rank: bytes(buffer.numpy()) for rank, buffer in buffers.items()}
 
     def _wait(self, works: Mapping[int, list[Any]]) -> None:
-        """Until all of ``works`` are done or one has failed, and then for no other."""
+        """One after the other, until all of ``works`` are done or one has failed, and then for no other: of a rank that is gone we
+        hear once those before it have answered."""
         for rank, pending in works.items():
             if self.problems and time.monotonic() < self.end:
                 break  # a rank is gone: the rest may be late for good reasons

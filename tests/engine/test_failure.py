@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 
+from allreduce_jit.abi import DTYPE_SHIFT
 from allreduce_jit.engine.failure import (
     LEGACY_NUMBERS,
     SIGNATURES,
@@ -28,12 +29,12 @@ from allreduce_jit.errors import (
     PeerTimeoutError,
     PoisonedError,
 )
-from allreduce_jit.policy.catalogue import NVLINK_ALGORITHMS
+from allreduce_jit.policy.catalogue import HOST_ALGORITHMS, NVLINK_ALGORITHMS
 from allreduce_jit.policy.norm import Norm, signed
 from allreduce_jit.policy.norm_forms import NORM_ALGORITHMS
 from allreduce_jit.policy.operation import DTYPES
 
-ALGORITHMS = [*NVLINK_ALGORITHMS, *NORM_ALGORITHMS, *LEGACY_NUMBERS]
+ALGORITHMS = [*NVLINK_ALGORITHMS, *NORM_ALGORITHMS, *HOST_ALGORITHMS, *LEGACY_NUMBERS]
 IN_PLACE = 1 << 15
 
 
@@ -85,8 +86,9 @@ def test_no_two_calls_share_a_tag():
 
 
 def test_a_signature_of_another_version_is_no_error():
-    raw = header((0, 1, 5, 0xFE | 15 << 8))
-    assert heard(raw, 2)[0] == (1, Signature(5, "?", "?", False))
+    for dtype in range(len(DTYPES), 16):
+        raw = header((0, 1, 5, 0xFE | dtype << DTYPE_SHIFT))
+        assert heard(raw, 2)[0] == (1, Signature(5, "?", "?", False))
 
 
 @pytest.mark.parametrize(
@@ -119,16 +121,16 @@ def test_a_timeout_of_ones_own():
         in str(error)
     )
     report = error.report.to_dict()
-    assert {k: report[k] for k in ("kind", "culprit", "found_by", "rank", "sequence", "channel", "waited_ms")} == {
-        "kind": "timeout",
-        "culprit": 2,
-        "found_by": 1,
-        "rank": 1,
-        "sequence": 7,
-        "channel": 5,
-        "waited_ms": 1500,
-    }
+    told = {"kind": "timeout", "culprit": 2, "found_by": 1, "rank": 1, "sequence": 7, "channel": 5, "waited_ms": 1500}
+    told |= {"algorithm": "two_shot", "dtype": "bfloat16", "phase": "scatter"}
+    assert {k: report[k] for k in told} == told
     assert json.loads(json.dumps(report)) == report
+
+
+def test_how_long_it_waited_is_told_in_seconds():
+    code = abort_code(Kind.TIMEOUT, 2, 1)
+    for ms, told in ((40, "0.0 s"), (1_960, "2.0 s"), (600_000, "600.0 s"), (86_400_000, "86400.0 s")):
+        assert f"timed out after {told} waiting" in str(why(code, words(code, waited_ms=ms)))
 
 
 def test_a_timeout_of_somebody_elses():
@@ -175,6 +177,9 @@ def test_a_mismatch_of_ones_own():
         "algorithm": "one_shot",
         "in_place": False,
     }
+    report = error.report.to_dict()  # and all that is told of any failure
+    assert (report["kind"], report["culprit"], report["found_by"], report["sequence"]) == ("mismatch", 2, 1, 7)
+    assert [r["rank"] for r in report["ranks"]] == [0, 1, 2, 3]
 
 
 def test_a_mismatch_of_others():
@@ -277,11 +282,11 @@ def test_the_last_calls_of_all_are_listed():
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_phases(algorithm):
-    """Buffers are numbered as the kernels number them."""
-    gathers = (1, 4) if "stream" in algorithm else (2, 3)  # 3: legacy's alone
-    of_v2 = NVLINK_ALGORITHMS.get(algorithm.removesuffix("_norm"))
-    count = of_v2.buffers if of_v2 else 4
-    for buffer in range(2 if "one_shot" in algorithm else count):
+    """Buffers are numbered as the kernels number them. What sends a whole message once has one phase."""
+    once = "one_shot" in algorithm or algorithm == "host_stream"
+    gathers = (1, 4) if "two_shot_stream" in algorithm else (1,) if algorithm == "host_two_shot" else (2, 3)  # 3: legacy's alone
+    known = NVLINK_ALGORITHMS.get(algorithm.removesuffix("_norm")) or HOST_ALGORITHMS.get(algorithm)
+    for buffer in range(2 if once else getattr(known, "buffers", 2) if known else 4):
         code = abort_code(Kind.TIMEOUT, 2, 1)
         phase = why(code, words(code, call=algorithm, buffer=buffer)).report.phase
-        assert phase == ("exchange" if "one_shot" in algorithm else "gather" if buffer in gathers else "scatter")
+        assert phase == ("exchange" if once else "gather" if buffer in gathers else "scatter")

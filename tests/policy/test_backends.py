@@ -57,7 +57,7 @@ def test_row(row):
     assert row.toolchain.fact in [field.name for field in fields(Software)]
     assert row.switch is None or row.switch in VARIABLES
     assert not set(row.requires) & set(COMMON)
-    row.unwanted("of this")  # its code is one of CODES, or it raises
+    assert row.unwanted("of this") == Reason("v2-switched-off" if row.path is Path.V2 else "path-forced", "of this")
     assert all(reason.code in CODES for reason in row.possible(2))
 
 

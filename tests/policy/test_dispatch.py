@@ -98,6 +98,7 @@ def test_missing_compilers(rank):
     assert judge(with_software(PCIE, rank, nvrtc=None)).path is Path.LEGACY
     neither = judge(with_software(NVLINK, rank, nvrtc=None, triton=None))
     assert (neither.path, codes(neither), neither.full_nvlink) == (Path.TORCH, ["no-nvrtc", "no-triton", "has-p2p"], None)
+    assert neither.backend == "nccl"
     off = judge(with_software(NVLINK, rank, triton=None), OFF)
     assert (off.path, codes(off)) == (Path.TORCH, ["v2-switched-off", "no-triton", "has-p2p"])
     apart = judge(with_software(NO_P2P, min(rank, 1), nvrtc=None))
@@ -160,6 +161,10 @@ def test_host_memory_is_for_gpus_that_cannot_reach_each_other_or_for_who_asks_fo
         found = decide(caps, [AUTO] * 4, left=built)
         assert found.path is Path.TORCH and found.reasons[-1] == Reason("has-p2p", CODES["has-p2p"])
         assert decide(caps, [AUTO] * 4, left={**built, **broken}).path is Path.HOST
+        for code in CODES:  # of no other step is it said that a way on which GPUs reach each other is unwanted, or failed
+            left = dict.fromkeys((Path.V2, Path.LEGACY), Reason(code, "rank 1: this", 1))
+            taken = decide(caps, [AUTO] * 4, left=left).path
+            assert taken is (Path.HOST if code in ("path-forced", "map-failed", "verify-failed") else Path.TORCH), code
         assert decide(caps, [AUTO, Settings(path="host"), AUTO, AUTO]).path is Path.HOST
         assert decide(caps, [AUTO, Settings(path="host"), AUTO, Settings(path="torch")]).path is Path.TORCH
 
@@ -277,6 +282,64 @@ def test_other_texts_are_sentences():
     assert judge(broken).reasons[1].text == f"rank 1 has no Triton ({why})"
 
 
+def without(caps, rank, **software):
+    """As of a rank without a GPU, and with other facts of its software."""
+    return [replace(c, gpu=None) if i == rank else c for i, c in enumerate(with_software(caps, rank, **software))]
+
+
+# What a group is, the code, and the sentence about rank 1 (or the group): a reason tells what is the matter, with what the probe noted.
+SENTENCES = [
+    (with_gpu(NVLINK, 1, mig=True), "mig", "rank 1 runs on a MIG instance (NVIDIA H200)"),
+    (with_gpu(NVLINK, 1, virtualization="vgpu"), "vgpu", "rank 1 runs on a virtual GPU (NVIDIA H200)"),
+    (with_gpu(NVLINK, 1, compute_capability=(7, 5)), "compute-capability", "rank 1 has a GPU older than sm_80 (NVIDIA H200)"),
+    (with_gpu(NVLINK, 1, compute_capability=(8, 0)), "mixed-gpus", "rank 1 has compute capability 8.0, rank 0 has 9.0"),
+    (with_gpu(NVLINK, 0, compute_capability=(8, 0)), "mixed-gpus", "rank 1 has compute capability 9.0, rank 0 has 8.0"),
+    (with_host(NVLINK, 1, pid_namespace="7"), "pid-namespace", f"rank 1 has PID namespace 7, rank 0 has {NVLINK[0].host.pid_namespace}"),
+    (with_host(NVLINK, 1, pid_namespace=None), "pid-namespace", "rank 1 cannot tell its PID namespace (host.namespace(pid): no)"),
+    (with_host(NVLINK, 1, ipc_namespace=None), "ipc-namespace", "rank 1 cannot tell its IPC namespace (host.namespace(ipc): no)"),
+    (with_host(NVLINK, 1, host_id=None), "spans-nodes", "rank 1 cannot tell its host (host.boot_id(): no)"),
+    (without(NVLINK, 1), "no-gpu", f"rank 1 has no {NVLINK[1].device} (driver.cuInit(): no)"),
+    (without(NVLINK, 1, cuda_driver=None), "no-driver", "rank 1 has no CUDA driver (driver.cuInit(): no)"),
+    (without(NVLINK, 1, cuda_driver=None, hip="6.4"), "rocm", "rank 1 has a torch built for ROCm"),
+    (with_link(PCIE, 1, 3, p2p_access=False), "no-p2p", "rank 1 has no peer access to the GPU of rank 3"),
+    (with_link(PCIE, 1, 3, p2p_access=None), "no-p2p", "rank 1 cannot tell whether it reaches the GPU of rank 3 (nvml.links(): no)"),
+    (with_software(PCIE, 1, triton=None), "no-triton", "rank 1 has no Triton (software.triton(): no)"),
+    (with_software(NVLINK, 1, nvrtc=None), "no-nvrtc", "rank 1 has no NVRTC (software.nvrtc(): no)"),
+]  # fmt: skip
+NOTES = ("host.boot_id(): no", "host.namespace(pid): no", "host.namespace(ipc): no", "driver.cuInit(): no", "nvml.links(): no",
+         "software.triton(): no", "software.nvrtc(): no", "host.memfd(): no")  # fmt: skip
+
+
+@pytest.mark.parametrize(("caps", "code", "text"), SENTENCES, ids=[case[1] for case in SENTENCES])
+def test_a_reason_is_a_sentence_with_what_was_noted_about_that_and_about_nothing_else(caps, code, text):
+    for notes in itertools.permutations(NOTES, 2):
+        wanted = re.search(r" \((.*: no)\)$", text)
+        told = text if not wanted or wanted[1] in notes else text.removesuffix(wanted[0])
+        found = judge([replace(c, problems=notes) for c in caps])
+        assert [reason for reason in found.reasons if reason.code == code] == [Reason(code, told, 1)], found
+
+
+def test_groups_of_a_size_without_kernels_are_told_which_there_are():
+    caps = look_all(MACHINES["a100-x16"])
+    assert judge(caps[:1]).reasons == (Reason("world-size-1", CODES["world-size-1"], 0),)
+    assert judge(caps[:9]).reasons == (Reason("world-size", "9 ranks; there are kernels for 2, 3, 4, 5, 6, 7, 8"),)
+    assert judge(caps[:3], supported_world_sizes=(4, 2)).reasons == (Reason("world-size", "3 ranks; there are kernels for 2, 4"),)
+
+
+def test_of_several_paths_that_are_wanted_the_lowest_counts():
+    """And the first rank that wants it is named."""
+    host = Settings(path="host")
+    for wishes, rank, path in (
+        ([LEGACY, host, AUTO, host], 1, "host"),
+        ([AUTO, host, LEGACY, AUTO], 1, "host"),
+        ([AUTO, LEGACY, AUTO, LEGACY], 1, "legacy"),
+        ([host, LEGACY, TORCH, TORCH], 2, "torch"),
+    ):
+        found = judge(NVLINK, wishes)
+        assert found.path.short == path
+        assert found.reasons[0] == Reason("path-forced", f"rank {rank} has ALLREDUCE_JIT_PATH={path}", rank)
+
+
 @pytest.mark.parametrize("size", range(1, 10))
 def test_world_sizes(size):
     caps = look_all(MACHINES["a100-x16"])[:size]
@@ -292,9 +355,9 @@ def test_world_sizes(size):
 
 
 def test_arguments_that_are_no_group():
-    with pytest.raises(InputError):
+    with pytest.raises(InputError, match="one Capabilities and one Settings a rank, got 0 and 0"):
         decide([], [])
-    with pytest.raises(InputError):
+    with pytest.raises(InputError, match="one Capabilities and one Settings a rank, got 4 and 1"):
         decide(NVLINK, [AUTO])
     with pytest.raises(InputError, match="empty"):
         decide(NVLINK, [AUTO] * 4, supported_world_sizes={})
@@ -304,6 +367,9 @@ def test_gloo_where_nccl_cannot():
     shared = [NVLINK[0], NVLINK[0]]
     assert (judge(shared).backend, codes(judge(shared))) == ("gloo", ["same-gpu"])
     assert judge(shared, TORCH).backend == "gloo"  # whatever the first reason is
+    assert judge(shared).reasons == (Reason("same-gpu", f"rank 1 uses the GPU of rank 0 ({NVLINK[0].gpu.uuid})", 1),)
+    later = judge([replace(NVLINK[2], gpu=None), NVLINK[1], NVLINK[1]])  # nor where a rank before them has none
+    assert (later.backend, codes(later)) == ("gloo", ["no-gpu"])
     cpu = [replace(NVLINK[0], device="cpu", gpu=None)]
     assert (judge(cpu).backend, judge(cpu * 2).backend, judge([*cpu, NVLINK[1]]).backend) == ("gloo",) * 3
     away = with_host(shared, 1, host_id="another")
@@ -366,7 +432,7 @@ def test_a_more_cautious_wish_never_climbs(name, data):
 
 def test_values():
     assert str(Path.TORCH) == f"{Path.TORCH}" == "torch.distributed" and Path("v2") is Path.V2
-    with pytest.raises(ValueError, match="unknown reason code"):
+    with pytest.raises(ValueError, match="unknown reason code 'because'; valid: full-nvlink, world-size-1, path-forced, "):
         Reason("because", "of this")
     seen = {code for m in MACHINES.values() for code in m["expect"]["reasons"]}
     assert seen <= set(CODES)

@@ -25,8 +25,10 @@ def layout_is_sound(world_size, staging_bytes, layout):
     channels = []
     for name, region in sorted(layout.regions.items(), key=lambda item: item[1].offset):
         assert region.offset >= end and region.offset % 512 == 0, "regions lie apart, slots on borders of their own"
-        assert region.capacity == HOST_ALGORITHMS[name].slots(world_size) and region.channels >= 64
-        end = region.offset + region.channels * host.channel_bytes(name, world_size)
+        assert region.capacity == HOST_ALGORITHMS[name].slots(world_size) and 64 <= region.channels <= host.CHANNELS[name]
+        slot = WARP * HOST_ALGORITHMS[name].packets * PACKET
+        end = region.offset + region.channels * region.capacity * slot
+        assert {type(n) for n in vars(region).values()} == {int}
         channels += range(region.first_channel, region.first_channel + region.channels)
     assert end == layout.nbytes <= staging_bytes
     assert sorted(channels) == list(range(layout.channels)), "a count for each channel, and no two share one"
@@ -36,6 +38,21 @@ def layout_is_sound(world_size, staging_bytes, layout):
 @pytest.mark.parametrize("staging_mb", [4, 5, 32, 1024])
 def test_layouts(world_size, staging_mb):
     layout_is_sound(world_size, staging_mb * MIB, host.make_layout(world_size, staging_mb * MIB))
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_all_channels_where_there_is_room_and_a_share_of_each_algorithm_s_where_there_is_not(world_size):
+    everything = host.make_layout(world_size, 32 * MIB)
+    assert {name: region.channels for name, region in everything.regions.items()} == {
+        name: host.CHANNELS[name] for name in host_algorithms(world_size)
+    }
+    assert host.make_layout(world_size, everything.nbytes) == everything
+    for less in (1, HEADER_BYTES, (everything.nbytes - HEADER_BYTES) // 2, everything.nbytes * 3 // 4):
+        layout = host.make_layout(world_size, everything.nbytes - less)
+        layout_is_sound(world_size, everything.nbytes - less, layout)
+        share = (everything.nbytes - less - HEADER_BYTES) / (everything.nbytes - HEADER_BYTES)
+        for name, region in layout.regions.items():
+            assert share * host.CHANNELS[name] - 1 < region.channels <= share * host.CHANNELS[name]
 
 
 def test_a_planted_layout_is_found():
@@ -69,7 +86,7 @@ def plan_is_sound(plan, launches, spec, world_size, layout, max_ctas):
     for piece in launches:
         assert piece.start == covered and 0 < piece.numel <= plan.chunk < 1 << 31 and piece.grid == plan.grid + 1
         assert piece.start * ITEMSIZE[spec.dtype] % PACKET == 0, "whole packets stay aligned"
-        assert dict(piece.arguments)["last"] == 1
+        assert piece.arguments == (("launch", launches.index(piece)), ("last", 1))
         covered += piece.numel
     assert covered == spec.numel
     first = -(-launches[0].numel * ITEMSIZE[spec.dtype] // (PACKET * parts))
@@ -109,6 +126,43 @@ def test_plans(case):
     plan_is_sound(plan, host.launches(plan, spec), spec, world_size, layout, max_ctas)
     entries = {name for module in host_modules(world_size) for name in module.entries}
     assert {entry(plan.algorithm, spec.dtype, world_size, whole) for whole in (True, False)} <= entries
+
+
+def as_wide_as_there_is_work(plan, spec, world_size, layout, channels, max_ctas):
+    """A warp for each chunk, or all warps that there may be: of the plan, of the memory, of the communicator (less the guard)."""
+    what = HOST_ALGORITHMS[plan.algorithm]
+    parts, slot, warps = world_size if what.parts else 1, WARP * what.packets, plan.block // WARP
+    packets = -(-plan.chunk * ITEMSIZE[spec.dtype] // (PACKET * parts))
+    chunks = -(-packets // (slot - 1))  # one packet of a slot is the wire's
+    most = min(channels, layout.regions[plan.algorithm].channels) // warps
+    if max_ctas is not None:
+        most = min(most, max_ctas - 1)
+    assert plan.grid == max(1, min(-(-chunks // warps), most))
+    assert {type(n) for n in (plan.grid, plan.block, plan.chunk)} == {int}
+
+
+@hypothesis_settings(max_examples=300, deadline=None, derandomize=True)
+@given(case=cases(), block=st.sampled_from([32, 64, 128, 512]), channels=st.sampled_from([16, 128, 256, 1024]))
+def test_all_warps_that_have_work_take_part(case, block, channels):
+    world_size, spec, max_ctas, staging_mb, _ = case
+    layout = host.make_layout(world_size, staging_mb * MIB)
+    for algorithm in layout.regions:
+        plan = host.plan_of(algorithm, block, channels, spec, world_size, layout, max_ctas)
+        as_wide_as_there_is_work(plan, spec, world_size, layout, channels, max_ctas)
+        if plan.grid > 1:
+            with pytest.raises(AssertionError):
+                narrow = replace(plan, grid=plan.grid - 1)
+                as_wide_as_there_is_work(narrow, spec, world_size, layout, channels, max_ctas)
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_a_band_ends_with_its_largest_message(world_size):
+    bands = (host.HostBand(4096, "host_one_shot", 64, 16), host.HostBand(8192, "host_one_shot", 32, 8))
+    bands = (*bands, host.HostBand(NEVER, host_algorithms(world_size)[-1], 128, 256))
+    layout = host.make_layout(world_size, 32 * MIB)
+    for nbytes, band in ((4, 0), (4096, 0), (4100, 1), (8192, 1), (8196, 2), (1 << 20, 2)):
+        plan = host.make_plan(all_reduce("float32", nbytes // 4), world_size, bands, layout)
+        assert (plan.algorithm, plan.block) == (bands[band].algorithm, bands[band].block), nbytes
 
 
 def test_planted_plans_are_found():

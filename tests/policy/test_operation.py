@@ -13,8 +13,10 @@ def norm_spec(quant="none", rows=7, hidden=2880, dtype="bfloat16", **more):
 
 
 def bound(spec, start):
-    """Bytes at which a launch begins whose first element is ``start``, by the pointers' names."""
-    return {pointer.name: pointer.offset(start) for pointer in spec.pointers}
+    """Bytes at which a launch begins whose first element is ``start``, by the pointers' names: whole ones, as of any address."""
+    found = {pointer.name: pointer.offset(start) for pointer in spec.pointers}
+    assert {*map(type, found.values())} == {int}
+    return found
 
 
 def test_all_reduce_binds_two_tensors_by_the_element():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import subprocess
 import sys
 from dataclasses import dataclass, replace
@@ -135,6 +136,7 @@ def parts_of(algorithm, world_size):
 REAL = SimpleNamespace(
     v2_bands=nvlink.make_bands, v2_layout=nvlink.make_layout, v2_plan=nvlink.make_plan, launches=nvlink.launches,
     legacy_layout=p2p.make_layout, legacy_plan=p2p.make_plan, legacy_part=p2p.part_of,
+    legacy_launches=p2p.launches,
 )  # fmt: skip
 
 
@@ -229,7 +231,7 @@ def v2_covers(f, case):
     _, plan, found = launches(f, case)
     done = 0
     for i, piece in enumerate(found):
-        assert piece.start == done and piece.numel > 0
+        assert piece.start == done and piece.numel > 0 and told(piece, "launch") == [i]
         done += piece.numel
         moving = piece.grid - (0 if plan.algorithm in STREAMS and i else 1)  # the guard's block moves nothing
         threads = plan.block * PACKETS.get(plan.algorithm, 1)
@@ -256,6 +258,15 @@ def v2_stream_is_resident(f, case):
     _, plan, found = launches(f, case)
     if plan.algorithm in STREAMS:
         assert max(packets_of(plan.algorithm, piece.numel, case) for piece in found) <= RESIDENT
+
+
+def v2_equal_launches(f, case):
+    """Of as many packets each, but for what is lost to whole warps; where warps are so few that they decide, nothing is said."""
+    _, plan, found = launches(f, case)
+    unit = WARP * PACKETS.get(plan.algorithm, 1)
+    each, packets = (packets_of(plan.algorithm, numel, case) for numel in (plan.chunk, case.numel))
+    if each > 2 * unit * len(found):
+        assert each * len(found) - packets < unit * len(found)
 
 
 def v2_stream_buffers(f, case):
@@ -331,6 +342,39 @@ def v2_takes_its_band(f, case):
         assert (plan.algorithm, plan.block) == (band.algorithm, band.block)
 
 
+def v2_uses_its_memory(f, case):
+    """A region could have a block's slots more only where its largest message, its share or the memory would not have it.
+
+    Its share is a quarter of the memory for one-shot and a half for two-shot; the last one's is what the others leave, over which
+    its shared buffers lie.
+    """
+    (bands, layout), n = v2_memory(f, case), case.world_size
+    bands = (*bands, *f.v2_bands(n, case.max_ctas, case.other))
+    owners, begin = [name for name in layout.regions if INSIDE.get(name) not in layout.regions], HEADER
+    for name in owners:
+        last, users = name == owners[-1], [name, *(user for user in layout.regions if INSIDE.get(user) == name)]
+        step, buffers, shared = 512 * PACKETS.get(name, 1), BUFFERS[name], SHARED.get(name, 0)
+        more, one = layout.regions[name].capacity + step, (n - 1) * PACKET
+        largest = {user: max(band.up_to for band in bands if band.algorithm == user) for user in users}
+        if name == owners[-1] and list(layout.regions)[-1] == name:
+            largest[name] = NEVER
+        needed = [
+            min(-(-size // (PACKET * parts_of(user, n))), RESIDENT if user in STREAMS else NEVER)
+            for user, size in largest.items()
+        ]
+        share = case.staging // (4 if parts_of(name, n) == 1 else 2)
+        assert (
+            more - step >= max(needed)
+            or not last
+            and more * buffers * one > share
+            or HEADER + more * buffers * one > case.staging
+            or begin + more * (buffers - shared) * one > case.staging
+            or case.max_ctas is not None
+            and more > (case.max_ctas - 1) * step
+        ), name
+        begin = layout.regions[name].offset + buffers * one * layout.regions[name].capacity
+
+
 def v2_repeats(f, case):
     assert v2(f, case) == v2(f, case)
 
@@ -370,6 +414,53 @@ def legacy_launches_fit(f, case):
         assert case.world_size * part >= plan.chunk
 
 
+def legacy_covers(f, case):
+    """Every element once, in launches of a guard and a program for each block that goes to a peer."""
+    layout, plan = legacy(f, case)
+    if plan.path == "torch.distributed":
+        return
+    region, itemsize, done = layout.regions[plan.algorithm], ITEMSIZE[case.dtype], 0
+    for piece in f.legacy_launches(plan, case.spec, case.world_size):
+        assert piece.start == done and 0 < piece.numel <= plan.chunk and piece.start * itemsize % PACKET == 0
+        done += piece.numel
+        (part,) = told(piece, "part")
+        if plan.algorithm == "legacy_two_shot":  # a part for each rank, of whole blocks, and no block that is nobody's
+            assert part * itemsize == (piece.grid - 1) * BLOCK_BYTES
+            assert part * case.world_size >= piece.numel > (part - BLOCK_BYTES // itemsize) * case.world_size
+        else:
+            assert (piece.grid - 1) * BLOCK_BYTES >= piece.numel * itemsize > (piece.grid - 2) * BLOCK_BYTES
+        assert piece.grid - 1 <= min(plan.grid, region.channels)
+    assert done == case.numel
+
+
+def legacy_uses_its_memory(f, case):
+    """One-shot has a third, two-shot the rest; what is left over is less than a block of each slot array."""
+    layout, _ = legacy(f, case)
+    one, two = (region_bytes(name, layout.regions[name], case.world_size) for name in ("legacy_one_shot", "legacy_two_shot"))
+    assert two == 2 * one and case.staging - HEADER - one - two < 6 * case.world_size * BLOCK_BYTES
+
+
+def legacy_takes_one_shot_while_it_is_small(f, case):
+    """Below the table's size, as far as one launch holds it."""
+    layout, plan = legacy(f, case)
+    if plan.path == "legacy":
+        small = case.nbytes < limits_of(case).two_shot_from
+        fits = case.nbytes <= layout.regions["legacy_one_shot"].capacity
+        assert plan.algorithm == ("legacy_one_shot" if small and fits else "legacy_two_shot")
+
+
+def whole_numbers(f, case):
+    """What is counted is counted in ``int``: kernels are launched with it."""
+    (layout, plan), (old, legacy_plan) = v2(f, case), legacy(f, case)
+    found = [plan, legacy_plan, layout, old, *layout.regions.values(), *old.regions.values()]
+    found += f.launches(plan, case.spec, case.world_size)
+    if legacy_plan.path == "legacy":
+        found += f.legacy_launches(legacy_plan, case.spec, case.world_size)
+    for record in found:
+        values = [v for v in vars(record).values() if not isinstance(v, (str, dict, tuple))]
+        assert {*map(type, values), *(type(v) for _, v in getattr(record, "arguments", ()))} == {int}, record
+
+
 def legacy_hands_over(f, case):
     """To NCCL above the limit, and never when determinism was asked for."""
     _, plan = legacy(f, case)
@@ -380,7 +471,7 @@ def legacy_hands_over(f, case):
         above = next(band for band in case.legacy if case.nbytes <= band.up_to).algorithm == "nccl"
     assert plan.path == ("torch.distributed" if above and not case.deterministic else "legacy")
     if plan.path == "torch.distributed":
-        assert plan.chunk == case.numel
+        assert plan.chunk == case.numel and plan.algorithm == "nccl"
 
 
 def legacy_takes_its_band(f, case):
@@ -434,9 +525,10 @@ def check_buffers(plan, found):
 
 PROPERTIES = [
     v2_regions_apart, v2_aligned, v2_inside_the_slots, v2_covers, v2_whole_packets, v2_stream_ends_well,
-    v2_stream_is_resident, v2_stream_buffers, v2_guards_pair_up, v2_blocks, v2_few_blocks, v2_known_kernel, v2_never_goes_back,
-    v2_splits_no_more_than_it_must, v2_takes_its_band, v2_repeats,
+    v2_stream_is_resident, v2_equal_launches, v2_stream_buffers, v2_guards_pair_up, v2_blocks, v2_few_blocks, v2_known_kernel, v2_never_goes_back,
+    v2_splits_no_more_than_it_must, v2_takes_its_band, v2_uses_its_memory, v2_repeats,
     legacy_regions_apart, legacy_aligned, legacy_launches_fit, legacy_hands_over, legacy_takes_its_band, legacy_repeats,
+    legacy_covers, legacy_uses_its_memory, legacy_takes_one_shot_while_it_is_small, whole_numbers,
 ]  # fmt: skip
 
 
@@ -490,6 +582,10 @@ def on_launches(change):
         return [change(plan, piece) for piece in REAL.launches(plan, *rest)]
 
     return replaced("launches", changed)
+
+
+def on_legacy_launches(change):
+    return replaced("legacy_launches", lambda *args: [change(piece) for piece in REAL.legacy_launches(*args)])
 
 
 def on_regions(*names, **changes):
@@ -608,6 +704,7 @@ MUTANTS = [
     (v2_whole_packets, "launches of odd length", mutant("v2_plan", on_plan(chunk=lambda c: max(1, c - 1)))),
     (v2_stream_ends_well, "as few launches as possible", replaced("v2_plan", deaf_to_the_stream)),
     (v2_stream_is_resident, "launches as large as the slots allow", replaced("v2_plan", lambda *args: deaf_to_the_stream(*args, most=NEVER))),
+    (v2_equal_launches, "all that there is room for, and the rest", replaced("v2_plan", deaf_to_the_stream)),
     (v2_stream_buffers, "always in one direction", on_buffers(lambda n, i, scatter, gather: ((2, 0, 3)[i % 3], gather))),
     (v2_stream_buffers, "in the other direction", on_buffers(lambda n, i, scatter, gather: (
         (2, 3, 0)[i % 3] if n % 3 == 0 else (2, 0, 3)[i % 3], gather))),
@@ -647,6 +744,9 @@ MUTANTS = [
     (v2_takes_its_band, "straight to the last band", replaced("v2_plan", straight_to_the_last_band)),
     (v2_takes_its_band, "blocks of the last band", replaced("v2_plan", lambda spec, n, bands, layout: replace(
         nvlink.make_plan(spec, n, bands, layout), block=bands[-1].block))),
+    (v2_uses_its_memory, "a block's slots less", mutant("v2_layout", on_regions(capacity=lambda c: c - 512 if c > 512 else c))),
+    (v2_uses_its_memory, "the last one has a half, too", replaced("v2_layout", lambda n, staging, *rest: nvlink.make_layout(
+        n, staging // 2, *rest))),
     (v2_repeats, "a counter in the grid", drifting("v2_plan")),
     (legacy_regions_apart, "a block too many", mutant("legacy_layout", on_regions(capacity=lambda c: c + BLOCK_BYTES))),
     (legacy_regions_apart, "regions at one place", mutant("legacy_layout", on_regions(offset=lambda o: 0))),
@@ -665,6 +765,15 @@ MUTANTS = [
      replaced("legacy_plan", lambda spec, n, limits, *more: p2p.make_plan(
          spec, n, replace(limits, two_shot_from=limits.two_shot_from + 512), *more))),
     (legacy_repeats, "a counter in the grid", drifting("legacy_plan")),
+    (legacy_covers, "no guard", on_legacy_launches(lambda piece: replace(piece, grid=piece.grid - 1))),
+    (legacy_covers, "a program too many", on_legacy_launches(lambda piece: replace(piece, grid=piece.grid + 1))),
+    (legacy_covers, "an element forgotten", on_legacy_launches(lambda piece: replace(piece, numel=max(1, piece.numel - 1)))),
+    (legacy_covers, "parts of half blocks", on_legacy_launches(lambda piece: tell(piece, part=told(piece, "part")[0] // 2))),
+    (legacy_uses_its_memory, "half of it", replaced("legacy_layout", lambda n, staging: p2p.make_layout(n, staging // 2))),
+    (legacy_takes_one_shot_while_it_is_small, "never", replaced("legacy_plan", lambda spec, n, limits, layout, *_: p2p.plan_of(
+        "legacy_two_shot", spec, n, layout))),
+    (whole_numbers, "a grid that was divided", mutant("v2_plan", on_plan(grid=float))),
+    (whole_numbers, "parts that were divided", on_legacy_launches(lambda piece: tell(piece, part=told(piece, "part")[0] / 1))),
 ]  # fmt: skip
 
 
@@ -727,6 +836,56 @@ def test_default_staging_suffices(world_size):
         assert (plan.algorithm, plan.block) == (band.algorithm, band.block)
 
 
+def test_a_table_that_breaks_a_rule_is_told_which_and_where():
+    """``tests/cli/test_tune.py`` has them all; here what is said, and the sizes at which a rule begins."""
+
+    def entry(up_to, algorithm="one_shot", block=64):
+        return {"up_to": up_to, "algorithm": algorithm, "block": block}
+
+    order = "one_shot, two_shot, two_shot_stream"
+    for value, told in (
+        ([entry(NEVER), entry(None)], f"band 0 ends at {NEVER}: expected growing whole bytes, and null in the last band"),
+        ([entry(4096), entry(4096), entry(None)], "band 1 ends at 4096: expected growing"),
+        ([entry(None, "two")], f"band 0: algorithm 'two' is none of {order}"),
+        ([entry(8), entry(16, "two_shot"), entry(None)], f"band 2: one_shot after two_shot: expected the order {order}"),
+        (
+            [entry(8), entry(1 << 20, "two_shot"), entry(1 << 21, "two_shot_stream"), entry(None)],
+            f"band 3: one_shot after two_shot_stream: expected the order {order}",
+        ),
+        (
+            [entry(65_535), entry(None, "two_shot_stream")],
+            "band 1: two_shot_stream from 65535 bytes on: it takes messages above 65536",
+        ),
+        ([entry(None, block=33)], "band 0: blocks of 33 threads: expected one of (32, 64, 128, 256, 512)"),
+    ):
+        with pytest.raises(ValueError, match="^" + re.escape(told)):
+            V2.bands_from_json(4, value)
+    assert [band.up_to for band in V2.bands_from_json(4, [entry(65_536), entry(None, "two_shot_stream")])] == [65_536, NEVER]
+    assert [band.up_to for band in V2.bands_from_json(4, [entry(NEVER - 1), entry(None)])] == [NEVER - 1, NEVER]
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+@pytest.mark.parametrize("nvlink", [False, True])
+def test_nccl_takes_what_is_larger_than_the_limit_and_no_less(world_size, nvlink):
+    """The same for two-shot, which begins at its size."""
+    table, layout = P2P_TABLES[world_size], p2p.make_layout(world_size, 1 << 30)
+    limits = p2p.make_limits(world_size, nvlink)
+    limit = min(table.nvlink_limit if nvlink else table.pcie_limit, 1 << 30)
+    for nbytes in (limit - 4, limit, limit + 4):
+        plan = p2p.make_plan(all_reduce("float32", nbytes // 4), world_size, limits, layout, True)
+        above = nbytes > (table.nvlink_limit if nvlink else table.pcie_limit)
+        assert plan.path == ("torch.distributed" if above else "legacy")
+        assert not above or (plan.algorithm, plan.grid, plan.block, plan.chunk) == (
+            "nccl",
+            0,
+            0,
+            nbytes // 4,
+        )  # no kernel of ours
+    for nbytes, small in ((table.two_shot_from - 4, True), (table.two_shot_from, False), (table.two_shot_from + 4, False)):
+        plan = p2p.make_plan(all_reduce("float32", nbytes // 4), world_size, limits, layout, False)
+        assert plan.algorithm == ("legacy_one_shot" if small else "legacy_two_shot")
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("world_size", WORLD_SIZES if os.environ.get("LONG") else (2, 5, 8))
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -753,6 +912,16 @@ def test_a_stream_can_always_end_well():
         for bands in (NVLINK_TABLES[world_size], tuple(Band(NEVER, name, 32) for name in nvlink_algorithms(world_size))):
             region = nvlink.make_layout(world_size, 4 << 20, bands).regions["two_shot_stream"]
             assert region.capacity >= 32 * WARP
+
+
+@pytest.mark.parametrize("world_size", [3, 8])
+@pytest.mark.parametrize("number", range(2, 12))
+def test_a_stream_is_cut_into_equal_launches(world_size, number):
+    """As few as there is room for, and one more where these would be 1 modulo 3."""
+    case = case_of(world_size, "float32", number * RESIDENT * world_size * 4, staging_mb=1024)
+    _, plan, found = launches(REAL, case)
+    assert plan.algorithm == "two_shot_stream" and len(found) == (number + 1 if number % 3 == 1 else number)
+    v2_equal_launches(REAL, case)
 
 
 def test_too_few_elements_for_a_stream_are_refused():

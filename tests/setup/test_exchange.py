@@ -1,0 +1,258 @@
+"""Promises of the exchange, each between ranks that are forked: a real gloo, in tenths of a second."""
+
+from __future__ import annotations
+
+import gc
+import struct
+import time
+
+import pytest
+
+torch = pytest.importorskip("torch")
+dist = pytest.importorskip("torch.distributed")
+
+from helpers.forked import DIED, ranks  # noqa: E402
+
+from allreduce_jit.errors import AllReduceError, PeerTimeoutError  # noqa: E402
+from allreduce_jit.setup import exchange  # noqa: E402
+from allreduce_jit.setup.exchange import all_gather_fields, all_gather_json, missing  # noqa: E402
+
+FIRST = 16 << 10  # bytes of the first message, 8 of which are the length
+TAG = 0x0A11
+
+
+def outcome(call, *args):
+    """What came of it, how long it took, and whom an error names."""
+    started = time.monotonic()
+    try:
+        result, named = call(*args), None
+    except AllReduceError as e:
+        result, named = f"{type(e).__name__}: {e}", getattr(e, "ranks", None)
+    return {"result": result, "ranks": named, "took": time.monotonic() - started}
+
+
+def of_sizes(rank):
+    found = []
+    for size in (0, FIRST - 11, FIRST - 10, FIRST - 9, 3 * FIRST):  # what JSON makes of a text is longer by its quotes
+        texts = [f"{size}" * 2, "x" * size, [rank, ("a", None)]]
+        found.append(all_gather_json(None, texts[rank]) == ["00" if not size else f"{size}" * 2, "x" * size, [2, ["a", None]]])
+    return found
+
+
+def test_all_payloads_in_rank_order_of_any_size(tmp_path):
+    assert ranks(tmp_path, 3, of_sizes) == [[True] * 5] * 3
+
+
+def in_a_subgroup(rank):
+    """Ranks of the group, not of the job: 2 and 0 of three."""
+    pair = dist.new_group([0, 2], backend="gloo")
+    return outcome(all_gather_json, pair, f"global {rank}")["result"] if rank != 1 else None
+
+
+def test_ranks_are_those_of_the_group(tmp_path):
+    assert ranks(tmp_path, 3, in_a_subgroup) == [["global 0", "global 2"], None, ["global 0", "global 2"]]
+
+
+def with_a_missing_rank(rank, absent, timeout_s, stays):
+    """``absent`` takes no part: it is there, or gone."""
+    if rank == absent:
+        time.sleep(4.0 if stays else 0.0)
+        return None
+    return outcome(all_gather_json, None, rank, timeout_s)
+
+
+@pytest.mark.parametrize("absent", [0, 1, 2])
+def test_who_does_not_answer_in_time_is_named_and_nobody_else(tmp_path, absent):
+    for rank, found in enumerate(ranks(tmp_path, 3, with_a_missing_rank, absent, 1.0, True)):
+        if rank != absent:
+            assert found["ranks"] == (absent,), found
+            assert found["result"].startswith(
+                f"PeerTimeoutError: rank {rank} waited 1 s (ALLREDUCE_JIT_SETUP_TIMEOUT) for rank {absent} "
+            )
+            assert "cannot be used any more: start again with a new one" in found["result"]
+            assert 0.9 < found["took"] < 3.5
+
+
+def test_who_is_gone_is_named_at_once(tmp_path):
+    """Long before the time is up; a survivor that heard of it ends as well, so the others may name it, too."""
+    left = [found for found in ranks(tmp_path, 3, with_a_missing_rank, 1, 50.0, False) if found]
+    assert len(left) == 2 and any(found["ranks"] == (1,) for found in left), left
+    for found in left:
+        assert "PeerTimeoutError" in found["result"] and "lost the connection to rank" in found["result"] and found["took"] < 20
+
+
+def late(rank, timeout_s, seconds):
+    if rank == 1:
+        time.sleep(seconds)
+    return outcome(all_gather_json, None, f"of {rank}", timeout_s)
+
+
+def test_a_rank_that_is_late_is_waited_for(tmp_path):
+    for limit in (20.0, 0):  # 0: for ever
+        folder = tmp_path / f"{limit}"
+        folder.mkdir()
+        assert [found["result"] for found in ranks(folder, 2, late, limit, 0.7)] == [["of 0", "of 1"]] * 2
+
+
+def among_strangers(rank, length, body):
+    """Rank 1 speaks no protocol of ours: a length, and whatever it is of."""
+    if rank == 0:
+        return outcome(all_gather_json, None, "mine", 5.0)
+    block = (struct.pack("<q", length) + body).ljust(FIRST, b"\0")
+    dist.send(torch.frombuffer(bytearray(block), dtype=torch.uint8), 0, tag=TAG)
+    dist.recv(torch.empty(FIRST, dtype=torch.uint8), 0, tag=TAG)
+    time.sleep(0.3)
+    return None
+
+
+@pytest.mark.parametrize(
+    "length, body, told",
+    [
+        (-1, b"", "sent no exchange of this package (a length of -1)"),
+        (1 << 62, b"", "sent no exchange of this package (a length of 4611686018427387904)"),
+        ((1 << 30) + 1, b"", "sent no exchange of this package (a length of 1073741825)"),
+        (0, b"", "handed in no JSON value"),
+        (5, b"what?", "sent 5 bytes that are no JSON"),
+        (4, b"\xff\xfe\xfd\xfc", "sent 4 bytes that are no JSON"),
+    ],
+)
+def test_what_is_no_exchange_of_ours_is_refused_and_its_sender_named(tmp_path, length, body, told):
+    found = ranks(tmp_path, 2, among_strangers, length, body)[0]
+    assert found["result"].startswith(f"InputError: rank 1 of the group {told}"), found
+
+
+def of_a_stranger_and_a_friend(rank, folder):
+    """Rank 0 refuses what rank 1 sends; rank 2, which comes after that, still gets what rank 0 had sent."""
+    if rank == 0:
+        found = outcome(all_gather_json, None, "of 0", 20.0)["result"]
+        gc.collect()
+        (folder / "refused").touch()
+        wait_for(folder / "got")
+        return found
+    if rank == 1:
+        return among_strangers_to_all(folder)
+    block = torch.empty(FIRST, dtype=torch.uint8)
+    dist.send(torch.frombuffer(bytearray((struct.pack("<q", 3) + b'"2"').ljust(FIRST, b"\0")), dtype=torch.uint8), 0, tag=TAG)
+    wait_for(folder / "refused")
+    dist.recv(block, 0, tag=TAG)
+    (folder / "got").touch()
+    return bytes(block.numpy()[8:14])
+
+
+def among_strangers_to_all(folder):
+    dist.send(torch.frombuffer(bytearray(struct.pack("<q", -7).ljust(FIRST, b"\0")), dtype=torch.uint8), 0, tag=TAG)
+    wait_for(folder / "got")
+
+
+def test_what_was_sent_before_a_refusal_still_arrives(tmp_path):
+    first, _, third = ranks(tmp_path, 3, of_a_stranger_and_a_friend, tmp_path)
+    assert first == "InputError: rank 1 of the group sent no exchange of this package (a length of -7)" and third == b'"of 0"'
+
+
+def of_no_json(rank):
+    """Rank 1's payload is none; all must hear of it, and the group is as good as before."""
+    first = outcome(all_gather_json, None, {1} if rank == 1 else 1)
+    with torch.inference_mode():
+        inside = all_gather_json(None, rank)
+    return first["result"], inside
+
+
+def test_a_payload_that_is_no_json_fails_everywhere_and_the_group_goes_on(tmp_path):
+    told = "InputError: rank 1 of the group handed in no JSON value"
+    assert ranks(tmp_path, 3, of_no_json) == [(told, [0, 1, 2])] * 3
+
+
+def of_fields_in_time(rank, absent):
+    """In a group of ranks 0 and 1 alone, of which one does not come."""
+    pair = dist.new_group([0, 1], backend="gloo")
+    if rank == absent:
+        time.sleep(3.0)
+        return None
+    return outcome(all_gather_fields, pair, {"a": rank}, 0.5) if rank < 2 else None
+
+
+def test_objects_too_are_of_a_group_and_have_a_deadline(tmp_path):
+    first, _, third = ranks(tmp_path, 3, of_fields_in_time, 1)
+    assert first["ranks"] == (1,) and first["took"] < 2.5 and third is None
+    assert "waited 0.5 s" in first["result"]
+
+
+def of_fields(rank):
+    alike = all_gather_fields(None, {"a": rank, "b": None}, 5.0)
+    other = outcome(all_gather_fields, None, {"a": rank} if rank == 1 else {"a": rank, "b": None}, 5.0)["result"]
+    if rank == 1:
+        all_gather_json(None, ["a", "b"], 5.0)
+        return alike, None, None
+    return alike, other, outcome(all_gather_fields, None, {"a": 0, "b": 1}, 5.0)["result"]
+
+
+def test_objects_with_other_fields_are_another_exchange(tmp_path):
+    for rank, (alike, *refused) in enumerate(ranks(tmp_path, 2, of_fields)):
+        assert alike == [{"a": 0, "b": None}, {"a": 1, "b": None}]
+        for text in refused if rank == 0 else []:
+            assert text.startswith("InputError: rank 1 takes part in another exchange than this one (a, b)"), text
+
+
+def gone_and_late(rank, folder):
+    """Rank 1 is gone; rank 2 comes once rank 0 has noticed that, whose process lives on."""
+    if rank == 1:
+        return None
+    if rank == 2:
+        wait_for(folder / "noticed")
+    found = outcome(all_gather_json, None, rank, 30.0)
+    gc.collect()
+    (folder / ("noticed" if rank == 0 else "both")).touch()
+    wait_for(folder / "both")
+    return found
+
+
+def wait_for(file):
+    while not file.exists():
+        time.sleep(0.005)
+
+
+def test_who_is_merely_late_is_not_blamed_for_one_that_is_gone_nor_blames_who_noticed(tmp_path):
+    first, _, second = ranks(tmp_path, 3, gone_and_late, tmp_path)
+    assert first["ranks"] == second["ranks"] == (1,), (first, second)
+    assert max(first["took"], second["took"]) < 20
+
+
+def alone(rank):
+    given = [exchange.require_group(None) is dist.group.WORLD, exchange.require_group(dist.group.WORLD) is dist.group.WORLD]
+    group = dist.new_group([0], backend="gloo")
+    found = all_gather_json(group, {"a": (1, 2)}), all_gather_json(None, "default")
+    dist.destroy_process_group(group)
+    return given, found, outcome(exchange.require_group, group)["result"], outcome(all_gather_json, None, {1})["result"]
+
+
+def test_one_rank_and_groups_that_are_gone(tmp_path):
+    given, found, destroyed, bad = ranks(tmp_path, 1, alone)[0]
+    assert given == [True, True] and found == ([{"a": [1, 2]}], ["default"])
+    assert destroyed == "InputError: the group is not known to torch.distributed: was it destroyed?"
+    assert bad == "InputError: rank 0 of the group handed in no JSON value"
+
+
+def test_who_is_missing_is_said():
+    problems = {2: RuntimeError("b"), 0: RuntimeError("a")}
+    error = missing(1, problems, None)
+    assert isinstance(error, PeerTimeoutError) and error.ranks == (0, 2) and error.__cause__ is problems[0]
+    assert str(error).startswith("rank 1 lost the connection to ranks 0, 2 while ranks were agreeing")
+    assert str(missing(0, {3: RuntimeError()}, 2.5)).startswith(
+        "rank 0 waited 2.5 s (ALLREDUCE_JIT_SETUP_TIMEOUT) for rank 3 while"
+    )
+    nobody = missing(0, {}, 1.0)
+    assert nobody.ranks == () and nobody.__cause__ is None and " for some rank while" in str(nobody)
+
+
+def test_the_answer_of_a_rank_that_died_is_told_apart(tmp_path):
+    """The stand-in's own promise."""
+
+    def work(rank):
+        import os
+
+        dist.barrier()
+        if rank == 1:
+            os._exit(3)
+        return rank
+
+    assert ranks(tmp_path, 2, work) == [0, DIED]
