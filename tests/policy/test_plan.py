@@ -356,13 +356,12 @@ def v2_uses_its_memory(f, case):
         step, buffers, shared = 512 * PACKETS.get(name, 1), BUFFERS[name], SHARED.get(name, 0)
         more, one = layout.regions[name].capacity + step, (n - 1) * PACKET
         largest = {user: max(band.up_to for band in bands if band.algorithm == user) for user in users}
-        if name == owners[-1] and list(layout.regions)[-1] == name:
-            largest[name] = NEVER
         needed = [
             min(-(-size // (PACKET * parts_of(user, n))), RESIDENT if user in STREAMS else NEVER)
             for user, size in largest.items()
         ]
         share = case.staging // (4 if parts_of(name, n) == 1 else 2)
+        assert more - 2 * step < max(needed), name  # nor is it a block larger than what is to fit
         assert (
             more - step >= max(needed)
             or not last
@@ -745,6 +744,8 @@ MUTANTS = [
     (v2_takes_its_band, "blocks of the last band", replaced("v2_plan", lambda spec, n, bands, layout: replace(
         nvlink.make_plan(spec, n, bands, layout), block=bands[-1].block))),
     (v2_uses_its_memory, "a block's slots less", mutant("v2_layout", on_regions(capacity=lambda c: c - 512 if c > 512 else c))),
+    (v2_uses_its_memory, "as if all messages were its", replaced("v2_layout", lambda n, staging, bands, max_ctas: nvlink.make_layout(
+        n, staging, [replace(band, up_to=NEVER) for band in bands], max_ctas))),
     (v2_uses_its_memory, "the last one has a half, too", replaced("v2_layout", lambda n, staging, *rest: nvlink.make_layout(
         n, staging // 2, *rest))),
     (v2_repeats, "a counter in the grid", drifting("v2_plan")),
@@ -922,6 +923,38 @@ def test_a_stream_is_cut_into_equal_launches(world_size, number):
     _, plan, found = launches(REAL, case)
     assert plan.algorithm == "two_shot_stream" and len(found) == (number + 1 if number % 3 == 1 else number)
     v2_equal_launches(REAL, case)
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+@pytest.mark.parametrize("max_ctas", [2, 3, 8, 64, 300])
+def test_of_few_blocks_all_have_something_to_do(world_size, max_ctas):
+    """The algorithm and the smallest block whose launch of ``max_ctas`` blocks, the guard's one of them, holds a message."""
+    bands = nvlink.make_bands(world_size, max_ctas)
+    names = nvlink_algorithms(world_size, few_sms=True)
+    holds = {
+        (name, block): (max_ctas - 1) * block * PACKETS.get(name, 1) * PACKET * parts_of(name, world_size)
+        for name in names
+        for block in BLOCKS
+    }
+    assert [band.up_to for band in bands] == sorted({band.up_to for band in bands}) and bands[-1].up_to == NEVER
+    for edge in holds.values():
+        for nbytes in (edge - 1, edge, edge + 1):
+            band = next(band for band in bands if nbytes <= band.up_to)
+            wanted = next((one for one in holds if nbytes <= holds[one]), (names[-1], BLOCKS[-1]))
+            assert (band.algorithm, band.block) == wanted, nbytes
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_one_shot_of_legacy_ends_where_its_slots_do(world_size):
+    layout = p2p.make_layout(world_size, 4 << 20)
+    capacity = layout.regions["legacy_one_shot"].capacity
+    assert capacity < P2P_TABLES[world_size].two_shot_from or world_size > 5
+    for nbytes in (min(capacity, P2P_TABLES[world_size].two_shot_from - 4), capacity + 4):
+        plan = p2p.make_plan(all_reduce("float32", nbytes // 4), world_size, layout, True, False)
+        assert plan.algorithm == ("legacy_one_shot" if nbytes <= capacity else "legacy_two_shot")
+    for dtype, itemsize in ITEMSIZE.items():  # as while it is verified: several launches, of whole elements
+        plan = p2p.plan_of("legacy_one_shot", all_reduce(dtype, capacity), world_size, layout)
+        assert plan.chunk == capacity // itemsize and type(plan.chunk) is int and plan.grid * BLOCK_BYTES == capacity
 
 
 def test_too_few_elements_for_a_stream_are_refused():

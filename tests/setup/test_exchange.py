@@ -25,10 +25,10 @@ def outcome(call, *args):
     """What came of it, how long it took, and whom an error names."""
     started = time.monotonic()
     try:
-        result, named = call(*args), None
+        result, named, cause = call(*args), None, None
     except AllReduceError as e:
-        result, named = f"{type(e).__name__}: {e}", getattr(e, "ranks", None)
-    return {"result": result, "ranks": named, "took": time.monotonic() - started}
+        result, named, cause = f"{type(e).__name__}: {e}", getattr(e, "ranks", None), type(e.__cause__)
+    return {"result": result, "ranks": named, "cause": cause, "took": time.monotonic() - started}
 
 
 def of_sizes(rank):
@@ -70,7 +70,19 @@ def test_who_does_not_answer_in_time_is_named_and_nobody_else(tmp_path, absent):
                 f"PeerTimeoutError: rank {rank} waited 1 s (ALLREDUCE_JIT_SETUP_TIMEOUT) for rank {absent} "
             )
             assert "cannot be used any more: start again with a new one" in found["result"]
-            assert 0.9 < found["took"] < 3.5
+            assert 0.9 < found["took"] < 3.5 and issubclass(found["cause"], RuntimeError)
+
+
+def alone_in_a_group_of_four(rank):
+    if rank:
+        time.sleep(4.0)
+        return None
+    return outcome(all_gather_json, None, rank, 0.5)
+
+
+def test_nobody_waits_longer_than_the_deadline_however_many_are_missing(tmp_path):
+    found = ranks(tmp_path, 4, alone_in_a_group_of_four)[0]
+    assert found["ranks"] == (1, 2, 3) and 0.4 < found["took"] < 2.5
 
 
 def test_who_is_gone_is_named_at_once(tmp_path):
@@ -78,6 +90,7 @@ def test_who_is_gone_is_named_at_once(tmp_path):
     left = [found for found in ranks(tmp_path, 3, with_a_missing_rank, 1, 50.0, False) if found]
     assert len(left) == 2 and any(found["ranks"] == (1,) for found in left), left
     for found in left:
+        assert issubclass(found["cause"], RuntimeError)  # what torch said of it
         assert "PeerTimeoutError" in found["result"] and "lost the connection to rank" in found["result"] and found["took"] < 20
 
 
@@ -152,14 +165,18 @@ def test_what_was_sent_before_a_refusal_still_arrives(tmp_path):
 def of_no_json(rank):
     """Rank 1's payload is none; all must hear of it, and the group is as good as before."""
     first = outcome(all_gather_json, None, {1} if rank == 1 else 1)
+    seen, real = [], (dist.isend, dist.irecv)
+    dist.isend, dist.irecv = (
+        lambda tensor, _call=call, **where: seen.append(tensor.is_inference()) or _call(tensor, **where) for call in real
+    )
     with torch.inference_mode():
         inside = all_gather_json(None, rank)
-    return first["result"], inside
+    return first["result"], inside, set(seen)
 
 
 def test_a_payload_that_is_no_json_fails_everywhere_and_the_group_goes_on(tmp_path):
     told = "InputError: rank 1 of the group handed in no JSON value"
-    assert ranks(tmp_path, 3, of_no_json) == [(told, [0, 1, 2])] * 3
+    assert ranks(tmp_path, 3, of_no_json) == [(told, [0, 1, 2], {False})] * 3  # nor does an inference tensor reach gloo's threads
 
 
 def of_fields_in_time(rank, absent):
@@ -215,6 +232,40 @@ def test_who_is_merely_late_is_not_blamed_for_one_that_is_gone_nor_blames_who_no
     first, _, second = ranks(tmp_path, 3, gone_and_late, tmp_path)
     assert first["ranks"] == second["ranks"] == (1,), (first, second)
     assert max(first["took"], second["took"]) < 20
+
+
+def of_at_most(rank, size):
+    """As if 100 bytes were the most that a payload may have."""
+    exchange._MOST = 100
+    return outcome(all_gather_json, None, "x" * size)["result"]
+
+
+def test_the_largest_payload_is_one(tmp_path):
+    for size in (98, 99):  # and two quotes
+        (tmp_path / f"{size}").mkdir()
+        found = ranks(tmp_path / f"{size}", 2, of_at_most, size)
+        if size == 98:
+            assert found == [["x" * 98] * 2] * 2
+        else:
+            assert all("InputError" in text and "(a length of 101)" in text for text in found)
+
+
+def of_what_is_no_group(rank):
+    """The default group is a good one, the one that is handed in is not."""
+    other, real = dist.new_group([0], backend="gloo"), dist.get_backend_config
+    dist.get_backend_config = lambda group: "cuda:other" if group is other else real(group)
+    return [
+        outcome(call, group, *rest)["result"]
+        for call, *rest in ((exchange.require_cpu_group,), (all_gather_json, 1))
+        for group in (3, other)
+    ]
+
+
+def test_the_group_that_is_handed_in_is_the_one_that_is_judged(tmp_path):
+    found = ranks(tmp_path, 1, of_what_is_no_group)[0]
+    no_group = "InputTypeError: group must be a torch.distributed process group, not int"
+    no_cpu = "InputError: group must not be a group without a CPU backend (cuda:other): pass a gloo group of the same ranks"
+    assert found[::2] == [no_group] * 2 and all(text.startswith(no_cpu) for text in found[1::2])
 
 
 def alone(rank):
