@@ -362,6 +362,7 @@ def v2_uses_its_memory(f, case):
         ]
         share = case.staging // (4 if parts_of(name, n) == 1 else 2)
         assert more - 2 * step < max(needed), name  # nor is it a block larger than what is to fit
+        assert last or (more - step) * buffers * one <= share, name
         assert (
             more - step >= max(needed)
             or not last
