@@ -120,7 +120,7 @@ def _steps(tunable: Tunable, world_size: int, staging_bytes: int) -> dict[str, l
 
 
 def derive(tunable: Tunable, world_size: int, times: Mapping[int, Mapping[Choice, float]]) -> AnyBands:
-    """AnyBands out of the µs of every choice at every size in bytes.
+    """Bands out of the µs of every choice at every size in bytes.
 
     The cheapest way through the sizes (Viterbi's algorithm), never back to the algorithm of smaller messages: first
     of all least time lost beyond ``MARGIN``, then fewest bands, then least time. Edges lie at the geometric middle.

@@ -103,7 +103,7 @@ def tables_to_json(tables: Mapping[str, AnyBands]) -> dict[str, Any]:
 
 
 def tables_from_json(tunable: Tunable, world_size: int, value: object) -> dict[str, AnyBands]:
-    """AnyBands per dtype. Raises ``ValueError`` unless all dtypes are there and all bands keep the rules."""
+    """Bands per dtype. Raises ``ValueError`` unless all dtypes are there and all bands keep the rules."""
     if not isinstance(value, dict) or value.keys() != DTYPES.keys():
         raise ValueError(f"expected tables for {', '.join(DTYPES)}")
     return {dtype: tunable.bands_from_json(world_size, bands) for dtype, bands in value.items()}

@@ -48,6 +48,6 @@ extern "C" __global__ void __launch_bounds__(512) floor_both(const __grid_consta
             const Packet p = ld_relaxed_sys_v4(from + u64(i) * 16);
             seen |= p.w[0] & p.w[1] & p.w[2] & p.w[3];
         }
-    // Never: no packet is all ones. But ptxas drops loads whose values lead to no store, volatile or not.
+    // Never: no packet is all ones. But ptxas drops loads whose values lead to no store, whatever the source says.
     if (seen == ~0u) st_relaxed_gpu_u32(a.state + offsetof(FloorState, expired), a.rank + 1);
 }

@@ -951,7 +951,7 @@ def test_one_shot_of_legacy_ends_where_its_slots_do(world_size):
     capacity = layout.regions["legacy_one_shot"].capacity
     assert capacity < P2P_TABLES[world_size].two_shot_from or world_size > 5
     for nbytes in (min(capacity, P2P_TABLES[world_size].two_shot_from - 4), capacity + 4):
-        plan = p2p.make_plan(all_reduce("float32", nbytes // 4), world_size, layout, True, False)
+        plan = p2p.make_plan(all_reduce("float32", nbytes // 4), world_size, p2p.make_limits(world_size, True), layout, False)
         assert plan.algorithm == ("legacy_one_shot" if nbytes <= capacity else "legacy_two_shot")
     for dtype, itemsize in ITEMSIZE.items():  # as while it is verified: several launches, of whole elements
         plan = p2p.plan_of("legacy_one_shot", all_reduce(dtype, capacity), world_size, layout)

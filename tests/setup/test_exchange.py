@@ -11,7 +11,7 @@ import pytest
 torch = pytest.importorskip("torch")
 dist = pytest.importorskip("torch.distributed")
 
-from helpers.forked import DIED, ranks  # noqa: E402
+from helpers.forked_ranks import DIED, ranks  # noqa: E402
 
 from allreduce_jit.errors import AllReduceError, PeerTimeoutError  # noqa: E402
 from allreduce_jit.setup import exchange  # noqa: E402
