@@ -192,8 +192,10 @@ def test_no_test_file_imports_another():
     for path in ours:
         if path.name == "mutant_checks.py":
             continue
-        found = {part for name in imported(path) for part in name.split(".")}
-        assert not found & (names | {"helpers"} if path.is_relative_to(ROOT / "tools") else tests), path
+        if path.is_relative_to(ROOT / "tools"):  # other packages may name their modules as they like
+            assert not {name.split(".")[0] for name in imported(path)} & (names | {"helpers", "tests"}), path
+        else:
+            assert not {part for name in imported(path) for part in name.split(".")} & tests, path
 
 
 def test_no_two_files_of_tests_and_tools_have_one_name():
