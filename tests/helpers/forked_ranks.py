@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import time
@@ -45,6 +46,7 @@ def ranks(folder: Any, count: int, work: Callable[..., Any], *args: Any, deadlin
 
 
 def _rank(pipe: Any, store: str, rank: int, count: int, work: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    gc.freeze()  # what earlier tests left behind may have threads, which this process has not
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     try:
         where = dist.FileStore(store, count)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import errno
+import gc
 import hashlib
 import io
 import itertools
@@ -87,6 +88,7 @@ def killed_at(k, work):
     """Whether a child that runs ``work`` lived to be killed at its ``k``-th step."""
     pid = os.fork()
     if pid == 0:
+        gc.freeze()  # what earlier tests left behind may have threads, which this process has not
         code = 1
         try:
             at_step(k, lambda: os.kill(os.getpid(), signal.SIGKILL), work)

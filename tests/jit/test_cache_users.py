@@ -5,6 +5,7 @@ As root sets users up: each test's users are processes that gave root's rights a
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
@@ -33,6 +34,7 @@ def as_user(uid, work, umask=0o022):
     out, into = os.pipe()
     pid = os.fork()
     if pid == 0:
+        gc.freeze()  # what earlier tests left behind may have threads, which this process has not
         try:
             os.umask(umask)
             if uid:
