@@ -224,6 +224,7 @@ class KernelEngine:
 
     def close(self) -> None:
         """Free everything. No kernel of this engine may be in flight, no graph with one replayed again."""
+        self._stopped = True  # first: a call in C reads the report, whose memory goes
         allocated = [vars(self).pop(name, None) for name in ("state", "memory", "side", "_streams")]
         with contextlib.ExitStack() as stack:  # which calls the last one first
             for part in (*allocated, self._graph_cache):

@@ -8,11 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers.cubins import PARAMETERS_AT, compile_one, entries_of, needs_nvrtc, nvrtc_archs, opcodes, resources
+from helpers.cubins import PARAMETERS_AT, compile_one, compile_with, entries_of, needs_nvrtc, nvrtc_archs, opcodes, resources
 
 from allreduce_jit.abi import FLAG_STRIDE, FloorArgs
 from allreduce_jit.bench import speed_of_light as floor
-from allreduce_jit.jit import compiler
 from allreduce_jit.paths import Path
 from allreduce_jit.policy.catalogue import WORLD_SIZES, nvlink_modules
 
@@ -128,10 +127,6 @@ def test_machine_code(tmp_path, world_size):
     ],
 )
 def test_the_check_sees_a_planted_mistake(monkeypatch, tmp_path, instruction, mistake):
-    spec = floor.module(4)
-    source = compiler._cuda_source(spec)
-    assert instruction in source
-    monkeypatch.setattr(compiler, "_cuda_source", lambda spec: source.replace(instruction, mistake))
-    code = opcodes(tmp_path, compile_one(spec, "sm_90"))
+    code = opcodes(tmp_path, compile_with(monkeypatch, floor.module(4), instruction, mistake))
     with pytest.raises((AssertionError, ValueError)):
         check(code, 4)

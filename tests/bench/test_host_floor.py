@@ -5,10 +5,9 @@ from __future__ import annotations
 import re
 
 import pytest
-from helpers.cubins import compile_one, entries_of, needs_nvrtc, nvrtc_archs, opcodes, resources
+from helpers.cubins import compile_one, compile_with, entries_of, needs_nvrtc, nvrtc_archs, opcodes, resources
 
 from allreduce_jit.bench import host_floor as floor
-from allreduce_jit.jit import compiler
 from allreduce_jit.policy.catalogue import WORLD_SIZES
 
 MEASURED = floor.HostFloor(flag_us=2.4, packets_us=(2.5, 2.7, 3.2, 4.8, 11.6, 36.6), both_gbs=42.2)
@@ -62,19 +61,13 @@ def test_machine_code(tmp_path):
 @pytest.mark.parametrize(
     ("text", "mistake"),
     [
-        (
-            "if (seen == ~0u) st_relaxed_gpu_u32",
-            "if (false) st_relaxed_gpu_u32",
-        ),  # ptxas drops the loads, and stores are all that is timed
+        # ptxas drops the loads, and stores are all that is timed.
+        ("if (seen == ~0u) st_relaxed_gpu_u32", "if (false) st_relaxed_gpu_u32"),
         ("st.relaxed.sys.global.v4", "st.global.v4"),
         ("ld.relaxed.sys.global.v4", "ld.acquire.sys.global.v4"),  # a fence for every packet
     ],
 )
 def test_the_check_sees_a_planted_mistake(monkeypatch, tmp_path, text, mistake):
-    spec = floor.module(2)
-    source = compiler._cuda_source(spec)
-    assert text in source
-    monkeypatch.setattr(compiler, "_cuda_source", lambda spec: source.replace(text, mistake))
-    code = opcodes(tmp_path, compile_one(spec, "sm_90"))
+    code = opcodes(tmp_path, compile_with(monkeypatch, floor.module(2), text, mistake))
     with pytest.raises(AssertionError):
         check(code)

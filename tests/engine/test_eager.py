@@ -21,6 +21,7 @@ pytest.importorskip("cuda.bindings.driver")
 
 from allreduce_jit.abi import Args
 from allreduce_jit.engine import driver, eager
+from allreduce_jit.engine.base import KernelEngine
 from allreduce_jit.engine.driver import KernelLaunch
 from allreduce_jit.engine.prepared import PreparedCall, binding
 from allreduce_jit.errors import AllReduceError
@@ -290,6 +291,14 @@ PROMISES = [
 @pytest.mark.parametrize("promise", PROMISES, ids=lambda promise: promise.__name__)
 def test_promise(monkeypatch, promise):
     promise(monkeypatch, None)
+
+
+def test_an_engine_that_is_closed_is_stopped_before_its_memory_goes():
+    engine = KernelEngine.__new__(KernelEngine)
+    seen, state = [], SimpleNamespace(close=lambda: seen.append(engine._stopped))
+    engine._stopped, engine._graph_cache, engine.state = False, SimpleNamespace(close=lambda: None), state
+    engine.close()
+    assert seen == [True]
 
 
 @needs_extension

@@ -32,6 +32,14 @@ def compile_one(spec, arch):
     return build(spec, arch, KernelCache(None))[0]
 
 
+def compile_with(monkeypatch, spec, text, mistake, arch="sm_90"):
+    """``spec`` out of a source that has ``mistake`` in the place of ``text``."""
+    source = compiler._cuda_source(spec)
+    assert text in source
+    monkeypatch.setattr(compiler, "_cuda_source", lambda spec: source.replace(text, mistake))
+    return compile_one(spec, arch)
+
+
 def nvrtc_archs():
     from cuda.bindings import nvrtc
 

@@ -27,6 +27,7 @@ from helpers.cubins import (
     PARAMETERS_AT,
     available,
     compile_one,
+    compile_with,
     entries_of,
     needs_nvrtc,
     needs_triton,
@@ -193,10 +194,7 @@ def check_memory_accesses(ops):
 )
 def test_the_check_sees_a_planted_mistake(monkeypatch, tmp_path, algorithm, instruction, mistake):
     spec = cuda_module(algorithm, 4)
-    source = compiler._cuda_source(spec)
-    assert instruction in source
-    monkeypatch.setattr(compiler, "_cuda_source", lambda spec: source.replace(instruction, mistake))
-    artifact = compile_one(spec, "sm_90")
+    artifact = compile_with(monkeypatch, spec, instruction, mistake)
     with pytest.raises(AssertionError):
         check_module(tmp_path, spec, artifact)
 

@@ -7,10 +7,9 @@ import os
 import re
 
 import pytest
-from helpers.cubins import PARAMETERS_AT, compile_one, entries_of, needs_nvrtc, nvrtc_archs, opcodes, resources
+from helpers.cubins import PARAMETERS_AT, compile_one, compile_with, entries_of, needs_nvrtc, nvrtc_archs, opcodes, resources
 
 from allreduce_jit.abi import Args
-from allreduce_jit.jit import compiler
 from allreduce_jit.policy.catalogue import HOST_ALGORITHMS, WORLD_SIZES, entry, host_algorithms, host_module
 from allreduce_jit.policy.operation import DTYPES, ITEMSIZE
 
@@ -86,11 +85,7 @@ def check_kernel(ops, what, world_size, elements, arch):
     ],
 )
 def test_the_check_sees_a_planted_mistake(monkeypatch, tmp_path, algorithm, instruction, mistake):
-    spec = host_module(algorithm, 2)
-    source = compiler._cuda_source(spec)
-    assert instruction in source
-    monkeypatch.setattr(compiler, "_cuda_source", lambda spec: source.replace(instruction, mistake))
-    artifact = compile_one(spec, "sm_90")
+    artifact = compile_with(monkeypatch, host_module(algorithm, 2), instruction, mistake)
     with pytest.raises(AssertionError):
         check_module(tmp_path, algorithm, 2, artifact)
 
