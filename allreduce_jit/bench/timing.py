@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,10 +101,19 @@ def eager(place: Place, load: Workload, repetitions: int, warmup: int, barrier: 
 
 def record(load: Workload, capture: Callable[[], AbstractContextManager[Any]] = nullcontext) -> torch.cuda.CUDAGraph:
     """Capture one burst (CUDA only)."""
-    graph = torch.cuda.CUDAGraph()
-    with capture(), torch.cuda.graph(graph):
+    with captured(capture) as graph:
         load.burst()
     return graph
+
+
+@contextmanager
+def captured(capture: Callable[[], AbstractContextManager[Any]]) -> Iterator[torch.cuda.CUDAGraph]:
+    """A graph of what the block launches; nothing where a call has no elements, of which torch would warn."""
+    graph = torch.cuda.CUDAGraph()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The CUDA Graph is empty")
+        with capture(), torch.cuda.graph(graph):
+            yield graph
 
 
 def replays(

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ..bench import timing
 from ..bench.norm_calls import Given, NormKind, Results, has_e4m3, poison
 from ..engine import reference
 from ..harness import report
@@ -109,8 +110,8 @@ class NormChecker:
         yield "misaligned", {name: storage for name, (storage, _) in storages.items()}, right
 
     def _captured(self, kind: NormKind, rows: int, data: str) -> Iterator[_Check]:
-        x, given, graph = self._mine(kind, rows, data), self._given(kind, rows), torch.cuda.CUDAGraph()
-        with self.communicator.capture(), torch.cuda.graph(graph):
+        x, given = self._mine(kind, rows, data), self._given(kind, rows)
+        with timing.captured(self.communicator.capture) as graph:
             found = kind.named(kind.fused(self.communicator, x, given, {})())
         for replay in (1, 2):
             x.copy_(self._mine(kind, rows, data, replay))

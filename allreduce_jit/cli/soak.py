@@ -140,8 +140,8 @@ class _Soak:
         # The first call lines the ranks up; before it their hosts were apart.
         self.counts.latencies += [self.elapsed_us(*mark) for mark in marks[1:]]
         if self.graphs:
-            many, graph = self.burst(dice, MANY, 2 * number + 1), torch.cuda.CUDAGraph()
-            with self.communicator.capture(), torch.cuda.graph(graph):
+            many = self.burst(dice, MANY, 2 * number + 1)
+            with timing.captured(self.communicator.capture) as graph:
                 many.turn(self.plain)
             with self.series(many, "graph", REPLAYS):
                 for _ in range(REPLAYS):

@@ -141,7 +141,7 @@ def run(chosen: list[Mutant], args: argparse.Namespace, reasons: dict[str, str],
     def one(mutant: Mutant):
         if time.monotonic() > until:
             return
-        same = [check for check in mutant_checks.every_check(mutant) if args.known and check[0] == killers[mutant.id]]
+        same = [check for check in mutant_checks.every_check(mutant) if check[0] == killers.get(mutant.id)]
         verdict = mutant_checks.judge(mutant, objects, only=same) if same else None
         if verdict is None or verdict.outcome == mutant_checks.SURVIVED:
             verdict = mutant_checks.judge(mutant, objects, args.depth)

@@ -103,7 +103,7 @@ def test_verdicts(objects, monkeypatch, record_property):
     from mutant_checks import EQUIVALENT, INVALID, KILLED, QUICK, SURVIVED, judge
 
     wrong = find("packet.cuh", "acc[e] += x[e]", "operator swapped", "-=")
-    verdict = judge(wrong, objects, limit=150)
+    verdict = judge(wrong, objects)
     assert (verdict.outcome, verdict.how) == (KILLED, "bits"), verdict
 
     silent = find("failure.cuh", "&& before == 0; j++", "turn left out", "j + 1")
