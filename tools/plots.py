@@ -12,7 +12,7 @@ from allreduce_jit.bench.html import Series, _Scale, _ticks
 from allreduce_jit.harness.report import format_size
 
 BENCHMARKS = Path(__file__).parents[1] / "docs" / "benchmarks"
-ON_TWO = "2026-11-28-2xH200.json"
+ON_TWO = "2026-11-30-2xH200.json"
 BY_RANKS = {2: ON_TWO, 3: "2026-11-22-3xH200.json", 4: "2026-11-22-4xH200.json"}
 NORMS = "2026-11-29-2xH200-norms.json"
 NORM_RUN = "allreduce-jit bench --op add-rms-norm --gpus 2 --graph --peers nccl,torch_two_shot --json"

@@ -540,8 +540,8 @@ def bench(place):
     assert "ours / SoL" in bench_page.page([document]) and "xSoL" in table.render(document)
 
 
-def soaked(place):
-    """A round of a soak; its eager calls come again, so almost all of them are launched as graphs."""
+def soaked(place, in_c=False):
+    """A round of a soak; its eager calls come again, so almost all that are made in Python are launched as graphs."""
     launched = []
 
     class Noted(Graph):
@@ -556,7 +556,7 @@ def soaked(place):
     finally:
         replay.Graph = Graph
     assert ledger["ok"] and ledger["calls"]["graph"] > 0, ledger
-    assert len(launched) > 0.9 * ledger["calls"]["eager"], (len(launched), ledger["calls"])
+    assert in_c or len(launched) > 0.9 * ledger["calls"]["eager"], (len(launched), ledger["calls"])
 
 
 def plan_is_fastest(place, margin=0.15):

@@ -80,8 +80,10 @@ def test_ladder(n):
 
 
 @pytest.mark.parametrize("n", WORLDS)
-def test_bench_and_soak(n):
-    run(n, "floor", "missing_flag", "bench", "soaked")
+def test_bench_and_soak(n, monkeypatch):
+    run(n, "floor", "missing_flag", "bench", ("soaked", (True,)))
+    monkeypatch.setenv("ALLREDUCE_JIT_C_CALLS", "off")
+    run(n, "soaked")
 
 
 @pytest.mark.parametrize("n", WORLDS)

@@ -51,8 +51,10 @@ def test_host_without_dependent_launches(n, monkeypatch):
 
 
 @pytest.mark.parametrize("n", WORLDS)
-def test_host_bench_and_soak(n):
-    run(n, "bench", "soaked")
+def test_host_bench_and_soak(n, monkeypatch):
+    run(n, "bench", ("soaked", (True,)))
+    monkeypatch.setenv("ALLREDUCE_JIT_C_CALLS", "off")
+    run(n, "soaked")
 
 
 @pytest.mark.parametrize("n", WORLDS)
