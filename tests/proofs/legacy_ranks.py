@@ -114,10 +114,10 @@ class Outcome:
 
 
 class Stage:
-    """The process that plays scenarios. After a hang it is replaced."""
+    """The process that plays scenarios. After a hang it is replaced. ``errors``: where its ranks' tracebacks go, as of ``subprocess``."""
 
-    def __init__(self):
-        self.process = None
+    def __init__(self, errors: int | None = None):
+        self.process, self.errors = None, errors
 
     def run(self, scenario: Scenario, timeout: float = 300) -> Outcome:
         """Plays a scenario. Raises TimeoutError if it hangs, AssertionError if a rank raises."""
@@ -126,6 +126,7 @@ class Stage:
                 [sys.executable, __file__],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
+                stderr=self.errors,
                 start_new_session=True,
                 env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
             )
@@ -514,8 +515,9 @@ def play(scenario: Scenario, interpreter, tl) -> Outcome:
         communicator.play(rank, module, tl)
 
     ranks = [fork(lambda: live(rank)) for rank in range(scenario.world) if rank != scenario.absent]
-    failed = sum(os.waitpid(rank, 0)[1] != 0 for rank in ranks)
-    assert not failed, f"{failed} ranks raised"
+    ends = [os.waitstatus_to_exitcode(os.waitpid(rank, 0)[1]) for rank in ranks]
+    assert not any(end < 0 for end in ends), f"ranks crashed: {ends}"
+    assert not any(ends), f"{sum(map(bool, ends))} ranks raised"
     return communicator.outcome()
 
 

@@ -1,16 +1,18 @@
-"""Mutation testing of the CUDA kernels on the CPU: which small changes of the sources does some check of ``tests/proofs`` notice?
+"""Mutation testing of the kernels on the CPU: which small changes of the sources does some check of ``tests/proofs`` notice?
 
 Usage: python tests/proofs/mutation.py [--known] [--sample N] [--seed S] [--minutes M] [--only REGEX] [--jobs N] [--again] [--fresh]
        python tests/proofs/mutation.py --table | --list
 
-Every mutant (``tests/proofs/mutants.py``) is built as the CPU twin and run against the checks (``mutant_checks.py``), the cheapest first.
+Every mutant of the CUDA sources (``tests/proofs/mutants.py``) is built as the CPU twin and run against the checks (``mutant_checks.py``), the
+cheapest first; one of the Triton sources (``triton_mutants.py``, ``triton_mutant_checks.py``) is run in Triton's interpreter.
 Verdicts are kept in ``build/mutants/results.jsonl`` as they come: a run that was stopped goes on where it was. Exits with 1 if a mutant
-survives that ``tests/proofs/mutants_explained.json`` does not explain. Needs g++, NVRTC and tree-sitter-cuda; no GPU.
+survives that ``tests/proofs/mutants_explained.json`` does not explain. Needs g++, NVRTC, tree-sitter-cuda and Triton; no GPU.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import random
@@ -27,6 +29,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tools")]
 
 import mutants  # noqa: E402
+import triton_mutants  # noqa: E402
 from mutants import KINDS, Mutant  # noqa: E402
 
 RESULTS = ROOT / "build/mutants/results.jsonl"
@@ -103,7 +106,7 @@ def main() -> int:
         folder = tempfile.TemporaryDirectory()
         args.results = Path(folder.name, "results.jsonl")
 
-    chosen = [mutant for mutant in mutants.every() if re.search(args.only, f"{mutant.id} {mutant}")]
+    chosen = [mutant for mutant in (*mutants.every(), *triton_mutants.every()) if re.search(args.only, f"{mutant.id} {mutant}")]
     killers = json.loads(KILLERS.read_text()) if KILLERS.exists() else {}
     if args.known:
         chosen = [mutant for mutant in chosen if mutant.id in killers]
@@ -130,23 +133,31 @@ def main() -> int:
 
 def run(chosen: list[Mutant], args: argparse.Namespace, reasons: dict[str, str], killers: dict[str, str]) -> None:
     import mutant_checks
+    from triton_mutant_checks import Judge
 
     verdicts = known(args.results)
     again = (LATER, "survived") if args.again else (LATER,) if args.depth != "quick" else ()
     left = [m for m in chosen if m.id not in reasons and (m.id not in verdicts or verdicts[m.id]["outcome"] in again)]
+    args.results.parent.mkdir(parents=True, exist_ok=True)
     objects = args.results.parent / "objects"
-    mutant_checks.prepare(objects)
+    if any(m.file not in triton_mutants.FILES for m in left):
+        mutant_checks.prepare(objects)
     until = time.monotonic() + 60 * args.minutes if args.minutes else float("inf")
 
-    def one(mutant: Mutant):
-        if time.monotonic() > until:
-            return
-        same = [check for check in mutant_checks.every_check(mutant) if check[0] == killers.get(mutant.id)]
-        verdict = mutant_checks.judge(mutant, objects, only=same) if same else None
+    def cuda(mutant: Mutant) -> mutant_checks.Verdict:
+        verdict = None
+        if same := [check for check in mutant_checks.every_check(mutant) if check[0] == killers.get(mutant.id)]:
+            verdict = mutant_checks.judge(mutant, objects, only=same)
         if verdict is None or verdict.outcome == mutant_checks.SURVIVED:
             verdict = mutant_checks.judge(mutant, objects, args.depth)
         if args.depth != mutant_checks.FULL and verdict.outcome == mutant_checks.SURVIVED:
             verdict = replace(verdict, outcome=LATER)
+        return verdict
+
+    def one(mutant: Mutant) -> None:
+        if time.monotonic() > until:
+            return
+        verdict = triton.judge(mutant, killers.get(mutant.id)) if mutant.file in triton_mutants.FILES else cuda(mutant)
         if verdict.outcome == mutant_checks.BROKEN:
             print(f"no verdict on {mutant.id} {mutant}: {verdict.how}", flush=True)
             return
@@ -155,7 +166,7 @@ def run(chosen: list[Mutant], args: argparse.Namespace, reasons: dict[str, str],
         what = outcome({"id": mutant.id, "outcome": verdict.outcome}, reasons)
         print(f"{verdict.seconds:6.1f} s {what}: {mutant.id} {mutant}: {verdict.check} ({verdict.how})"[:300], flush=True)
 
-    with ThreadPoolExecutor(args.jobs) as pool:
+    with contextlib.closing(Judge(args.jobs)) as triton, ThreadPoolExecutor(args.jobs) as pool:
         list(pool.map(one, left))
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import mutants
 import pytest
+import triton_mutants
 import twin
-from helpers.cubins import needs_nvrtc
+from helpers.cubins import needs_nvrtc, needs_triton
 from mutants import KINDS, of_text
 
 from allreduce_jit.jit import source
@@ -152,3 +155,84 @@ def test_the_table(capsys):
     assert "| all | 3 | 1 | 1 | 0 | 1 | 66.7 % |" in text and "killed by: x 1" in text
     text = mutation.table(chosen, verdicts, {chosen[1].id: "a reason"})
     assert "| all | 3 | 1 | 1 | 1 | 0 | 100.0 % |" in text
+
+
+TRITON_TEXT = '''
+@triton.jit
+def f(words, first, kind, stop, mine, theirs, WORLD: tl.constexpr, INTERPRET: tl.constexpr):
+    """Text."""
+    if kind == 1:
+        tl.store(words + first, tl.where(mine < theirs, mine, 2))
+    stop |= mine & theirs
+    for step in tl.static_range(1, WORLD):
+        push(mine, stop, step, INTERPRET)
+    if INTERPRET:
+        return kind - 1
+    return tl.load(words)
+
+
+def host(kind):
+    return kind - 1
+'''
+TRITON_MADE = {
+    ("statement removed", "tl.store(words + first, tl.where(mine < theirs, mine, 2))", "pass"),
+    ("statement removed", "stop |= mine & theirs", "pass"),
+    ("condition negated", "kind == 1", "not (kind == 1)"),
+    ("condition dropped", "kind == 1", "True"),
+    ("condition dropped", "tl.where(mine < theirs, mine, 2)", "(2)"),
+    ("condition dropped", "mine & theirs", "(theirs)"),
+    ("comparison by one", "<", "<="),
+    ("constant by one", "2", "3"),
+    ("operator swapped", "|=", "&="),
+    ("operator swapped", "==", "!="),
+    ("arguments swapped", "mine, stop", "stop, mine"),
+    ("turn left out", "1", "(1) + 1"),
+    ("turn left out", "WORLD", "(WORLD) - 1"),
+}
+
+
+def test_what_is_made_of_a_triton_text():
+    """Of kernels alone, and of what they do: no argument's type, no docstring, no branch that the interpreter does not take."""
+    made = triton_mutants.of_text("triton/f.py", TRITON_TEXT)
+    assert TRITON_MADE <= {(mutant.kind, mutant.old, mutant.new) for mutant in made}
+    changed = {mutant.line for mutant in made}
+    lines = TRITON_TEXT.split("\n")
+    assert not {lines.index(line) + 1 for line in ('    """Text."""', "    if INTERPRET:", "def host(kind):")} & changed
+    assert {m.old for m in made if m.line == lines.index("        return kind - 1") + 1} == {"-", "1"}  # once: in the kernel
+    for mutant in made:
+        compile(mutant.applied(TRITON_TEXT), "f.py", "exec")
+
+
+def test_mutants_of_the_triton_kernels():
+    made, texts = triton_mutants.every(), triton_mutants.texts()
+    assert len(made) > 600 and len({mutant.id for mutant in made}) == len(made)
+    assert {mutant.file for mutant in made} == set(triton_mutants.FILES)
+    for mutant in made:
+        compile(mutant.applied(texts[mutant.file]), mutant.file, "exec")
+
+
+@needs_triton
+def test_verdicts_on_triton(monkeypatch):
+    """One whose sums are wrong, one that changes nothing, one that raises, one for ever; and one of the norm."""
+    import triton_mutant_checks
+    from mutant_checks import INVALID, KILLED, SURVIVED
+
+    def found(line: str, kind: str, new: str):
+        return [m for m in triton_mutants.every() if line in m.text and (m.kind, m.new) == (kind, new)][-1]
+
+    checks = [check for check in triton_mutant_checks.checks() if check[0] in ("specials", "absent")]
+    monkeypatch.setattr(triton_mutant_checks, "checks", lambda: checks)
+    monkeypatch.setattr(triton_mutant_checks, "WIDTHS", [72])
+    with contextlib.closing(triton_mutant_checks.Judge(1)) as judge:
+        wrong = judge.judge(found("total += blocks", "operator swapped", "-="))
+        assert (wrong.outcome, wrong.check) == (KILLED, "specials"), wrong
+        # A verdict of 3 is a stop, which the other half of the condition sees.
+        same = judge.judge(found("while (verdict > 3)", "constant by one", "2"))
+        assert same.outcome == SURVIVED, same
+        raising = judge.judge(found("parts[step], stop", "index by one", "step + 1"))
+        assert (raising.outcome, raising.check) == (INVALID, "specials"), raising
+        norm = judge.judge(found("a += tl.load", "operator swapped", "-="))
+        assert (norm.outcome, norm.check) == (KILLED, "local norm"), norm
+        monkeypatch.setattr(triton_mutant_checks, "LIMIT", 4)
+        endless = judge.judge(found("while (verdict > 3)", "operator swapped", "|"))
+        assert (endless.outcome, endless.check, endless.how) == (KILLED, "specials", "time"), endless

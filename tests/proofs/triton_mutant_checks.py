@@ -1,0 +1,135 @@
+"""What mutants of the Triton sources are run against, the cheapest first: scenarios in Triton's interpreter (``legacy_ranks``), and the local
+norm there."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import queue
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import legacy_ranks
+import test_legacy_protocol as protocol
+import test_norm_kernel
+from legacy_ranks import Outcome, Scenario, Stage
+from mutant_checks import INVALID, KILLED, SURVIVED, Verdict
+from mutants import Mutant
+from norm_interpreter import play
+from triton_mutants import FOLDER, NORM, texts
+
+LIMIT = 15  # seconds of a scenario, the longest takes 2; a mutant that never ends is killed by it
+PATIENCE = 3000  # looks until a wait gives up, where it is no matter of the scenario; a twentieth of a second's is enough for the real ones
+WIDTHS = [72, 384]
+
+Check = tuple[str, Callable[["Planted"], object]]
+
+
+class Planted:
+    """Plays scenarios with other sources."""
+
+    def __init__(self, stage: Stage, folder: Path):
+        self.stage, self.folder = stage, folder
+
+    def run(self, scenario: Scenario, timeout: float = LIMIT) -> Outcome:
+        deadline = min(scenario.deadline, PATIENCE)
+        return self.stage.run(dataclasses.replace(scenario, source=str(self.folder), deadline=deadline), LIMIT)
+
+
+def _scenario(name: str) -> Check:
+    def check(stage) -> None:
+        wrong = protocol.fails(stage.run(protocol.scenario(name)), name)
+        assert wrong is None, wrong
+
+    return name, check
+
+
+def checks() -> list[Check]:
+    """Of a second each; a test of ``test_legacy_protocol`` is one, with the sources of a mutant."""
+    mixed = [
+        _scenario(name) for name in ("repeated", "specials", "rounding", "differing", "busy", "absent", "absent, one rank hasty")
+    ]
+    absent = [("one_shot", 2, 1), ("two_shot", 3, 1), ("one_shot", 4, 2), ("two_shot", 2, 0)]
+    differ = [(3, {"numel": 39}), (2, {"algorithm": "two_shot"}), (2, {"dtype": "bfloat16"})]
+    order = [
+        "gone after the first",
+        "late at first",
+        "one rank slow",
+        "first half last",
+        "second half last",
+        "stopped midway",
+        "torn",
+    ]
+    return [
+        *mixed,
+        *[(f"absent rank, {a}, {n} ranks", lambda stage, a=a, n=n, k=k: protocol.test_an_absent_rank_is_named(stage, a, n, k)) for a, n, k in absent],
+        ("dies between the phases", protocol.test_a_rank_that_dies_between_the_phases_is_named),
+        *[(f"aborted, {a}", lambda stage, a=a: protocol.test_an_aborted_rank_says_nothing_and_believes_nothing(stage, a)) for a in protocol.ALGORITHMS],
+        *[(f"calls differ, {how}", lambda stage, n=n, how=how: protocol.test_calls_that_differ_are_named(stage, n, how)) for n, how in differ],
+        ("in place", protocol.test_one_rank_in_place_and_the_other_not),
+        *map(_scenario, order),
+        ("no deadline", protocol.test_no_deadline_no_report),
+        *[(f"{n} ranks", lambda stage, n=n: protocol.test_every_world_dtype_and_algorithm(stage, n)) for n in (2, 5, 8)],
+        *[(f"a long life, seed {seed}", lambda stage, seed=seed: protocol.test_a_long_life_under_random_delays(stage, seed)) for seed in range(3)],
+    ]  # fmt: skip
+
+
+class Judge:
+    """Runs mutants; each thread that asks has a stage of its own."""
+
+    def __init__(self, jobs: int):
+        self.stages: queue.SimpleQueue[Stage] = queue.SimpleQueue()
+        for _ in range(jobs):
+            self.stages.put(Stage(errors=subprocess.DEVNULL))
+
+    @contextlib.contextmanager
+    def _stage(self) -> Iterator[Stage]:
+        stage = self.stages.get()
+        try:
+            yield stage
+        finally:
+            self.stages.put(stage)
+
+    def judge(self, mutant: Mutant, first: str | None = None) -> Verdict:
+        """What becomes of it, the check ``first`` before all others."""
+        start = time.monotonic()
+        with tempfile.TemporaryDirectory() as folder:
+            sources = Path(
+                shutil.copytree(legacy_ranks.source(), f"{folder}/kernels", ignore=shutil.ignore_patterns("__pycache__"))
+            )
+            name = mutant.file.removeprefix(FOLDER)
+            (sources / name).write_text(mutant.applied(texts()[mutant.file]))
+            if name == NORM:
+                outcome = self._norm(sources)
+            else:
+                with self._stage() as stage:
+                    outcome = self._protocol(Planted(stage, sources), first)
+        return Verdict(*outcome, seconds=round(time.monotonic() - start, 1))
+
+    @staticmethod
+    def _norm(sources: Path) -> tuple[str, str, str]:
+        wrong = play({"mutant": str(sources)}, list(test_norm_kernel.cases(WIDTHS)), first=True)["mutant"]
+        if not wrong:
+            return SURVIVED, "", ""
+        return (INVALID if "Error: " in wrong[0] else KILLED), "local norm", wrong[0][-200:]
+
+    @staticmethod
+    def _protocol(planted: Planted, first: str | None) -> tuple[str, str, str]:
+        for name, check in sorted(checks(), key=lambda check: check[0] != first):
+            try:
+                check(planted)
+            except TimeoutError:
+                return KILLED, name, "time"
+            except AssertionError as error:
+                return (INVALID if "ranks raised" in str(error) else KILLED), name, str(error).strip().replace("\n", " ")[-200:]
+            except Exception as error:  # what the host makes of a report that is none
+                return KILLED, name, repr(error)[:200]
+        return SURVIVED, "", ""
+
+    def close(self) -> None:
+        while not self.stages.empty():
+            self.stages.get().close()
