@@ -1,12 +1,10 @@
 """Prints, as JSON, what it takes to build a communicator: cold (empty cache), warm, and a second one; on V2 also one that is asked for
 norms of rows of 4096 bf16 elements.
-
-Usage: python tools/construction.py GPUS
 """
 
+import argparse
 import json
 import os
-import sys
 import tempfile
 import time
 
@@ -38,7 +36,9 @@ def build(place, norms=False):
 
 
 def main() -> None:
-    gpus = int(sys.argv[1])
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("gpus", type=int, metavar="GPUS", help="ranks, one per GPU")
+    gpus = parser.parse_args().gpus
     report = {"gpus": gpus}
     for path, switch, norms in (("v2", "1", False), ("v2", "1", True), ("legacy", "0", False)):
         os.environ["SGLANG_OPT_USE_CUSTOM_ALL_REDUCE_V2"] = switch

@@ -1,14 +1,12 @@
 """Makes the pictures of the documents: docs/pictures/*.svg.
 
-Usage: python tools/draw.py [FOLDER]
-
 They are made of what they show: timelines of the descriptions beside them, the ladder of the table of backends, the house of
 docs/architecture.md, plots of docs/benchmarks. ``tests/docs/test_pictures.py`` compares.
 """
 
 from __future__ import annotations
 
-import sys
+import argparse
 from pathlib import Path
 
 import plots
@@ -36,4 +34,8 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]) if len(sys.argv) > 1 else PICTURES)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "folder", nargs="?", type=Path, default=PICTURES, metavar="FOLDER", help="where they go (default: docs/pictures)"
+    )
+    main(parser.parse_args().folder)
