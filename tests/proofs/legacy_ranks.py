@@ -47,7 +47,8 @@ def source() -> Path:
 
 @dataclass
 class Call:
-    """One all-reduce. `data`: normal, specials or bits; `offset`: elements by which the tensors miss alignment."""
+    """One all-reduce. `data`: normal, specials or bits; `offset`: elements by which the tensors miss alignment; `others`: elements of the
+    same call that other launches reduce."""
 
     algorithm: str
     dtype: str
@@ -55,6 +56,7 @@ class Call:
     data: str = "normal"
     in_place: bool = False
     offset: int = 0
+    others: int = 0
 
 
 @dataclass
@@ -243,7 +245,7 @@ class Communicator:
             x = [self.tensor(call, bits) for bits in inputs]
             self.inputs.append(inputs)
             self.x.append(x)
-            self.out.append(x if call.in_place else [self.tensor(call, None) for _ in range(world)])
+            self.out.append([x[rank] if self.of(call, rank).in_place else self.tensor(call, None) for rank in range(world)])
 
     def take(self, nbytes: int, fill: int) -> np.ndarray:
         return self.memory.take(nbytes, fill)
@@ -261,15 +263,19 @@ class Communicator:
             tensor[:] = bits
         return tensor
 
+    def of(self, call: Call, rank: int) -> Call:
+        """The call as this rank makes it."""
+        who, how = self.scenario.differs or (None, {})
+        return dataclasses.replace(call, **how) if rank == who else call
+
     def play(self, rank: int, module, tl) -> None:
         if rank == self.scenario.late:
             self.until(rank, lambda peer: self.looks[peer][0] >= 2 * 400)  # two words a look
-        who, how = self.scenario.differs or (None, {})
         for number, (call, x, out) in enumerate(zip(self.scenario.calls, self.x, self.out)):
             if number == 1 and rank == self.scenario.leaves:
                 break
             shape_id = self.shapes.index((call.algorithm, call.dtype, call.numel))
-            call = dataclasses.replace(call, **how) if rank == who else call
+            call = self.of(call, rank)
             self.launch(rank, call, x[rank][: call.numel], out[rank][: call.numel], shape_id, module, tl)
 
     def launch(self, rank: int, call: Call, x: np.ndarray, out: np.ndarray, shape_id: int, module, tl) -> None:
@@ -284,7 +290,7 @@ class Communicator:
             control=address(self.control[rank]),
             report=address(self.report[rank]),
             numel=call.numel,
-            total=call.numel,
+            total=call.numel + call.others,
             slots=self.slots[call.algorithm],
             capacity=self.capacity,
             rank=rank,
@@ -492,8 +498,8 @@ def disturb(interpreter, tl, communicator: Communicator, rank: int, check_every:
             whole_store(self, pointers, value, torn, *policy)
 
     builder.create_masked_load, builder.create_masked_store = load, store
-    builder.create_get_program_id = lambda self, axis: number(self.grid_idx[axis] + communicator.first)
-    builder.create_get_num_programs = lambda self, axis: number(communicator.grid)
+    builder.create_get_program_id = lambda self, axis: number(self.grid_idx[axis] + (communicator.first if axis == 0 else 0))
+    builder.create_get_num_programs = lambda self, axis: number(communicator.grid if axis == 0 else 1)
 
     def number(value: int):
         return interpreter.TensorHandle(np.array([value], np.int32), tl.int32)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from legacy_ranks import Call, Scenario
 
+from allreduce_jit import abi
 from allreduce_jit.engine.failure import explain, heard
 from allreduce_jit.errors import CallMismatchError, ConcurrentUseError, PeerLostError, PeerTimeoutError, PoisonedError
 
@@ -111,8 +112,9 @@ def test_an_absent_rank_is_named(stage, algorithm, world, absent):
     assert finders and len(told) == len(finders)  # who was told repeats it
     for error in finders:
         report = error.report
-        assert (report["sequence"], report["algorithm"], report["dtype"]) == (1, f"legacy_{algorithm}", "float32")
-        assert report["waited_ms"] >= 150
+        assert (report.sequence, report.algorithm, report.dtype) == (1, f"legacy_{algorithm}", "float32")
+        assert 150 <= report.waited_ms < 150 + abi.POLLS  # from the first look at the clock on
+        assert report.channel == 0  # of the handshake, which fails before the first channel waits
     assert outcome.aborted[absent] in told
     # One block from each survivor, of the first call's first phase and of no later one.
     assert outcome.pushed[absent] <= len(survivors) * Scenario(world, calls).block_bytes
@@ -123,7 +125,8 @@ def test_a_rank_that_dies_between_the_phases_is_named(stage):
     for rank in (0, 2):
         error = explained(outcome, rank, alive=lambda rank: rank != 1)
         assert type(error) is PeerLostError and error.ranks == (1,) and error.report.phase == "gather", error
-        assert [call and call["last_call"]["sequence"] for call in error.report.ranks if call["last_call"]] == [1, 1]
+        assert outcome.all_nan[rank]
+        assert [one.last_call.sequence for one in error.report.ranks if one.last_call] == [1, 1]
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
@@ -131,9 +134,43 @@ def test_an_aborted_rank_says_nothing_and_believes_nothing(stage, algorithm):
     """It signs and pushes nothing, so its peers give up on it, and yields NaN though all their data is there."""
     outcome = stage.run(Scenario(2, [Call(algorithm, "float16", 100)], aborted=0, slow=0, deadline=150))
     assert outcome.all_nan == [True, True]
-    assert type(explained(outcome, 0)) is PoisonedError
+    error = explained(outcome, 0)
+    assert type(error) is PoisonedError and error.report.waited_ms == 0, error
     error = explained(outcome, 1)
-    assert type(error) is PeerTimeoutError and error.ranks == (0,) and error.report.ranks[0]["last_call"] is None
+    assert type(error) is PeerTimeoutError and error.ranks == (0,) and error.report.ranks[0].last_call is None
+
+
+def test_who_is_late_is_named_though_another_call_differs(stage):
+    """The last rank to come decides; what differs among those that came is another rank's news."""
+    calls = [Call("one_shot", "float32", 40)]
+    outcome = stage.run(Scenario(3, calls, absent=1, differs=[2, {"numel": 39}], deadline=100, hasty=0))
+    error = explained(outcome, 0)
+    assert type(error) is PeerTimeoutError and error.ranks == (1,), error
+
+
+@pytest.mark.parametrize("others", [1 << 32, 3 << 33, 1 << 47])
+def test_numbers_of_elements_are_compared_beyond_32_bits(stage, others):
+    calls = 2 * [Call("one_shot", "float16", 40)]
+    outcome = stage.run(Scenario(2, calls, differs=[1, {"others": others}], deadline=3000))
+    for rank in range(2):
+        assert type(explained(outcome, rank)) is CallMismatchError
+
+
+@pytest.mark.parametrize("slow", [0, 1])
+def test_each_rank_compares_for_itself(stage, slow):
+    """Who finds a call that differs is who looks first: the other one is told."""
+    outcome = stage.run(Scenario(2, [Call("one_shot", "float16", 40)], differs=[0, {"numel": 39}], slow=slow, deadline=20_000))
+    for rank in range(2):
+        error = explained(outcome, rank)
+        assert type(error) is CallMismatchError and error.report.found_by == 1 - slow, error
+
+
+def test_the_grace_is_over_for_a_shape_and_for_no_other(stage):
+    """The second shape's first call has been handshaken: its second one has a deadline, the third shape's first has none."""
+    two, one = Call("two_shot", "float32", 150), Call("one_shot", "float32", 150)
+    outcome = stage.run(Scenario(2, [two, two, one], leaves=1, deadline=100, grace=0))
+    error = explained(outcome, 0)
+    assert type(error) is PeerTimeoutError and error.report.sequence == 2, error
 
 
 def test_no_deadline_no_report(stage):
@@ -157,10 +194,16 @@ def test_calls_that_differ_are_named(stage, world, how):
 
 
 def test_one_rank_in_place_and_the_other_not(stage):
-    right(stage.run(Scenario(2, 2 * [Call("two_shot", "float16", 40, in_place=True)])))
-    outcome = stage.run(Scenario(2, [Call("one_shot", "float16", 40), Call("one_shot", "float16", 40, in_place=True)]))
-    right(outcome)
-    assert [call[1].in_place for call in (heard(bytes.fromhex(outcome.signatures[0]), 2)[1],)] == [True]
+    """That is no difference of calls; each rank tells of its own."""
+    for calls, how in (
+        (2 * [Call("two_shot", "float16", 40, in_place=True)], None),
+        (2 * [Call("two_shot", "float16", 40)], [1, {"in_place": True}]),
+        ([Call("one_shot", "float16", 40), Call("one_shot", "float16", 40, in_place=True)], [1, {"in_place": False}]),
+    ):
+        outcome = stage.run(Scenario(2, calls, differs=how))
+        right(outcome)
+    last = [heard(bytes.fromhex(outcome.signatures[rank]), 2)[1 - rank][1] for rank in range(2)]  # of the other one
+    assert [call.in_place for call in last] == [False, True]
 
 
 # Planted bugs. Each is one change of the source, and each must be caught by a scenario in which all is right with the

@@ -23,7 +23,9 @@ _FOR_THE_COMPILER = ("tl.multiple_of", "tl.max_contiguous")
 _OTHER = re.compile(
     r"[A-Z_]+|tl\.\w+|link|pointers|words?( \+ \w+)?|theirs( \+ 1)?|word_at\(.*"
 )  # arguments of a type of their own
-_RUN_BY = "INTERPRET"  # whether the interpreter runs the kernel, which takes the one branch there is for it
+_RUN_BY = (
+    "INTERPRET"  # whether the interpreter runs the kernel: of its two branches one is not for GPUs, the other not to be run here
+)
 # Calls that access memory that others see, or hold such accesses.
 _ACCESS = re.compile(
     r"tl\.(load|store|atomic_\w+)|push|read|write|receive|guard|fail|check|stopped|peers_of|_leave|_poll|_load_signatures|_store_halves"
@@ -95,7 +97,7 @@ class _Kernels:
         compiler = isinstance(node, (ast.If, ast.While)) and _RUN_BY in _names(node.test)
         if isinstance(node, (ast.Expr, ast.AugAssign)):
             yield self._replace(REMOVED, node, "pass")
-        elif isinstance(node, ast.Assign) and _written(node) & _names(node.value):
+        elif isinstance(node, ast.Assign) and _written(node) & _names(node.value) and not _for_the_compiler(node.value):
             yield self._replace(REMOVED, node, "pass")
         if isinstance(node, ast.AugAssign):
             yield from self._of_sign(OPERATOR, _ASSIGNMENTS, node.target, node.value)
@@ -113,10 +115,10 @@ class _Kernels:
             else:
                 yield self._replace(TURN, first, f"1, {self._text(first)}")
                 yield self._replace(TURN, first, f"({self._text(first)}) - 1")
-        for field, value in ast.iter_fields(node):
-            if field in ("body", "orelse") and not (compiler and field == ("orelse" if _negated(node.test) is False else "body")):
+        for field, value in () if compiler else ast.iter_fields(node):
+            if field in ("body", "orelse"):
                 yield from self._of_block(value)
-            elif field not in ("body", "orelse", "annotation", "target", "targets") and not (field == "test" and compiler):
+            elif field not in ("annotation", "target", "targets"):
                 for child in value if isinstance(value, list) else [value]:
                     if isinstance(child, ast.AST):
                         yield from self._of_expression(child)
@@ -162,8 +164,8 @@ class _Kernels:
             yield kind, start + sign.start(), start + sign.end(), swapped[sign[0]]
 
 
-def _negated(test: ast.expr) -> bool:
-    return isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not)
+def _for_the_compiler(node: ast.expr) -> bool:
+    return isinstance(node, ast.Call) and ast.unparse(node.func) in _FOR_THE_COMPILER
 
 
 def _names(node: ast.AST) -> set[str]:
