@@ -53,17 +53,21 @@ def test_ranks_are_those_of_the_group(tmp_path):
     assert ranks(tmp_path, 3, in_a_subgroup) == [["global 0", "global 2"], None, ["global 0", "global 2"]]
 
 
-def with_a_missing_rank(rank, absent, timeout_s, stays):
-    """``absent`` takes no part: it is there, or gone."""
+def with_a_missing_rank(rank, absent, timeout_s, folder):
+    """``absent`` takes no part: it is there until the others are done, or, without a ``folder``, gone."""
     if rank == absent:
-        time.sleep(4.0 if stays else 0.0)
+        for other in {0, 1, 2} - {absent} if folder else ():
+            wait_for(folder / f"{other} is done")
         return None
-    return outcome(all_gather_json, None, rank, timeout_s)
+    found = outcome(all_gather_json, None, rank, timeout_s)
+    if folder:
+        (folder / f"{rank} is done").touch()
+    return found
 
 
 @pytest.mark.parametrize("absent", [0, 1, 2])
 def test_who_does_not_answer_in_time_is_named_and_nobody_else(tmp_path, absent):
-    for rank, found in enumerate(ranks(tmp_path, 3, with_a_missing_rank, absent, 1.0, True)):
+    for rank, found in enumerate(ranks(tmp_path, 3, with_a_missing_rank, absent, 1.0, tmp_path)):
         if rank != absent:
             assert found["ranks"] == (absent,), found
             assert found["result"].startswith(
@@ -73,21 +77,22 @@ def test_who_does_not_answer_in_time_is_named_and_nobody_else(tmp_path, absent):
             assert 0.9 < found["took"] < 3.5 and issubclass(found["cause"], RuntimeError)
 
 
-def alone_in_a_group_of_four(rank):
+def alone_in_a_group_of_four(rank, folder):
     if rank:
-        time.sleep(4.0)
-        return None
-    return outcome(all_gather_json, None, rank, 0.5)
+        return wait_for(folder / "done")
+    found = outcome(all_gather_json, None, rank, 0.5)
+    (folder / "done").touch()
+    return found
 
 
 def test_nobody_waits_longer_than_the_deadline_however_many_are_missing(tmp_path):
-    found = ranks(tmp_path, 4, alone_in_a_group_of_four)[0]
+    found = ranks(tmp_path, 4, alone_in_a_group_of_four, tmp_path)[0]
     assert found["ranks"] == (1, 2, 3) and 0.4 < found["took"] < 2.5
 
 
 def test_who_is_gone_is_named_at_once(tmp_path):
     """Long before the time is up; a survivor that heard of it ends as well, so the others may name it, too."""
-    left = [found for found in ranks(tmp_path, 3, with_a_missing_rank, 1, 50.0, False) if found]
+    left = [found for found in ranks(tmp_path, 3, with_a_missing_rank, 1, 50.0, None) if found]
     assert len(left) == 2 and any(found["ranks"] == (1,) for found in left), left
     for found in left:
         assert issubclass(found["cause"], RuntimeError)  # what torch said of it
@@ -179,17 +184,18 @@ def test_a_payload_that_is_no_json_fails_everywhere_and_the_group_goes_on(tmp_pa
     assert ranks(tmp_path, 3, of_no_json) == [(told, [0, 1, 2], {False})] * 3  # nor does an inference tensor reach gloo's threads
 
 
-def of_fields_in_time(rank, absent):
+def of_fields_in_time(rank, folder):
     """In a group of ranks 0 and 1 alone, of which one does not come."""
     pair = dist.new_group([0, 1], backend="gloo")
-    if rank == absent:
-        time.sleep(3.0)
-        return None
-    return outcome(all_gather_fields, pair, {"a": rank}, 0.5) if rank < 2 else None
+    if rank:
+        return wait_for(folder / "done")
+    found = outcome(all_gather_fields, pair, {"a": rank}, 0.5)
+    (folder / "done").touch()
+    return found
 
 
 def test_objects_too_are_of_a_group_and_have_a_deadline(tmp_path):
-    first, _, third = ranks(tmp_path, 3, of_fields_in_time, 1)
+    first, _, third = ranks(tmp_path, 3, of_fields_in_time, tmp_path)
     assert first["ranks"] == (1,) and first["took"] < 2.5 and third is None
     assert "waited 0.5 s" in first["result"]
 
