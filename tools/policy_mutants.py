@@ -216,8 +216,10 @@ mutmut.create_mutants(1)
 
 
 def inside(code: str, *arguments: str) -> int:
-    """Python in ``WORK``, from where mutmut goes. Without bytecode, which would be of the last mutant's file."""
+    """Python in ``WORK``, from where mutmut goes. Without bytecode, which would be of the last mutant's file, and without threads of
+    OpenMP, which a fork has not and waits for."""
     environ = os.environ | {"PYTHONPATH": str(ROOT / "tools"), "PYTHONDONTWRITEBYTECODE": "1", "POLICY_MUTANTS": str(WORK)}
+    environ |= {"OMP_NUM_THREADS": "1"}
     return subprocess.run([sys.executable, "-c", code, *arguments], cwd=WORK, env=environ, check=False).returncode
 
 

@@ -63,10 +63,10 @@ def pytest_configure() -> None:
     """Ranks that torch starts are forked, which takes a tenth of the time, and write down which functions they reach. Who kills
     a mutant need not find the smallest example."""
     import torch.multiprocessing
-    from hypothesis.internal.conjecture.engine import ConjectureRunner
+    from hypothesis.internal.conjecture.shrinker import Shrinker
     from mutmut.mutation import trampoline
 
-    ConjectureRunner.shrink_interesting_examples = lambda self: None  # type: ignore[method-assign]
+    Shrinker.shrink = lambda self: None  # type: ignore[method-assign]
     torch.multiprocessing.spawn = functools.partial(torch.multiprocessing.start_processes, start_method="fork")
 
     here, record = os.getpid(), trampoline.record_trampoline_hit
