@@ -888,6 +888,12 @@ def test_nccl_takes_what_is_larger_than_the_limit_and_no_less(world_size, nvlink
         assert plan.algorithm == ("legacy_one_shot" if small else "legacy_two_shot")
 
 
+def test_launches_of_legacy_follow_each_other():
+    plan = p2p.plan_of("legacy_two_shot", all_reduce("float32", 2500), 2, p2p.make_layout(2, 4 << 20))
+    found = p2p.launches(replace(plan, chunk=1000), all_reduce("float32", 2500), 2)
+    assert [(piece.start, piece.numel) for piece in found] == [(0, 1000), (1000, 1000), (2000, 500)]
+
+
 def test_whatever_the_memory_a_layout_stays_inside():
     """Where the last region takes all that is left, to the last block of slots."""
     for n in WORLD_SIZES:
