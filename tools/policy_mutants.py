@@ -275,7 +275,8 @@ def main() -> int:
             known = codes(module)
             mark(module, {name: _SKIPPED for name, mutant in found.items() if mutant.left_out})
             wanted = (None, *((0, 5, 33) if args.again else ()))
-            todo += [n for n, m in found.items() if not m.left_out and known[n] in wanted and m.id not in reasons]
+            judged = {n for n, m in found.items() if m.left_out or known[n] is not None and m.id in reasons}
+            todo += [n for n in found if n not in judged and known[n] in wanted]
         if todo:
             inside("from mutmut.__main__ import cli; cli()", "run", "--max-children", "1", *todo)
     chosen = [mutant for found in every.values() for mutant in found.values()]
