@@ -216,8 +216,10 @@ mutmut.create_mutants(1)
 
 
 def inside(code: str, *arguments: str) -> int:
-    """Python in ``WORK``, from where mutmut goes. Without bytecode, which would be of the last mutant's file."""
+    """Python in ``WORK``, from where mutmut goes. Without bytecode, which would be of the last mutant's file, and without threads of
+    OpenMP, which a fork has not and waits for."""
     environ = os.environ | {"PYTHONPATH": str(ROOT / "tools"), "PYTHONDONTWRITEBYTECODE": "1", "POLICY_MUTANTS": str(WORK)}
+    environ |= {"OMP_NUM_THREADS": "1"}
     return subprocess.run([sys.executable, "-c", code, *arguments], cwd=WORK, env=environ, check=False).returncode
 
 
@@ -273,7 +275,8 @@ def main() -> int:
             known = codes(module)
             mark(module, {name: _SKIPPED for name, mutant in found.items() if mutant.left_out})
             wanted = (None, *((0, 5, 33) if args.again else ()))
-            todo += [n for n, m in found.items() if not m.left_out and known[n] in wanted and m.id not in reasons]
+            judged = {n for n, m in found.items() if m.left_out or known[n] is not None and m.id in reasons}
+            todo += [n for n in found if n not in judged and known[n] in wanted]
         if todo:
             inside("from mutmut.__main__ import cli; cli()", "run", "--max-children", "1", *todo)
     chosen = [mutant for found in every.values() for mutant in found.values()]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -14,6 +15,7 @@ WORK = Path(os.environ["POLICY_MUTANTS"])
 REACHED = WORK / "reached"  # by processes that the test at hand forked
 KILLERS = WORK / "killers"  # tests that failed, one a line
 SLOW = ("test_setup_fire.py", "test_ladder.py")  # start processes for seconds and more: for ``--wide``
+DEADLINE_S = 8.0  # of ranks that a test forks, and that a mutant may let wait for ever: they take one or two
 PLANTED = "planted"  # in names of tests that want to see a property fail: they do with a mutant, too
 
 _wanted: set[str] = set()  # of the tests that mutmut names: it takes long to collect hundreds by name
@@ -30,6 +32,8 @@ def pytest_load_initial_conftests(args) -> None:
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config, items) -> None:
     """First those that killed a mutant just now, for the next one is of the same function; then the quickest, as mutmut knows them."""
+    if forked := sys.modules.get("helpers.forked_ranks"):
+        forked.ranks.__kwdefaults__["deadline"] = DEADLINE_S
     file = WORK / "mutants/mutmut-stats.json"
     took = json.loads(file.read_text())["duration_by_test"] if file.exists() else {}
     left = [item for item in items if item.path.name in SLOW or PLANTED in item.name]
@@ -59,10 +63,10 @@ def pytest_configure() -> None:
     """Ranks that torch starts are forked, which takes a tenth of the time, and write down which functions they reach. Who kills
     a mutant need not find the smallest example."""
     import torch.multiprocessing
-    from hypothesis.internal.conjecture.engine import ConjectureRunner
+    from hypothesis.internal.conjecture.shrinker import Shrinker
     from mutmut.mutation import trampoline
 
-    ConjectureRunner.shrink_interesting_examples = lambda self: None  # type: ignore[method-assign]
+    Shrinker.shrink = lambda self: None  # type: ignore[method-assign]
     torch.multiprocessing.spawn = functools.partial(torch.multiprocessing.start_processes, start_method="fork")
 
     here, record = os.getpid(), trampoline.record_trampoline_hit

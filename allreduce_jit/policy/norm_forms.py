@@ -132,9 +132,8 @@ def norm_bands(family: OpSpec, world_size: int, one_shot_up_to: int | None = Non
     """
     if one_shot_up_to is None:
         one_shot_up_to = two_shot_above(NVLINK_TABLES[world_size])
-    last_of_one_shot = min(one_shot_up_to // (family.hidden * ITEMSIZE[family.dtype]), NEVER)
-    if world_size == 2:  # has no use for two-shot
-        last_of_one_shot = NEVER
+    row = family.hidden * ITEMSIZE[family.dtype]
+    last_of_one_shot = NEVER if world_size == 2 else one_shot_up_to // row  # two ranks have no use for two-shot
     rule = next(rule for rule in NORM_RULES[world_size] if groups(family) >= rule.groups)
     forms = [(rows, packets, cluster) for rows, packets, cluster in rule.forms if clusters or cluster == 1]
     bands: list[NormBand] = []

@@ -88,10 +88,9 @@ def launches(plan: NormPlan, spec: OpSpec) -> list[Launch]:
 
 
 def _most_rows(form: Form, family: OpSpec, world_size: int, layout: Layout, max_ctas: int | None) -> int:
-    """Rows that a launch can have: as many as there are slots for, and blocks besides the guard's."""
+    """Rows that a launch can have: as many as there are slots for (a warp's have an epoch word), and blocks besides the guard's."""
     region = layout.regions.get(NORM_ALGORITHMS[form.algorithm].region)
     if region is None:
         return 0
-    slots = form.slots(family, world_size)
-    room = min(region.capacity // slots, region.channels // (slots // WARP))
+    room = region.capacity // form.slots(family, world_size)
     return room if max_ctas is None else min(room, (max_ctas - form.cluster) // form.cluster)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from .operation import ITEMSIZE, OpSpec
 from .plan import HEADER_BYTES, Launch, Layout, Plan, Region, ceil_div
-from .tables import NEVER, P2P_TABLES, AlgorithmBand
+from .tables import P2P_TABLES, AlgorithmBand
 
 BLOCK_BYTES = 2048  # what one program sends to one peer in one phase: 16 bytes per thread
 NUM_WARPS = 4
@@ -43,7 +43,8 @@ def make_limits(world_size: int, nvlink: bool, tuned: tuple[AlgorithmBand, ...] 
     two_shot_from = ends.get("legacy_one_shot", 0) + 1
     if "legacy_two_shot" not in ends:
         two_shot_from = max(two_shot_from, table.two_shot_from)
-    return Limits(two_shot_from, max((end for name, end in ends.items() if name != NCCL), default=0) if NCCL in ends else NEVER)
+    # Without NCCL among them there is no end, as the last one has none.
+    return Limits(two_shot_from, max((end for name, end in ends.items() if name != NCCL), default=0))
 
 
 def make_layout(world_size: int, staging_bytes: int) -> Layout:

@@ -85,7 +85,6 @@ def all_gather_json(group: Any, payload: Any, timeout_s: float = TIMEOUT_S) -> l
             by then, those among them that gave up earlier and left. The group cannot be used any more.
     """
     import torch
-    import torch.distributed as dist
 
     require_cpu_group(group)
     try:
@@ -95,7 +94,7 @@ def all_gather_json(group: Any, payload: Any, timeout_s: float = TIMEOUT_S) -> l
     # gloo writes from a thread of its own, which is not in the caller's inference mode: tensors made in that mode
     # may refuse the write (pytorch#126032), depending on torch's version.
     with torch.inference_mode(False), torch.no_grad():
-        parts = _Exchange(group, timeout_s).all_gather(data) if dist.get_world_size(group) > 1 else [data]
+        parts = _Exchange(group, timeout_s).all_gather(data)
     bad = [rank for rank, part in enumerate(parts) if not part]
     if bad:
         raise InputError(f"rank {bad[0]} of the group handed in no JSON value") from problem

@@ -6,6 +6,7 @@ As in test_plan: a property judges the planning functions; the real ones hold it
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -23,7 +24,8 @@ from allreduce_jit.policy.norm_catalogue import modules, norm_module
 from allreduce_jit.policy.norm_forms import Form, norm_bands
 from allreduce_jit.policy.nvlink_norm import APART, MOST_LAUNCHES, NormPlan
 from allreduce_jit.policy.operation import DTYPES, ITEMSIZE, OpSpec
-from allreduce_jit.policy.tables import NEVER, Band
+from allreduce_jit.policy.plan import Plan
+from allreduce_jit.policy.tables import NEVER, NVLINK_TABLES, Band, two_shot_above
 from allreduce_jit.settings import Settings
 
 PACKET, WARP = 16, 32
@@ -326,13 +328,162 @@ def test_table(world_size, dtype, hidden, found):
     assert {band.form.cluster for band in plain} == {1}
 
 
+# Of bf16 rows: around each number of groups of a warp, which is all that a form depends on, and the ends.
+WIDTHS = sorted({64, 16384, *(h for n in range(1, 65) for h in (256 * n - 8, 256 * n, 256 * n + 8) if 64 <= h <= 16384)})
+
+
 def test_every_size_has_a_form():
     for world_size in WORLD_SIZES:
         for dtype in DTYPES:
-            for hidden in range(64, 16385, 8):
+            for hidden in WIDTHS:
                 for clusters in (True, False):
                     bands = norm_bands(norm_family(dtype, hidden), world_size, clusters=clusters)
                     assert bands[-1].up_to == NEVER and [b.up_to for b in bands] == sorted({b.up_to for b in bands})
+                    assert all(one.form != next.form for one, next in pairwise(bands))
+
+
+def forms():
+    """Every form that could be asked for, and whose block a multiprocessor holds, with its family and number of ranks."""
+    for world_size in WORLD_SIZES:
+        for hidden in (64, 256, 264, 2880, 4096, 6144, 8192, 12288, 16384):
+            for dtype in ("bfloat16", "float32"):
+                family = norm_family(dtype, hidden)
+                for algorithm in REGION:
+                    for packets in (1, 2, 4, 8):
+                        for cluster in (1, 2, 4, 8):
+                            yield Form(algorithm, packets, cluster), family, world_size
+
+
+def test_a_multiprocessor_is_to_have_the_registers_for_as_many_blocks_as_fit():
+    """16 at most, and one at least; two where forms of 80 registers have them with a few spilled."""
+    seen = set()
+    for form, family, world_size in forms():
+        threads, registers = WARP * form.warps(family, world_size), form.registers(world_size)
+        assert form.fits(family, world_size) == (threads <= 1024 and threads * registers <= 65536)
+        fitting = [blocks for blocks in range(1, 17) if blocks * threads * registers <= 65536]
+        spilled = [2] if registers == 80 and 2 * threads * 64 <= 65536 else []
+        found = form.blocks(family, world_size)
+        assert type(found) is int and found == max([1, *fitting, *spilled]), (form, family)
+        seen.add((found, bool(spilled) and 2 not in fitting))
+    assert {(1, False), (2, True), (2, False), (16, False)} <= seen
+
+
+def test_registers_of_a_thread():
+    """What ptxas needs so as not to spill (``test_compile_norm``): more of more packets, of more ranks, and of parts of each."""
+    one = {n: [Form("one_shot_norm", packets, 1).registers(n) for packets in (1, 2, 4, 8)] for n in WORLD_SIZES}
+    two = {n: {Form("two_shot_norm", packets, 1).registers(n) for packets in (1, 2, 4, 8)} for n in WORLD_SIZES}
+    assert one == {2: [64, 80, 128, 128]} | dict.fromkeys((3, 4), [64, 128, 128, 128]) | dict.fromkeys((5, 6, 7, 8), [128] * 4)
+    assert two == dict.fromkeys((2, 3, 4), {128}) | dict.fromkeys((5, 6, 7, 8), {255})
+
+
+def test_warps_and_slots_hold_a_row():
+    """Its groups, or each rank's part of them, with less than a round of groups to spare."""
+    for form, family, world_size in forms():
+        groups = norm_forms.groups(family)
+        assert groups == -(-family.hidden * ITEMSIZE[family.dtype] // (WARP * PACKET))
+        each = -(-groups // (world_size if form.algorithm == "two_shot_norm" else 1))
+        warps = form.warps(family, world_size)
+        held = form.cluster * form.packets
+        assert warps * held >= each > (warps - 1) * held and form.slots(family, world_size) == WARP * warps * held
+
+
+def test_which_algorithm_takes_how_many_rows():
+    """One-shot as many as an all-reduce of their bytes is one-shot for, of two ranks all; the table's forms, with what it takes to fit."""
+    for world_size in WORLD_SIZES:
+        for dtype in DTYPES:
+            for hidden in (64, 2048, 2176, 4096, 4224, 8192, 16384):
+                family = norm_family(dtype, hidden)
+                row = hidden * ITEMSIZE[dtype]
+                for up_to in (None, 0, row - 1, row, 5 * row + 1, 100 * row, NEVER):
+                    limit = up_to if up_to is not None else two_shot_above(NVLINK_TABLES[world_size])
+                    for clusters in (True, False):
+                        bands = norm_bands(family, world_size, up_to, clusters)
+                        check_bands(bands, family, world_size, row, limit, clusters)
+
+
+def check_bands(bands, family, world_size, row, limit, clusters):
+    begin, rule = 0, next(rule for rule in norm_forms.NORM_RULES[world_size] if norm_forms.groups(family) >= rule.groups)
+    asked = [form for form in rule.forms if clusters or form[2] == 1]
+    for band in bands:
+        for rows in {begin + 1, min(begin + 2, band.up_to), band.up_to}:
+            one_shot = world_size == 2 or rows * row <= limit
+            assert band.form.algorithm == ("one_shot_norm" if one_shot else "two_shot_norm"), (bands, rows)
+            wanted = next(form for form in asked if rows <= form[0]) if one_shot else asked[-1]
+            _, packets, cluster = wanted
+            assert band.form.fits(family, world_size) or not clusters, (bands, rows)
+            if Form(band.form.algorithm, packets, cluster).fits(family, world_size):
+                assert (band.form.packets, band.form.cluster) == (packets, cluster)
+            else:  # blocks of a row first, then packets of a thread
+                smaller = [
+                    form
+                    for p in (1, 2, 4, 8)
+                    for c in ((1, 2, 4, 8) if clusters else (1,))
+                    if p >= packets and c >= cluster and (p, c) < (band.form.packets, band.form.cluster)
+                    and (form := Form(band.form.algorithm, p, c)).fits(family, world_size)
+                ]  # fmt: skip
+                assert not smaller and band.form.packets >= packets and band.form.cluster >= cluster
+        begin = band.up_to
+
+
+def test_where_no_form_fits_the_largest_is_taken(monkeypatch):
+    monkeypatch.setattr(norm_forms, "REGISTERS", 1)
+    for clusters in (True, False):
+        for band in norm_bands(norm_family("bfloat16", 8192), 2, clusters=clusters):
+            assert (band.form.packets, band.form.cluster) == (8, 8 if clusters else 1)
+
+
+def test_bands_are_the_tables_where_there_is_room():
+    """Without clusters where blocks are few; none of an algorithm without a region, or whose launch has no block beside its guard."""
+    family = norm_family("bfloat16", 4096)
+    for world_size in WORLD_SIZES:
+        bare = nvlink.make_bands(world_size)
+        layout = nvlink.make_layout(world_size, DEFAULT_STAGING, bare)
+        for clusters in (True, False):
+            for max_ctas in (None, 2, 9, 300):
+                want = norm_bands(family, world_size, two_shot_above(bare), clusters and max_ctas is None)
+                assert nvlink_norm.make_bands(family, world_size, bare, layout, clusters, max_ctas) == want
+        assert nvlink_norm.make_bands(family, world_size, bare, layout, True, 1) == ()
+    four = nvlink.make_layout(4, DEFAULT_STAGING, nvlink.make_bands(4))
+    for some in ((Band(1 << 20, "one_shot", 32), Band(NEVER, "two_shot", 32)), (Band(NEVER, "two_shot", 32),)):
+        for bands in (some, tuple(reversed(some))):  # a table of this dtype, while another dtype's has regions for all
+            found = nvlink_norm.make_bands(family, 4, bands, four, True)
+            assert found == norm_bands(family, 4, 1 << 20 if len(some) == 2 else 0)
+    for gone in ("one_shot", "two_shot"):
+        less = replace(four, regions={name: region for name, region in four.regions.items() if name != gone})
+        found = nvlink_norm.make_bands(family, 4, nvlink.make_bands(4), less, True)
+        assert found and found == tuple(band for band in norm_bands(family, 4) if REGION[band.form.algorithm] != gone)
+
+
+def test_a_call_that_goes_apart_has_no_blocks():
+    spec = Case(4, "bfloat16", 5, 4096).spec
+    layout = memory(Case(4, "bfloat16", 1, 64))[1]
+    assert nvlink_norm.make_plan(spec, 4, (), layout) == Plan("v2", APART, 0, 0, 5 * 4096)
+
+
+def test_the_last_row_of_a_band_is_its_own():
+    for world_size, hidden in ((2, 8192), (2, 4096), (4, 4096), (8, 2048)):
+        family = norm_family("bfloat16", hidden)
+        _, layout = memory(Case(world_size, "bfloat16", 1, hidden))
+        bands = nvlink_norm.make_bands(family, world_size, nvlink.make_bands(world_size), layout, True)
+        assert len(bands) > 1
+        for band, following in pairwise(bands):
+            for rows, want in ((band.up_to, band), (band.up_to + 1, following)):
+                plan = nvlink_norm.make_plan(Case(world_size, "bfloat16", rows, hidden).spec, world_size, bands, layout)
+                assert plan.form == want.form and plan.rows == rows
+
+
+def test_as_many_launches_as_are_allowed_and_no_more():
+    """With few blocks: a guard, and a row a block; from 9 launches on a call goes apart. Without a limit there is no such end."""
+    _, layout = memory(Case(4, "bfloat16", 1, 4096))
+    bands = nvlink_norm.make_bands(norm_family("bfloat16", 4096), 4, nvlink.make_bands(4), layout, True, 4)
+    for rows in (1, 2, 3, 4, 7, 8 * 3 - 1, 8 * 3, 8 * 3 + 1, 1000):
+        case = Case(4, "bfloat16", rows, 4096)
+        plan = nvlink_norm.make_plan(case.spec, 4, bands, layout, 4)
+        assert (plan.algorithm == APART) == (rows > 3 * MOST_LAUNCHES)
+        if plan.algorithm != APART:
+            assert len(nvlink_norm.launches(plan, case.spec)) == -(-rows // 3)
+    many = Case(4, "bfloat16", 1 << 20, 4096).spec
+    assert len(nvlink_norm.launches(nvlink_norm.make_plan(many, 4, bands, layout), many)) > MOST_LAUNCHES
 
 
 def test_no_two_kernels_share_a_name():

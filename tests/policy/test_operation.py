@@ -97,6 +97,15 @@ def test_what_is_no_call(change):
         replace(norm_spec(), **change)
 
 
+def test_what_would_be_one_is_named():
+    for change, told in (
+        ({"operation": "nonsense"}, "operation 'nonsense': expected one of all_reduce, all_reduce_norm, norm"),
+        ({"epilogue": None}, "all_reduce_norm with epilogue None: expected all_reduce_norm and norm to have one, and no other"),
+    ):
+        with pytest.raises(ValueError, match=f"^{told}$"):
+            replace(norm_spec(), **change)
+
+
 def test_operations():
     assert set(NORMS) < set(OPERATIONS)
     for bad in ({"rounding": "X"}, {"quant": "tensor"}, {"weight_bias": 2}):

@@ -888,6 +888,44 @@ def test_nccl_takes_what_is_larger_than_the_limit_and_no_less(world_size, nvlink
         assert plan.algorithm == ("legacy_one_shot" if small else "legacy_two_shot")
 
 
+def test_launches_of_legacy_follow_each_other():
+    plan = p2p.plan_of("legacy_two_shot", all_reduce("float32", 2500), 2, p2p.make_layout(2, 4 << 20))
+    found = p2p.launches(replace(plan, chunk=1000), all_reduce("float32", 2500), 2)
+    assert [(piece.start, piece.numel) for piece in found] == [(0, 1000), (1000, 1000), (2000, 500)]
+
+
+def test_whatever_the_memory_a_layout_stays_inside():
+    """Where the last region takes all that is left, to the last block of slots."""
+    for n in WORLD_SIZES:
+        *before, last = nvlink_algorithms(n)
+        for bands in (NVLINK_TABLES[n], (*(Band(STREAM_FROM, name, 64) for name in before), Band(NEVER, last, 64))):
+            for staging in range(4 << 20, 1025 << 20, 1 << 20):
+                check_apart(nvlink.make_layout(n, staging, bands), SimpleNamespace(world_size=n, staging=staging))
+
+
+def test_each_region_has_its_share_and_the_last_one_the_rest():
+    """Of any algorithms that lie beside each other: a quarter for one-shot, half for two-shot, if their messages want as much."""
+    for names in (
+        ("one_shot", "two_shot_wide", "two_shot_wide2"),
+        ("two_shot_wide", "two_shot_wide2"),
+        ("one_shot", "one_shot_wide"),
+    ):
+        for n, staging in ((3, 32 << 20), (8, 64 << 20)):
+            for largest in (NEVER, 1 << 16):
+                layout = nvlink.make_layout(n, staging, [Band(largest, name, 32) for name in names])
+                check_apart(layout, SimpleNamespace(world_size=n, staging=staging))
+                left = staging - HEADER
+                for name in names:
+                    block = 512 * PACKETS.get(name, 1) * BUFFERS[name] * (n - 1) * PACKET
+                    taken = region_bytes(name, layout.regions[name], n)
+                    share = min(left, staging // (4 if name.startswith("one_shot") else 2)) if name != names[-1] else left
+                    if largest == NEVER or name == names[-1]:
+                        assert share - block < taken <= share, (name, n)
+                    else:
+                        assert 0 < taken <= block + largest * BUFFERS[name] * (n - 1)
+                    left -= taken
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("world_size", WORLD_SIZES if os.environ.get("LONG") else (2, 5, 8))
 @pytest.mark.parametrize("dtype", DTYPES)

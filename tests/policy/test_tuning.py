@@ -167,6 +167,12 @@ def test_what_bands_of_legacy_say_to_its_plans(ends, two_shot_from, nccl_above):
         assert p2p.make_limits(4, nvlink, bands) == p2p.Limits(two_shot_from, nccl_above)
 
 
+def test_where_no_kernel_of_legacy_was_the_fastest_every_call_is_nccls():
+    """Set-up would refuse such bands, as its own calls have to be the kernels'."""
+    for n, table in P2P_TABLES.items():
+        assert p2p.make_limits(n, True, (AlgorithmBand(NEVER, "nccl"),)) == p2p.Limits(table.two_shot_from, 0)
+
+
 def test_without_a_measurement_legacy_has_the_packages_limits():
     for n, table in P2P_TABLES.items():
         assert p2p.make_limits(n, True) == p2p.Limits(table.two_shot_from, table.nvlink_limit)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import contextmanager
 
 import pytest
 
 torch = pytest.importorskip("torch")
 dist = pytest.importorskip("torch.distributed")
+
+from helpers.forked_ranks import ranks  # noqa: E402
 
 from allreduce_jit.errors import InputError, InputTypeError  # noqa: E402
 from allreduce_jit.setup.exchange import all_gather_json, require_cpu_group  # noqa: E402
@@ -40,9 +41,8 @@ def spy():
     dist.isend, dist.irecv = real
 
 
-def worker(rank: int, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
-    results = {}
+def worker(rank: int) -> dict:
+    results: dict = {}
     results["default"] = all_gather_json(None, payload(rank))
     results["world"] = all_gather_json(dist.group.WORLD, payload(rank))
     with torch.inference_mode(), spy() as seen:
@@ -63,16 +63,12 @@ def worker(rank: int, folder: str) -> None:
         texts[1] = "short"
         assert all_gather_json(None, texts[rank]) == texts, size
     results["still in step"] = all_gather_json(None, rank)
-    with open(f"{folder}/{rank}.json", "w") as f:
-        json.dump(results, f)
-    dist.destroy_process_group()
+    return results
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("agree")
-    torch.multiprocessing.spawn(worker, (str(folder),), nprocs=RANKS)
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(RANKS)]
+    return ranks(tmp_path_factory.mktemp("agree"), RANKS, worker)
 
 
 @pytest.mark.parametrize("where", ["default", "world", "inference", "after inference", "default device"])
@@ -96,27 +92,34 @@ def test_a_payload_that_is_not_json_fails_on_all_ranks_and_hangs_none(results):
     assert [r["still in step"] for r in results] == [list(range(RANKS))] * RANKS
 
 
-@pytest.fixture
-def one_rank_group(tmp_path):
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield dist.group.WORLD
-    dist.destroy_process_group()
+def on_one_rank(tmp_path, work):
+    """In a process of its own: what a test leaves of gloo may not survive a fork of the next one."""
+    answer = ranks(tmp_path, 1, work)[0]
+    if isinstance(answer, Exception):
+        raise answer
+    assert answer == "done"
 
 
-def test_backends(one_rank_group, monkeypatch):
-    require_cpu_group(one_rank_group)
-    require_cpu_group(None)
-    for config in ("cpu:gloo,cuda:nccl", "cpu:mpi"):
-        monkeypatch.setattr(dist, "get_backend_config", lambda group: config)
-        require_cpu_group(one_rank_group)
+def of_backends(rank):
+    world, config = dist.group.WORLD, ""
+    for group in (world, None):
+        require_cpu_group(group)
     nccl = str(dist.distributed_c10d.BackendConfig(dist.Backend("nccl")))
-    monkeypatch.setattr(dist, "get_backend_config", lambda group: nccl)
+    dist.get_backend_config = lambda group: config
+    for config in ("cpu:gloo,cuda:nccl", "cpu:mpi"):
+        require_cpu_group(world)
+    config = nccl
     for call in (require_cpu_group, lambda group: all_gather_json(group, {})):
         with pytest.raises(InputError, match="group must not be an NCCL group: pass a gloo group"):
-            call(one_rank_group)
-    monkeypatch.setattr(dist, "get_backend_config", lambda group: "cuda:other")
+            call(world)
+    config = "cuda:other"
     with pytest.raises(InputError, match="without a CPU backend"):
-        require_cpu_group(one_rank_group)
+        require_cpu_group(world)
+    return "done"
+
+
+def test_backends(tmp_path):
+    on_one_rank(tmp_path, of_backends)
 
 
 def test_no_inference_tensor_reaches_the_backend(results):
@@ -124,12 +127,17 @@ def test_no_inference_tensor_reaches_the_backend(results):
         assert len(seen) >= 2 * (RANKS - 1) and not any(seen)
 
 
-def test_what_is_no_group(one_rank_group):
+def of_what_is_no_group(rank):
     for thing in (object(), 3, "WORLD"):
         with pytest.raises(InputTypeError, match="must be a torch.distributed process group"):
             require_cpu_group(thing)
     with pytest.raises(InputError, match="not a member"):
         require_cpu_group(dist.GroupMember.NON_GROUP_MEMBER)
+    return "done"
+
+
+def test_what_is_no_group(tmp_path):
+    on_one_rank(tmp_path, of_what_is_no_group)
 
 
 def test_without_torch_distributed():

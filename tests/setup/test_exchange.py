@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import gc
+import os
+import signal
 import struct
 import time
+from pathlib import Path
 
 import pytest
 
@@ -53,17 +56,21 @@ def test_ranks_are_those_of_the_group(tmp_path):
     assert ranks(tmp_path, 3, in_a_subgroup) == [["global 0", "global 2"], None, ["global 0", "global 2"]]
 
 
-def with_a_missing_rank(rank, absent, timeout_s, stays):
-    """``absent`` takes no part: it is there, or gone."""
+def with_a_missing_rank(rank, absent, timeout_s, folder):
+    """``absent`` takes no part: it is there until the others are done, or, without a ``folder``, gone."""
     if rank == absent:
-        time.sleep(4.0 if stays else 0.0)
+        for other in {0, 1, 2} - {absent} if folder else ():
+            wait_for(folder / f"{other} is done")
         return None
-    return outcome(all_gather_json, None, rank, timeout_s)
+    found = outcome(all_gather_json, None, rank, timeout_s)
+    if folder:
+        (folder / f"{rank} is done").touch()
+    return found
 
 
 @pytest.mark.parametrize("absent", [0, 1, 2])
 def test_who_does_not_answer_in_time_is_named_and_nobody_else(tmp_path, absent):
-    for rank, found in enumerate(ranks(tmp_path, 3, with_a_missing_rank, absent, 1.0, True)):
+    for rank, found in enumerate(ranks(tmp_path, 3, with_a_missing_rank, absent, 1.0, tmp_path)):
         if rank != absent:
             assert found["ranks"] == (absent,), found
             assert found["result"].startswith(
@@ -73,21 +80,22 @@ def test_who_does_not_answer_in_time_is_named_and_nobody_else(tmp_path, absent):
             assert 0.9 < found["took"] < 3.5 and issubclass(found["cause"], RuntimeError)
 
 
-def alone_in_a_group_of_four(rank):
+def alone_in_a_group_of_four(rank, folder):
     if rank:
-        time.sleep(4.0)
-        return None
-    return outcome(all_gather_json, None, rank, 0.5)
+        return wait_for(folder / "done")
+    found = outcome(all_gather_json, None, rank, 0.2)
+    (folder / "done").touch()
+    return found
 
 
 def test_nobody_waits_longer_than_the_deadline_however_many_are_missing(tmp_path):
-    found = ranks(tmp_path, 4, alone_in_a_group_of_four)[0]
-    assert found["ranks"] == (1, 2, 3) and 0.4 < found["took"] < 2.5
+    found = ranks(tmp_path, 4, alone_in_a_group_of_four, tmp_path)[0]
+    assert found["ranks"] == (1, 2, 3) and 0.15 < found["took"] < 1.0  # not a second more, nor that for each
 
 
 def test_who_is_gone_is_named_at_once(tmp_path):
     """Long before the time is up; a survivor that heard of it ends as well, so the others may name it, too."""
-    left = [found for found in ranks(tmp_path, 3, with_a_missing_rank, 1, 50.0, False) if found]
+    left = [found for found in ranks(tmp_path, 3, with_a_missing_rank, 1, 50.0, None) if found]
     assert len(left) == 2 and any(found["ranks"] == (1,) for found in left), left
     for found in left:
         assert issubclass(found["cause"], RuntimeError)  # what torch said of it
@@ -179,17 +187,18 @@ def test_a_payload_that_is_no_json_fails_everywhere_and_the_group_goes_on(tmp_pa
     assert ranks(tmp_path, 3, of_no_json) == [(told, [0, 1, 2], {False})] * 3  # nor does an inference tensor reach gloo's threads
 
 
-def of_fields_in_time(rank, absent):
+def of_fields_in_time(rank, folder):
     """In a group of ranks 0 and 1 alone, of which one does not come."""
     pair = dist.new_group([0, 1], backend="gloo")
-    if rank == absent:
-        time.sleep(3.0)
-        return None
-    return outcome(all_gather_fields, pair, {"a": rank}, 0.5) if rank < 2 else None
+    if rank:
+        return wait_for(folder / "done")
+    found = outcome(all_gather_fields, pair, {"a": rank}, 0.5)
+    (folder / "done").touch()
+    return found
 
 
 def test_objects_too_are_of_a_group_and_have_a_deadline(tmp_path):
-    first, _, third = ranks(tmp_path, 3, of_fields_in_time, 1)
+    first, _, third = ranks(tmp_path, 3, of_fields_in_time, tmp_path)
     assert first["ranks"] == (1,) and first["took"] < 2.5 and third is None
     assert "waited 0.5 s" in first["result"]
 
@@ -232,6 +241,52 @@ def test_who_is_merely_late_is_not_blamed_for_one_that_is_gone_nor_blames_who_no
     first, _, second = ranks(tmp_path, 3, gone_and_late, tmp_path)
     assert first["ranks"] == second["ranks"] == (1,), (first, second)
     assert max(first["took"], second["took"]) < 20
+
+
+LARGE = "x" * (24 << 20)  # more than sockets hold
+
+
+def while_one_is_stopped(rank, folder):
+    """Rank 1 says how much it has to say and is gone while rank 2 is stopped, amid what it and rank 0 tell each other. Rank 0 hears of
+    it first, and wakes rank 2 up."""
+    if rank == 1:
+        for peer in (0, 2, 3):
+            head = (struct.pack("<q", 2 * FIRST) + b"[").ljust(FIRST, b" ")
+            dist.send(torch.frombuffer(bytearray(head), dtype=torch.uint8), peer, tag=TAG)
+        for peer in (0, 2, 3):
+            dist.recv(torch.empty(FIRST, dtype=torch.uint8), peer, tag=TAG)
+        wait_for(folder / "stopped")
+        while Path(f"/proc/{(folder / 'stopped').read_text()}/stat").read_text().rpartition(") ")[2][0] != "T":
+            time.sleep(0.005)
+        return None
+    if rank == 2:
+        real, calls = exchange._Exchange._wait, []
+
+        def stopped(self, works):
+            calls.append(works)
+            if len(calls) == 2:  # what did not fit into first messages, all of which have arrived
+                for sends in self.sends.values():
+                    sends[0][0].wait()
+                (folder / "to be stopped").write_text(f"{os.getpid()}")
+                (folder / "to be stopped").rename(folder / "stopped")
+                os.kill(os.getpid(), signal.SIGSTOP)
+            real(self, works)
+
+        exchange._Exchange._wait = stopped
+    found = outcome(all_gather_json, None, LARGE[: 3 * FIRST] if rank == 3 else LARGE, 15.0)
+    gc.collect()
+    if rank == 0:
+        os.kill(int((folder / "stopped").read_text()), signal.SIGCONT)
+    (folder / f"{rank} is done").touch()
+    for other in (0, 2, 3):
+        wait_for(folder / f"{other} is done")
+    return found["ranks"]
+
+
+def test_who_hears_first_that_a_rank_is_gone_takes_back_nothing_and_refuses_nothing(tmp_path):
+    """So the others blame the same rank, not that one."""
+    first, _, stopped, _ = ranks(tmp_path, 4, while_one_is_stopped, tmp_path)
+    assert first == stopped == (1,)
 
 
 def of_at_most(rank, folder, size):
