@@ -34,6 +34,7 @@ KERNELS = {"one_shot": "legacy_one_shot", "two_shot": "legacy_two_shot"}
 WORDS = {"float32": np.uint32, "float16": np.uint16, "bfloat16": np.uint16}
 CANARY = 0xA5
 EDGE = 64  # bytes of canary on either side of every tensor
+AGAIN = 2 * 2 * abi.POLLS  # words looked at for signatures up to the second look at the clock
 LOOK = 1_000_000  # ns: what the kernels take a look for, as the interpreter has no clock
 # int32 words of Control, and its deadlines as int64.
 SEQUENCE, IN_FLIGHT, HANDSHAKEN = (at.offset // 4 for at in (abi.Control.sequence, abi.Control.completed, abi.Control.handshaken))
@@ -71,6 +72,8 @@ class Scenario:
         leaves: a rank that takes part in the first call alone.
         late: a rank that comes to its first call when the others have looked for it 400 times, and whose first data
             comes 70 polls after the handshake.
+        just: a rank that comes to its first call when the others' second look at the clock lies behind them, and before they look for it
+            again.
         aborted: a rank whose host has set its abort word beforehand.
         stopped: a rank whose host sets its abort word when it first looks for data. It finds none before it has seen
             that word, and all of it from then on.
@@ -91,6 +94,7 @@ class Scenario:
     dies: int | None = None
     leaves: int | None = None
     late: int | None = None
+    just: int | None = None
     aborted: int | None = None
     stopped: int | None = None
     busy: int | None = None
@@ -271,6 +275,8 @@ class Communicator:
     def play(self, rank: int, module, tl) -> None:
         if rank == self.scenario.late:
             self.until(rank, lambda peer: self.looks[peer][0] >= 2 * 400)  # two words a look
+        if rank == self.scenario.just:
+            self.until(rank, lambda peer: self.looks[peer][0] > AGAIN)
         for number, (call, x, out) in enumerate(zip(self.scenario.calls, self.x, self.out)):
             if number == 1 and rank == self.scenario.leaves:
                 break
@@ -447,6 +453,9 @@ def disturb(interpreter, tl, communicator: Communicator, rank: int, check_every:
         if policy[-1] and pointers.data.size > 1:
             for_data = pointers.get_element_ty() != tl.int64  # rather than for signatures
             communicator.looks[rank][int(for_data)] += not for_data or not mask.data.any()  # own block: once a round
+            if scenario.just not in (None, rank) and communicator.looks[rank][0] == AGAIN + 1:
+                while not communicator.control[scenario.just][SEQUENCE]:  # which is counted when it has signed
+                    time.sleep(1e-3)
             if for_data and rank == scenario.dies:
                 os._exit(0)
             if for_data and rank == scenario.stopped:

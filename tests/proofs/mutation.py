@@ -73,7 +73,11 @@ def table(chosen: list[Mutant], verdicts: dict[str, dict], reasons: dict[str, st
         total = count["killed"] + count["explained"] + count["survived"] + equal
         share = f"{100 * (total - count['survived']) / total:.1f} %" if total else "-"
         lines.append(f"| {kind} | {total} | {count['killed']} | {equal} | {count['explained']} | {count['survived']} | {share} |")
-    checks = Counter(re.sub(r", seed \d+$", "", v["check"]) for v in verdicts.values() if v["outcome"] == "killed")
+    checks = Counter(
+        re.sub(r", seed \d+$", "", v["check"])
+        for v in (verdicts[m.id] for m in chosen if m.id in verdicts)
+        if v["outcome"] == "killed"
+    )
     lines += [f"does not compile (not counted): {counts['all']['does not compile']}"]
     lines += ["killed by: " + ", ".join(f"{check} {count}" for check, count in checks.most_common())]
     return "\n".join(lines)

@@ -163,6 +163,7 @@ def test_each_rank_compares_for_itself(stage, slow):
     for rank in range(2):
         error = explained(outcome, rank)
         assert type(error) is CallMismatchError and error.report.found_by == 1 - slow, error
+        assert set(error.ranks) == {0, 1}
 
 
 def test_the_grace_is_over_for_a_shape_and_for_no_other(stage):
@@ -171,6 +172,11 @@ def test_the_grace_is_over_for_a_shape_and_for_no_other(stage):
     outcome = stage.run(Scenario(2, [two, two, one], leaves=1, deadline=100, grace=0))
     error = explained(outcome, 0)
     assert type(error) is PeerTimeoutError and error.report.sequence == 2, error
+
+
+def test_what_arrives_as_time_runs_out_counts(stage):
+    """A rank that has signed by the last look is there, though the clock says that it is late."""
+    right(stage.run(Scenario(2, [Call("one_shot", "float32", 40)], just=1, grace=abi.POLLS - 1)))
 
 
 def test_no_deadline_no_report(stage):

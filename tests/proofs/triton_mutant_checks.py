@@ -74,6 +74,7 @@ def checks() -> list[Check]:
         ("numbers beyond 32 bits", lambda stage: protocol.test_numbers_of_elements_are_compared_beyond_32_bits(stage, 1 << 32)),
         ("each compares", lambda stage: protocol.test_each_rank_compares_for_itself(stage, 0)),
         ("grace by shape", protocol.test_the_grace_is_over_for_a_shape_and_for_no_other),
+        ("as time runs out", protocol.test_what_arrives_as_time_runs_out_counts),
         ("in place", protocol.test_one_rank_in_place_and_the_other_not),
         *map(_scenario, order),
         ("no deadline", protocol.test_no_deadline_no_report),
