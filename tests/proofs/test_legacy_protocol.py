@@ -129,6 +129,15 @@ def test_a_rank_that_dies_between_the_phases_is_named(stage):
         assert [one.last_call.sequence for one in error.report.ranks if one.last_call] == [1, 1]
 
 
+def test_the_channel_that_waited_is_reported(stage):
+    """A rank that dies in its first channel has pushed that one's data; its peers wait in the second one."""
+    outcome = stage.run(Scenario(3, [Call("one_shot", "float32", 150)], dies=1, deadline=150))
+    errors = [explained(outcome, rank, alive=lambda rank: rank != 1) for rank in (0, 2)]
+    assert [(type(error), error.ranks) for error in errors] == 2 * [(PeerLostError, (1,))]
+    finders = [error.report for rank, error in zip((0, 2), errors) if error.report.found_by == rank]
+    assert finders and all((found.phase, found.channel) == ("exchange", 1) for found in finders), finders
+
+
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_an_aborted_rank_says_nothing_and_believes_nothing(stage, algorithm):
     """It signs and pushes nothing, so its peers give up on it, and yields NaN though all their data is there."""

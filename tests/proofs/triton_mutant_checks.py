@@ -68,6 +68,7 @@ def checks() -> list[Check]:
         *mixed,
         *[(f"absent rank, {a}, {n} ranks", lambda stage, a=a, n=n, k=k: protocol.test_an_absent_rank_is_named(stage, a, n, k)) for a, n, k in absent],
         ("dies between the phases", protocol.test_a_rank_that_dies_between_the_phases_is_named),
+        ("channel", protocol.test_the_channel_that_waited_is_reported),
         *[(f"aborted, {a}", lambda stage, a=a: protocol.test_an_aborted_rank_says_nothing_and_believes_nothing(stage, a)) for a in protocol.ALGORITHMS],
         *[(f"calls differ, {how}", lambda stage, n=n, how=how: protocol.test_calls_that_differ_are_named(stage, n, how)) for n, how in differ],
         ("late and different", protocol.test_who_is_late_is_named_though_another_call_differs),
