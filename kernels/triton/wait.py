@@ -108,7 +108,7 @@ def check(link, wait, stop, polls, INTERPRET: tl.constexpr):
 
 @triton.jit
 def _clock(polls, INTERPRET: tl.constexpr):
-    """ns. In the interpreter of a day that a rank has been up for, and a millisecond more with each poll."""
+    """ns; in the interpreter, which has no clock, a millisecond for each poll, from a day on."""
     if INTERPRET:
         return tl.full([], 1000000, tl.int64) * (86400000 + polls)
     else:

@@ -111,10 +111,13 @@ def of_text(file: str, text: str) -> list[Mutant]:
     import tree_sitter_cuda
     from tree_sitter import Language, Parser
 
-    data = text.encode()
-    root = Parser(Language(tree_sitter_cuda.language())).parse(data).root_node
-    changes = _mnemonics(root) if file == PTX else _changes(root)
-    lines, seen, found = text.split("\n"), set(), []
+    root = Parser(Language(tree_sitter_cuda.language())).parse(text.encode()).root_node
+    return made(file, text, _mnemonics(root) if file == PTX else _changes(root))
+
+
+def made(file: str, text: str, changes: Iterator[Change]) -> list[Mutant]:
+    """A mutant of each change of a file, once."""
+    data, lines, seen, found = text.encode(), text.split("\n"), set(), []
     turns: Counter[tuple] = Counter()
     for kind, start, end, new in changes:
         old = data[start:end].decode()

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import ast
 import re
-from collections import Counter
 from collections.abc import Iterator
 
 import legacy_ranks
-from mutants import ARGUMENTS, COMPARED, CONSTANT, DROPPED, INDEX, NEGATED, OPERATOR, ORDER, REMOVED, TURN, Change, Mutant
+from mutants import ARGUMENTS, COMPARED, CONSTANT, DROPPED, INDEX, NEGATED, OPERATOR, ORDER, REMOVED, TURN, Change, Mutant, made
 
 FOLDER = "triton/"  # in front of a file's name in ``Mutant.file``
 PROTOCOL = ("p2p.py", "guard.py", "wait.py", "slots.py")
@@ -20,12 +19,10 @@ _OPERATORS = {"&": "|", "|": "&", "^": "|", "+": "-", "-": "+", "==": "!=", "!="
 _ASSIGNMENTS = {"+=": "-=", "|=": "&=", "&=": "|=", "*=": "/="}
 _COMMUTATIVE = ("range", "tl.static_range")  # or have a rule of their own
 _FOR_THE_COMPILER = ("tl.multiple_of", "tl.max_contiguous")
-_OTHER = re.compile(
-    r"[A-Z_]+|tl\.\w+|link|pointers|words?( \+ \w+)?|theirs( \+ 1)?|word_at\(.*"
-)  # arguments of a type of their own
-_RUN_BY = (
-    "INTERPRET"  # whether the interpreter runs the kernel: of its two branches one is not for GPUs, the other not to be run here
-)
+# Arguments of a type of their own: with another one in their place a call does not compile.
+_OTHER = re.compile(r"[A-Z_]+|tl\.\w+|link|pointers|words?( \+ \w+)?|theirs( \+ 1)?|word_at\(.*")
+# Whether the interpreter runs the kernel: of its two branches one is not for GPUs, and the other is not run here.
+_RUN_BY = "INTERPRET"
 # Calls that access memory that others see, or hold such accesses.
 _ACCESS = re.compile(
     r"tl\.(load|store|atomic_\w+)|push|read|write|receive|guard|fail|check|stopped|peers_of|_leave|_poll|_load_signatures|_store_halves"
@@ -45,18 +42,7 @@ def every(files: tuple[str, ...] = FILES) -> list[Mutant]:
 
 def of_text(file: str, text: str) -> list[Mutant]:
     """All mutants of the kernels of one file."""
-    lines, seen, found = text.split("\n"), set(), []
-    turns: Counter[tuple] = Counter()
-    for kind, start, end, new in _Kernels(text).changes():
-        old = text.encode()[start:end].decode()
-        if old == new or (start, end, new) in seen:
-            continue
-        seen.add((start, end, new))
-        line = text.encode()[:start].count(b"\n")
-        key = (kind, lines[line].strip(), old, new)
-        found.append(Mutant(file, kind, start, old, new, line + 1, lines[line].strip(), turns[key]))
-        turns[key] += 1
-    return found
+    return made(file, text, _Kernels(text).changes())
 
 
 class _Kernels:

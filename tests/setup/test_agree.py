@@ -9,7 +9,7 @@ import pytest
 torch = pytest.importorskip("torch")
 dist = pytest.importorskip("torch.distributed")
 
-from helpers.forked_ranks import ranks  # noqa: E402
+from helpers.forked_ranks import on_one_rank, ranks  # noqa: E402
 
 from allreduce_jit.errors import InputError, InputTypeError  # noqa: E402
 from allreduce_jit.setup.exchange import all_gather_json, require_cpu_group  # noqa: E402
@@ -92,14 +92,6 @@ def test_a_payload_that_is_not_json_fails_on_all_ranks_and_hangs_none(results):
     assert [r["still in step"] for r in results] == [list(range(RANKS))] * RANKS
 
 
-def on_one_rank(tmp_path, work):
-    """In a process of its own: what a test leaves of gloo may not survive a fork of the next one."""
-    answer = ranks(tmp_path, 1, work)[0]
-    if isinstance(answer, Exception):
-        raise answer
-    assert answer == "done"
-
-
 def of_backends(rank):
     world, config = dist.group.WORLD, ""
     for group in (world, None):
@@ -119,7 +111,7 @@ def of_backends(rank):
 
 
 def test_backends(tmp_path):
-    on_one_rank(tmp_path, of_backends)
+    assert on_one_rank(tmp_path, of_backends) == "done"
 
 
 def test_no_inference_tensor_reaches_the_backend(results):
@@ -137,7 +129,7 @@ def of_what_is_no_group(rank):
 
 
 def test_what_is_no_group(tmp_path):
-    on_one_rank(tmp_path, of_what_is_no_group)
+    assert on_one_rank(tmp_path, of_what_is_no_group) == "done"
 
 
 def test_without_torch_distributed():

@@ -10,7 +10,7 @@ import pytest
 torch = pytest.importorskip("torch")
 dist = pytest.importorskip("torch.distributed")
 
-from helpers.forked_ranks import ranks  # noqa: E402
+from helpers.forked_ranks import on_one_rank, ranks  # noqa: E402
 
 from allreduce_jit.errors import PeerTimeoutError  # noqa: E402
 from allreduce_jit.setup import exchange, groups  # noqa: E402
@@ -70,13 +70,6 @@ def test_who_does_not_come_is_named(tmp_path):
 
 
 # -- alone, in a process of its own: what a test leaves of gloo may not survive a fork of the next one
-
-
-def on_one_rank(tmp_path, work):
-    answer = ranks(tmp_path, 1, work)[0]
-    if isinstance(answer, Exception):
-        raise answer
-    return answer
 
 
 def destroyed_and_not(rank):
