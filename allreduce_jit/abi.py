@@ -163,6 +163,8 @@ class FloorArgs(ctypes.Structure):
         ("timeout_ns", u64),  # of one wait
         ("rank", u32),
         ("packets", u32),
+        ("pace", u32),  # cycles from a warp's stores to those of the next one
+        ("first_poll", u32),  # cycles from a warp's stores to its first poll
     ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from contextlib import suppress
@@ -13,17 +14,18 @@ import torch
 from ..abi import FloorArgs
 from ..errors import PeerTimeoutError
 from ..harness.place import Place
-from ..policy.catalogue import KernelSpec
+from ..policy.catalogue import HOST_ALGORITHMS, KernelSpec
 from . import timing
 from .competitors import agreed
 
 SIZES = tuple(1 << shift for shift in range(10, 21, 2))  # bytes of exchanges of packets
 BOTH_BYTES, TURNS = 2 << 20, 8  # that each rank stores, and loads, in one kernel, so many times
 CALLS = {True: 100, False: 10}  # of an exchange in one timed burst: up to 64 KB, beyond
-BLOCKS = (128, 512)  # threads; of each figure the faster counts
+BLOCKS = (128, 512)  # threads; of each figure the fastest counts
 REPLAYS, WARMUP = 8, 2
 TIMEOUT_S = 2.0  # of one wait
 FLAGS_BYTES = 4096  # in front of the data
+WARP_BYTES = 32 * 16  # of an exchange
 MOST_BLOCKS = SIZES[-1] // 16 // min(BLOCKS)
 ENTRIES = ("floor_empty", "floor_flag", "floor_store", "floor_packets", "floor_both")
 
@@ -85,6 +87,12 @@ def measure(place: Place, communicator: Any) -> tuple[HostFloor | None, str | No
     return HostFloor(flag, tuple(packets), BOTH_BYTES * TURNS / both / 1e3), None
 
 
+def _pace(nbytes: int) -> tuple[int, int]:
+    """The pace of one-shot, for an exchange of so many bytes: cycles from a warp's stores to the next one's, and to its first poll."""
+    ours = HOST_ALGORITHMS["host_one_shot"]
+    return ours.pace, ours.first_poll + ours.first_poll_per_channel * (nbytes // WARP_BYTES)
+
+
 def _shapes(sms: int) -> list[tuple[int, int]]:
     """Grids and blocks of ``floor_both``, of which the fastest counts: which one that is differs by machine."""
     return [(-(-sms // 2), 128), (sms, 128), (sms, 512)]
@@ -112,7 +120,8 @@ class _Probe:
         artifact, _ = build(module(self.place.world_size), f"sm_{major}{minor}", KernelCache(Settings.from_env().cache_dir))
         loaded = load_module(artifact.cubin)
         self.kernels = {name: loaded.kernel(name) for name in ENTRIES}
-        self.memory = HostStaging(FLAGS_BYTES + len(SIZES) * len(BLOCKS) * SIZES[-1] + BOTH_BYTES, self.place.rank)
+        exchanges = len(SIZES) * len(BLOCKS) * 2
+        self.memory = HostStaging(FLAGS_BYTES + exchanges * SIZES[-1] + BOTH_BYTES, self.place.rank)
         return self.memory.handle()
 
     def time(self) -> list[float]:
@@ -125,10 +134,10 @@ class _Probe:
             packets = []
             for nbytes in SIZES:
                 times = []
-                for block in BLOCKS:
+                for block, pace in itertools.product(BLOCKS, ((0, 0), _pace(nbytes))):
                     count = nbytes // 16
                     calls = CALLS[nbytes <= 64 << 10]
-                    times.append(self._median("floor_packets", at, -(-count // block), min(block, count), count, calls))
+                    times.append(self._median("floor_packets", at, -(-count // block), min(block, count), count, calls, pace))
                     at += SIZES[-1]
                 packets.append(min(times))
             both = min(self._median("floor_both", at, grid, block, BOTH_BYTES // 16, 4) for grid, block in _shapes(sms))
@@ -139,13 +148,16 @@ class _Probe:
             raise PeerTimeoutError(f"no packet from rank {max(expired) - 1} within {TIMEOUT_S:g} s")
         return [flag, both, *packets]
 
-    def _median(self, name: str, data: int, grid: int, block: int, packets: int, calls: int) -> float:
-        """Of a graph of ``calls`` kernels; ``data``: where it lies in everybody's memory."""
+    def _median(
+        self, name: str, data: int, grid: int, block: int, packets: int, calls: int, pace: tuple[int, int] = (0, 0)
+    ) -> float:
+        """Of a graph of ``calls`` kernels; ``data``: where it lies in everybody's memory; ``pace``: of ``FloorArgs``, and the first poll."""
         from ..engine.driver import KernelLaunch
 
         state = torch.zeros(2 * MOST_BLOCKS, dtype=torch.int32, device=self.place.device)
         self.states.append(state)
         args = FloorArgs(state=state.data_ptr(), timeout_ns=int(TIMEOUT_S * 1e9), rank=self.place.rank, packets=packets)
+        args.pace, args.first_poll = pace
         n = self.place.world_size
         args.flags[:n] = self.memory.addresses
         args.data[:n] = [address + data for address in self.memory.addresses]

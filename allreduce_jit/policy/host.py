@@ -30,7 +30,7 @@ def _bands(one_shot_up_to: int) -> HostBands:
 # Of two ranks: measured. Of more: estimated. One-shot reads (n-1) S bytes, two-shot 2 (n-1) / n S in one hop (2 us) more, at 50 GB/s.
 HOST_TABLES: dict[int, HostBands] = {
     2: (
-        HostBand(256 * KIB, "host_one_shot", 64, 1024),
+        HostBand(384 * KIB, "host_one_shot", 64, 1024),
         HostBand(2 * MIB, "host_stream", 128, 96),
         HostBand(NEVER, "host_stream", 128, 128),
     ),

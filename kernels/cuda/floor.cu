@@ -14,6 +14,8 @@ struct FloorArgs {
     u64 timeout_ns;        // of one wait
     u32 rank;
     u32 packets;
+    u32 pace;        // cycles from a warp's stores to those of the next one
+    u32 first_poll;  // cycles from a warp's stores to its first poll
 };
 
 // One load reads both, so that a check for expiry costs nothing.

@@ -12,8 +12,10 @@ extern "C" __global__ void __launch_bounds__(512) floor_packets(const __grid_con
     griddepcontrol_wait();
     const u64 state = ld_relaxed_gpu_u64(own_state);
     if (state >> 32) return;
-    const u32 epoch = u32(state) + 1;
+    const u32 epoch = u32(state) + 1, began = cycles(), turn = a.pace * (first / 32);  // as in host_one_shot.cu
+    pause(began, turn);
     for (u32 i = first; i < a.packets; i += step) st_relaxed_sys_v4(a.data[a.rank] + u64(i) * 16, splat(epoch));
+    pause(began, turn + a.first_poll);
     u64 started = 0;
     for (u32 i = first; i < a.packets; i += step)
 #pragma unroll

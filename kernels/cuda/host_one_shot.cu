@@ -10,6 +10,11 @@
 // Then the slot is free: it held chunk c - RING. A peer from which c - AHEAD has come had received c - 2 * AHEAD from all before it
 // stored that, and c - RING is no later. So a slot is written when all have read it, and a reader cannot meet a later chunk than
 // the one that it waits for. With AHEAD 1 and one chunk a call this is one_shot.cu's argument for two parities.
+//
+// PACE and the first poll, in cycles, are for speed alone, and PACE 0 is without both. All channels begin at once, but the bus takes their
+// stores one after the other, and a load waits behind all stores that were issued before it. So a channel stores when its turn comes, and
+// polls right behind its own stores, while the others' still wait: both directions of the bus are in use. A poll that came too early costs
+// a round trip over the bus, 1.3 us, so the first one gives a peer that is late by FIRST_POLL, and a little for each channel, time to store.
 #include "entry.cuh"
 #include "guard.cuh"
 #include "partition/chunks.cuh"
@@ -42,7 +47,9 @@ __device__ inline void host_one_shot(const Args &a) {
     counter.load();
     u32 done = 0;
     bool came = uses.alive;
+    const u32 began = Config::PACE ? cycles() : 0, turn = Config::PACE * chunks.channel;
     if (came) {
+        if (Config::PACE) pause(began, turn);
         const auto store = [&](u32 i, const Packet(&p)[PACKETS]) {
             const u32 number = uses.number + i;
             if (i < count) outbox.store(number % RING, p, Channel::Wire::of(number / RING));
@@ -50,6 +57,7 @@ __device__ inline void host_one_shot(const Args &a) {
 #pragma unroll
         for (u32 i = 0; i < AHEAD; i++) store(i, own[i]);
         if (lane == 0) uses.advance(count);
+        if (Config::PACE) pause(began, turn + Config::FIRST_POLL + Config::FIRST_POLL_PER_CHANNEL * chunks.busy());
 #pragma unroll 1
         for (; done < count; done++) {
             Packet next[PACKETS];

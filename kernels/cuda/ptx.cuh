@@ -122,6 +122,18 @@ __device__ inline u64 globaltimer() {
     return t;
 }
 
+// Of this SM, and they wrap. Nothing but speed may depend on them.
+__device__ inline u32 cycles() {
+    u32 t;
+    asm volatile("mov.u32 %0, %%clock;" : "=r"(t)::"memory");
+    return t;
+}
+
+// Returns when so many cycles have passed since then.
+__device__ inline void pause(u32 since, u32 duration) {
+    while (cycles() - since < duration) {}
+}
+
 // 0 at run time, unknown at compile time: a value to which this is added stays in a register. Otherwise the compiler computes
 // it again wherever it is needed, from the launch's arguments, and reading those takes dozens of cycles. (Measured on sm_90;
 // nothing is forced on others, where registers may be too few.)

@@ -22,8 +22,12 @@ from allreduce_jit.engine import norm_reference
 from allreduce_jit.policy import local_norm
 
 
+class Crashed(AssertionError):
+    """A kernel that wrote where it must not, and took its process with it."""
+
+
 def play(folders: dict[str, str], cases: list[Case], first: bool = False) -> dict[str, list[str]]:
-    """In another process: by name, ``case: difference`` of each that differs."""
+    """In another process: by name, ``case: difference`` of each that differs. Raises ``Crashed``."""
     job = {"folders": folders, "cases": [dataclasses.asdict(case) for case in cases], "first": first, "path": sys.path}
     done = subprocess.run(
         [sys.executable, __file__],
@@ -32,6 +36,8 @@ def play(folders: dict[str, str], cases: list[Case], first: bool = False) -> dic
         text=True,
         env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
     )
+    if done.returncode < 0:
+        raise Crashed(f"signal {-done.returncode}: {done.stderr[-4000:]}")
     assert not done.returncode, done.stderr[-4000:]
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -19,7 +19,7 @@ import test_norm_kernel
 from legacy_ranks import Outcome, Scenario, Stage
 from mutant_checks import INVALID, KILLED, SURVIVED, Verdict
 from mutants import Mutant
-from norm_interpreter import play
+from norm_interpreter import Crashed, play
 from triton_mutants import FOLDER, NORM, texts
 
 LIMIT = 15  # seconds of a scenario, the longest takes 2; a mutant that never ends is killed by it
@@ -118,10 +118,15 @@ class Judge:
 
     @staticmethod
     def _norm(sources: Path) -> tuple[str, str, str]:
-        wrong = play({"mutant": str(sources)}, list(test_norm_kernel.cases(WIDTHS)), first=True)["mutant"]
-        if not wrong:
-            return SURVIVED, "", ""
-        return (INVALID if "Error: " in wrong[0] else KILLED), "local norm", wrong[0][-200:]
+        """The small rows, and then all that the test of bits has."""
+        for name, cases in (("local norm", test_norm_kernel.cases(WIDTHS)), ("local norm, all", test_norm_kernel.every_case())):
+            try:
+                wrong = play({"mutant": str(sources)}, list(cases), first=True)["mutant"]
+            except Crashed as crash:
+                return KILLED, name, str(crash)[-200:]
+            if wrong:
+                return (INVALID if "Error: " in wrong[0] else KILLED), name, wrong[0][-200:]
+        return SURVIVED, "", ""
 
     @staticmethod
     def _protocol(planted: Planted, first: str | None) -> tuple[str, str, str]:

@@ -20,6 +20,9 @@ struct Chunks {
     // Of each part, of this channel.
     __device__ u32 count() const { return all > channel ? (all - channel - 1) / channels + 1 : 0; }
 
+    // How many channels have any.
+    __device__ u32 busy() const { return min_u32(all, channels); }
+
     // Whether this channel has the last one.
     __device__ bool last_channel() const { return (all - 1) % channels == channel; }
 
