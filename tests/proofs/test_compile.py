@@ -37,7 +37,7 @@ from helpers.cubins import (
 )
 
 from allreduce_jit.errors import CompileError
-from allreduce_jit.jit import compiler, triton_process
+from allreduce_jit.jit import compiler, source, triton_process
 from allreduce_jit.jit.cache import KernelCache
 from allreduce_jit.jit.compiler import build
 from allreduce_jit.machine.probe import probe
@@ -210,6 +210,18 @@ def test_the_budget_of_registers(algorithm, world_size, most):
     for worse in ({"REG": most + 1}, {"STACK": 8}, {"LOCAL": 4}):
         with pytest.raises(AssertionError):
             check_resources(usage | worse, NVLINK_ALGORITHMS[algorithm], world_size, "sm_90")
+
+
+# NVRTC (13.0 and 13.5) leaves out a loop with `#pragma unroll` behind such a one, where that is discarded.
+LOOP_AS_BRANCH = r"\b(else|if constexpr\s*\(.*\))\s*(//.*\s*)*(#.*\s+)*(for|while)\b"
+
+
+def test_no_loop_is_a_branch_of_if_constexpr():
+    bad = "if constexpr (A == f(1)) for (;;) {}", "} else\n    // slow\n#pragma unroll\n for (;;) {}", "else while (x) y();"
+    assert all(re.search(LOOP_AS_BRANCH, text) for text in bad)
+    assert not re.search(LOOP_AS_BRANCH, "if constexpr (A) { for (;;) {} } else { for (;;) {} } while (x) {}")
+    sources = source.files()
+    assert len(sources) > 20 and not [name for name, text in sources.items() if re.search(LOOP_AS_BRANCH, text)]
 
 
 @needs_nvrtc
@@ -410,9 +422,9 @@ def fresh_versions():
 
 @needs_nvrtc
 def test_the_log_of_nvrtc_is_in_the_error(monkeypatch):
-    source = compiler._cuda_source(cuda_module("one_shot", 2))
-    line = source.count("\n") + 1
-    monkeypatch.setattr(compiler, "_cuda_source", lambda spec: source + "int planted = no_such_name;\n")
+    text = compiler._cuda_source(cuda_module("one_shot", 2))
+    line = text.count("\n") + 1
+    monkeypatch.setattr(compiler, "_cuda_source", lambda spec: text + "int planted = no_such_name;\n")
     cache = KernelCache(None)
     with pytest.raises(CompileError, match=rf'one_shot.cu\({line}\): error: identifier "no_such_name"') as caught:
         build(cuda_module("one_shot", 2), "sm_90", cache)
