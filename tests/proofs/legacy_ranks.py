@@ -38,6 +38,7 @@ AGAIN = 2 * 2 * abi.POLLS  # words looked at for signatures up to the second loo
 LOOK = 1_000_000  # ns: what the kernels take a look for, as the interpreter has no clock
 # int32 words of Control, and its deadlines as int64.
 SEQUENCE, IN_FLIGHT, HANDSHAKEN = (at.offset // 4 for at in (abi.Control.sequence, abi.Control.completed, abi.Control.handshaken))
+MINE = abi.Report.mine.offset // 4
 DEADLINES = slice(abi.Control.deadline_ns.offset // 8, abi.Control.grace_ns.offset // 8 + 1)
 
 
@@ -70,10 +71,12 @@ class Scenario:
         absent: a rank that takes no part.
         dies: a rank that ends after its first push of data.
         leaves: a rank that takes part in the first call alone.
-        late: a rank that comes to its first call when the others have looked for it 400 times, and whose first data
-            comes 70 polls after the handshake.
+        late: a rank that comes to its first call when the others have looked for it so many times, `looked`, and whose first data
+            comes so many polls after the handshake, `behind`.
         just: a rank that comes to its first call when the others' second look at the clock lies behind them, and before they look for it
             again.
+        hesitates: a rank whose first data comes when the others' second look at the clock, while they wait for data, lies behind them, and
+            before they look for it again.
         aborted: a rank whose host has set its abort word beforehand.
         stopped: a rank whose host sets its abort word when it first looks for data. It finds none before it has seen
             that word, and all of it from then on.
@@ -94,7 +97,10 @@ class Scenario:
     dies: int | None = None
     leaves: int | None = None
     late: int | None = None
+    looked: int = 400
+    behind: int = 70
     just: int | None = None
+    hesitates: int | None = None
     aborted: int | None = None
     stopped: int | None = None
     busy: int | None = None
@@ -109,7 +115,8 @@ class Scenario:
 
 @dataclass
 class Outcome:
-    """`wrong`: everything that differs from the contract, in words. The rest: per rank, as the host would see it."""
+    """`wrong`: everything that differs from the contract, in words. The rest: per rank, as the host would see it, reports when it finds
+    their code."""
 
     wrong: list[str]
     reports: list[list[int]]  # words of an abi.Report
@@ -198,6 +205,13 @@ def make_data(kind: str, dtype: str, numel: int, rng: np.random.Generator) -> np
     return rng.choice(np.array(specials, word), numel)
 
 
+class Trespass(Exception):
+    """An access outside of what a rank may touch."""
+
+
+TRESPASSED = 3  # how such a rank ends
+
+
 # The communicator, as a host would build it, in memory that all ranks share at one address.
 
 
@@ -237,7 +251,8 @@ class Communicator:
             self.header[rank][:] = 0
             if scenario.hasty in (None, rank):
                 self.control[rank][:6].view(np.int64)[DEADLINES] = scenario.deadline * LOOK, grace * LOOK
-        self.looks = [self.take(16, 0).view(np.int64) for _ in range(world)]  # for signatures, for data
+        self.told = [self.take(64, 0).view(np.int32) for _ in range(world)]  # the report as it is when its code is stored
+        self.looks = [self.take(24, 0).view(np.int64) for _ in range(world)]  # for signatures, for data; and pushes of data
         if scenario.aborted is not None:
             self.abort(scenario.aborted)
         if scenario.busy is not None:
@@ -267,6 +282,21 @@ class Communicator:
             tensor[:] = bits
         return tensor
 
+    def own(self, rank: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """What the kernels of a rank may touch: one word at a time, or as signatures; and by blocks of data."""
+        local = [self.table, self.control[rank], self.report[rank], *(epoch[rank] for epoch in self.epoch.values())]
+        slots = [staging[HEADER_BYTES:] for staging in self.staging]
+        return [*local, *self.header], [*slots, *(tensors[rank] for tensors in (*self.x, *self.out))]
+
+    def altered(self) -> list[int]:
+        """Ranks whose report changed after its code was there. Both calls belong to a report of a mismatch alone."""
+        last = {Kind.MISMATCH: len(self.report[0])}
+        return [
+            rank
+            for rank, (told, report) in enumerate(zip(self.told, self.report))
+            if told[0] and not np.array_equal(*(words[: last.get(told[0] & 0xFF, MINE)] for words in (told, report)))
+        ]
+
     def of(self, call: Call, rank: int) -> Call:
         """The call as this rank makes it."""
         who, how = self.scenario.differs or (None, {})
@@ -274,7 +304,7 @@ class Communicator:
 
     def play(self, rank: int, module, tl) -> None:
         if rank == self.scenario.late:
-            self.until(rank, lambda peer: self.looks[peer][0] >= 2 * 400)  # two words a look
+            self.until(rank, lambda peer: self.looks[peer][0] >= 2 * self.scenario.looked)  # two words a look
         if rank == self.scenario.just:
             self.until(rank, lambda peer: self.looks[peer][0] > AGAIN)
         for number, (call, x, out) in enumerate(zip(self.scenario.calls, self.x, self.out)):
@@ -322,7 +352,10 @@ class Communicator:
             return programs(0, grid)
         guard = fork(lambda: programs(0, 1))
         programs(1, grid - 1)
-        assert os.waitpid(guard, 0)[1] == 0, "the guard raised"
+        end = os.waitstatus_to_exitcode(os.waitpid(guard, 0)[1])
+        if end == TRESPASSED:
+            raise Trespass("the guard")
+        assert end == 0, "the guard raised"
 
     def until(self, rank: int, condition) -> None:
         """Waits for a condition on every peer, or for the end of this rank."""
@@ -359,7 +392,7 @@ class Communicator:
         last, dtype = self.out[-1], scenario.calls[-1].dtype
         return Outcome(
             wrong=wrong,
-            reports=[report[:10].tolist() for report in self.report],
+            reports=[told[:10].tolist() for told in self.told],
             aborted=[int(header[0]) for header in self.header],
             signatures=[header.tobytes()[SIGNATURES_AT : SIGNATURES_AT + SIGNATURES].hex() for header in self.header],
             all_nan=[bool(np.isnan(widen(out, dtype)).all()) for out in last],
@@ -436,6 +469,48 @@ def patch_once(interpreter) -> None:
     interpreter.InterpretedFunction.__call__ = call
 
 
+def watch(interpreter, tl, communicator: Communicator, rank: int) -> None:
+    """An access outside of what a rank may touch raises ``Trespass``; the report is kept as it is when its code is stored."""
+    builder = interpreter.InterpreterBuilder
+    words, blocks = (
+        tuple(map(np.array, zip(*sorted((address(array), address(array) + array.nbytes) for array in arrays))))
+        for arrays in communicator.own(rank)
+    )
+    report, told = communicator.report[rank], communicator.told[rank]
+    whole_load, whole_store = builder.create_masked_load, builder.create_masked_store
+    whole_cas, whole_rmw = builder.create_atomic_cas, builder.create_atomic_rmw
+
+    def check(pointers, mask=True):
+        starts, ends = blocks if pointers.data.size > 1 and pointers.get_element_ty() != tl.int64 else words
+        first = pointers.data[np.broadcast_to(mask, pointers.data.shape)].astype(np.int64)
+        width = pointers.get_element_ty().primitive_bitwidth // 8
+        at = np.searchsorted(starts, first, side="right") - 1
+        if (at < 0).any() or (first + width > ends[at]).any():
+            raise Trespass(f"rank {rank}: {first - address(communicator.memory.all)} of {width} bytes")
+
+    def load(self, pointers, mask, *rest):
+        check(pointers, mask.data)
+        return whole_load(self, pointers, mask, *rest)
+
+    def store(self, pointers, value, mask, *rest):
+        check(pointers, mask.data)
+        done = whole_store(self, pointers, value, mask, *rest)
+        if pointers.data.size == 1 and int(pointers.data.item()) == address(report) and not told[0]:
+            told[:] = report
+        return done
+
+    def cas(self, pointer, *rest):
+        check(pointer)
+        return whole_cas(self, pointer, *rest)
+
+    def rmw(self, operation, pointer, *rest):
+        check(pointer)
+        return whole_rmw(self, operation, pointer, *rest)
+
+    builder.create_masked_load, builder.create_masked_store = load, store
+    builder.create_atomic_cas, builder.create_atomic_rmw = cas, rmw
+
+
 def disturb(interpreter, tl, communicator: Communicator, rank: int, check_every: int) -> None:
     """Pauses, torn stores, slowness and death at the points where ranks meet: block stores and volatile looks."""
     scenario, builder = communicator.scenario, interpreter.InterpreterBuilder
@@ -455,6 +530,9 @@ def disturb(interpreter, tl, communicator: Communicator, rank: int, check_every:
             communicator.looks[rank][int(for_data)] += not for_data or not mask.data.any()  # own block: once a round
             if scenario.just not in (None, rank) and communicator.looks[rank][0] == AGAIN + 1:
                 while not communicator.control[scenario.just][SEQUENCE]:  # which is counted when it has signed
+                    time.sleep(1e-3)
+            if for_data and scenario.hesitates not in (None, rank) and communicator.looks[rank][1] == 2 * check_every + 1:
+                while not communicator.looks[scenario.hesitates][2]:
                     time.sleep(1e-3)
             if for_data and rank == scenario.dies:
                 os._exit(0)
@@ -495,9 +573,15 @@ def disturb(interpreter, tl, communicator: Communicator, rank: int, check_every:
     def store(self, pointers, value, mask, *policy):
         if rank == halved and pointers.data.size > 1 and pointers.get_element_ty() == tl.int64:
             return sign(self, pointers, value, mask, *policy)
-        if rank == scenario.late and pointers.data.size > 1 and pointers.get_element_ty() != tl.int64 and not next(pushes):
+        of_data = pointers.data.size > 1 and pointers.get_element_ty() != tl.int64
+        if rank == scenario.late and of_data and not next(pushes):
             communicator.until(rank, lambda peer: communicator.control[peer][HANDSHAKEN])
-            communicator.until_looked(rank, 1, 70)
+            communicator.until_looked(rank, 1, scenario.behind)
+        if rank == scenario.hesitates and of_data and not communicator.looks[rank][2]:
+            communicator.until(rank, lambda peer: communicator.looks[peer][1] > 2 * check_every)
+            whole_store(self, pointers, value, mask, *policy)
+            communicator.looks[rank][2] = 1
+            return None
         if not scenario.jitter or pointers.data.size == 1:
             return whole_store(self, pointers, value, mask, *policy)
         half = np.random.default_rng(rng.getrandbits(32)).random(pointers.data.shape) < 0.5
@@ -525,6 +609,7 @@ def play(scenario: Scenario, interpreter, tl) -> Outcome:
     communicator = Communicator(scenario)
 
     def live(rank: int) -> None:
+        watch(interpreter, tl, communicator, rank)
         disturb(interpreter, tl, communicator, rank, check_every)
         repair_masks(interpreter, tl.int1)
         communicator.play(rank, module, tl)
@@ -532,7 +617,9 @@ def play(scenario: Scenario, interpreter, tl) -> Outcome:
     ranks = [fork(lambda: live(rank)) for rank in range(scenario.world) if rank != scenario.absent]
     ends = [os.waitstatus_to_exitcode(os.waitpid(rank, 0)[1]) for rank in ranks]
     assert not any(end < 0 for end in ends), f"ranks crashed: {ends}"
+    assert TRESPASSED not in ends, f"ranks touched what is not theirs: {ends}"
     assert not any(ends), f"{sum(map(bool, ends))} ranks raised"
+    assert not communicator.altered(), f"reports of ranks {communicator.altered()} changed after their code was stored"
     return communicator.outcome()
 
 
@@ -543,10 +630,17 @@ def fork(work) -> int:
             work()
             sys.stdout.flush()
             os._exit(0)
-        except BaseException:
+        except BaseException as error:
             traceback.print_exc()
-            os._exit(1)
+            os._exit(TRESPASSED if any(isinstance(one, Trespass) for one in causes(error)) else 1)
     return child
+
+
+def causes(error: BaseException | None):
+    """An exception and what led to it: the interpreter wraps those of its own."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def main() -> None:

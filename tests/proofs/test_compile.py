@@ -13,15 +13,18 @@ import importlib.util
 import multiprocessing
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
 import textwrap
 import threading
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+import legacy_ranks
 import pytest
 from helpers.cubins import (
     PARAMETERS_AT,
@@ -262,6 +265,61 @@ def test_legacy_compiles(compiled, tmp_path, world_size, arch):
         assert usage["CONSTANT[0]"] == PARAMETERS_AT[arch] + parameters
 
 
+def check_strong_accesses(tmp_path, spec, artifact):
+    """Of one of legacy's kernels, on sm_90: how many accesses of each strength and scope its sources ask for; raises AssertionError."""
+    (ops,) = opcodes(tmp_path, artifact).values()
+    peers, phases = dict(spec.constants)["WORLD"] - 1, 2 if "two_shot" in spec.name else 1
+    waits = 1 + phases  # the guard's, and one a phase, each of which polls in two places and may fail
+    expected = {
+        "LDG.E.128.STRONG.SYS": 2 * (1 + peers) * phases,  # slots
+        "STG.E.128.STRONG.SYS": peers * phases,
+        "LDG.E.64.STRONG.SYS": 2 * 2 + waits,  # halves of signatures; limits
+        "STG.E.64.STRONG.SYS": 2,
+        "LDG.E.STRONG.SYS": 2 + 3 * waits,  # the abort code, in each wait as well; there what is handshaken; the call that failed
+        "STG.E.STRONG.SYS": 2 + waits * (peers + 1),  # the number of the call, what is handshaken; the abort code to peers, the report's
+        "ATOMG.E.CAS.STRONG.SYS": waits,
+        "ATOMG.E.EXCH.STRONG.GPU": waits,
+        "ATOMG.E.ADD.STRONG.GPU": 1,  # calls in flight
+        "REDG.E.ADD.STRONG.GPU": 1,
+        "MEMBAR.ALL.SYS": 2 * waits,  # before the abort code is exchanged, and before the report's is stored
+        "MEMBAR.ALL.GPU": waits,  # before who reports is settled
+    }
+    found = Counter(op for op in ops if ".STRONG." in op or op.startswith("MEMBAR"))
+    # The number of a call is stored when all threads have read the one before: behind the barrier that the atomic's result goes through.
+    meet = [op for op in ops if op.startswith("BAR.SYNC") or op in ("ATOMG.E.ADD.STRONG.GPU", "STG.E.STRONG.SYS")]
+    barrier, store = meet[meet.index("ATOMG.E.ADD.STRONG.GPU") + 1 :][:2]
+    assert barrier.startswith("BAR.SYNC") and store == "STG.E.STRONG.SYS", "a number is stored before all have read the one before"
+    assert found == expected, {op: (found[op], expected.get(op, 0)) for op in {*found, *expected} if found[op] != expected.get(op, 0)}
+
+
+_START_IS_PATCHED = threading.Lock()
+
+
+def compile_triton_from(sources, spec, arch="sm_90"):
+    """``spec`` out of the sources in this folder."""
+    theirs = (
+        "import importlib.util; name = 'allreduce_jit.triton_kernels';"
+        f" spec = importlib.util.spec_from_file_location(name, {str(sources / '__init__.py')!r}, submodule_search_locations=[{str(sources)!r}]);"
+        " sys.modules[name] = importlib.util.module_from_spec(spec); work(job)"
+    )
+    with _START_IS_PATCHED, pytest.MonkeyPatch.context() as patch:
+        start = triton_process._START
+        assert start.endswith("work(job)")
+        patch.setattr(triton_process, "_START", start.removesuffix("work(job)") + theirs)
+        return compile_one(spec, arch)
+
+
+@needs_triton
+def test_weaker_accesses_of_legacy_are_seen(tmp_path):
+    sources = shutil.copytree(legacy_ranks.source(), tmp_path / "sources", ignore=shutil.ignore_patterns("__pycache__"))
+    spec = triton_module("one_shot", 2, "bfloat16", True)
+    check_strong_accesses(tmp_path, spec, compile_triton_from(sources, spec))
+    text = (sources / "slots.py").read_text()
+    (sources / "slots.py").write_text(text.replace(', cache_modifier=".wt"', ""))
+    with pytest.raises(AssertionError, match="STG.E.128.STRONG.SYS"):
+        check_strong_accesses(tmp_path, spec, compile_triton_from(sources, spec))
+
+
 @pytest.mark.long
 @needs_triton
 @pytest.mark.parametrize("world_size", WORLD_SIZES if LONG else (2, 4, 8))
@@ -270,9 +328,7 @@ def test_legacy_machine_code(compiled, tmp_path, world_size):
     for spec, artifact in zip(specs, compiled(specs, "sm_90"), strict=True):
         (ops,) = opcodes(tmp_path, artifact).values()
         check_memory_accesses(ops)
-        peers = (world_size - 1) * (2 if "two_shot" in spec.name else 1)
-        assert ops.count("STG.E.128.STRONG.SYS") >= peers
-        assert ops.count("LDG.E.128.STRONG.SYS") >= peers
+        check_strong_accesses(tmp_path, spec, artifact)
         assert not {"PREEXIT", "ACQBULK"} & set(ops)  # the protocol leans on launches that do not overlap
         scalar = [op for op in ops if op in ("LDG.E.U16", "STG.E.U16")]
         assert bool(scalar) == (not dict(spec.constants)["VECTOR"])

@@ -157,7 +157,10 @@ def test_who_is_late_is_named_though_another_call_differs(stage):
     assert type(error) is PeerTimeoutError and error.ranks == (1,), error
 
 
-@pytest.mark.parametrize("others", [1 << 32, 3 << 33, 1 << 47])
+BEYOND_32_BITS = (1 << 32, 3 << 33, 1 << 47)  # the last one: the highest bit that a signature has for it
+
+
+@pytest.mark.parametrize("others", BEYOND_32_BITS)
 def test_numbers_of_elements_are_compared_beyond_32_bits(stage, others):
     calls = 2 * [Call("one_shot", "float16", 40)]
     outcome = stage.run(Scenario(2, calls, differs=[1, {"others": others}], deadline=3000))
@@ -184,8 +187,10 @@ def test_the_grace_is_over_for_a_shape_and_for_no_other(stage):
 
 
 def test_what_arrives_as_time_runs_out_counts(stage):
-    """A rank that has signed by the last look is there, though the clock says that it is late."""
+    """A rank that has signed by the last look is there, though the clock says that it is late; so is its data."""
     right(stage.run(Scenario(2, [Call("one_shot", "float32", 40)], just=1, grace=abi.POLLS - 1)))
+    for algorithm in ALGORITHMS:
+        right(stage.run(Scenario(2, [Call(algorithm, "float32", 40)], hesitates=1, deadline=abi.POLLS - 1, grace=0)))
 
 
 def test_no_deadline_no_report(stage):
@@ -238,6 +243,7 @@ def scenario(name: str) -> Scenario:
         "absent": Scenario(3, mixed, absent=1, deadline=100),
         "absent, one rank hasty": Scenario(3, mixed, absent=1, deadline=100, hasty=0),
         "late at first": Scenario(2, same, late=1, deadline=100, grace=100_000),
+        "late at first, 8 ranks": Scenario(8, same[:1], late=7, looked=100, behind=5, deadline=100, grace=100_000),
         "gone after the first": Scenario(2, same, leaves=1, deadline=100, grace=0),
         "differing": Scenario(2, [Call("one_shot", "float16", 40)], differs=[1, {"dtype": "bfloat16"}]),
         "first half last": Scenario(3, same, halved=[1, 0]),
@@ -323,12 +329,20 @@ BUGS = {
     ),
     "calls are not counted": ("repeated", "tl.int32)) + 1  # from 1", "tl.int32)) + 0  # from 1"),
     "calls in flight are not looked at": ("busy", "in_flight > 0, _CONCURRENT", "in_flight > 9, _CONCURRENT"),
+    "a look goes astray": ("repeated", "_load_signatures(staging + parity, sources, others, first, second, stop)\n    polls", "_load_signatures(staging - parity, sources, others, first, second, stop)\n    polls"),  # fmt: skip
+    "blocks begin before their slots": ("repeated", "(channel * BLOCK + tl.arange(0, BLOCK))\n    return tl.multiple_of(tl.max", "(channel * BLOCK - tl.arange(0, BLOCK))\n    return tl.multiple_of(tl.max"),  # fmt: skip
+    "the first look is for one rank's signature alone": ("late at first, 8 ranks", "sources, others, first, second, stop)\n    polls", "others, sources, first, second, stop)\n    polls"),  # fmt: skip
+    "the code is stored before the rest of the report": ("differing", "tl.store(words + _TAG, tag)", "tl.store(words, code)\n        tl.store(words + _TAG, tag)"),  # fmt: skip
     "nobody leaves": ("repeated", "-1, sem=", "0, sem="),
     "who finds itself stopped says nothing": ("stopped midway", "if verdict > 1:", "if verdict > 3:"),
 }
 
 
-@pytest.mark.parametrize("name", sorted({name for name, _, _ in BUGS.values()}))
+SCENARIOS = sorted({name for name, _, _ in BUGS.values()})
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", SCENARIOS if os.environ.get("LONG") else [name for name in SCENARIOS if "8 ranks" not in name])
 def test_the_source_itself_passes_where_bugs_are_planted(stage, name):
     assert fails(stage.run(scenario(name)), name) is None
 
@@ -359,3 +373,7 @@ def catches(stage, name: str, mutant: str, seed: int) -> bool:
         return fails(stage.run(planted, timeout=10 if name in RIGHT else 30), name) is not None
     except TimeoutError:
         return True
+    except AssertionError as found:
+        if "not theirs" in str(found) or "changed after" in str(found):
+            return True
+        raise

@@ -247,6 +247,7 @@ BUGS = {
     "a ring has one slot": ("one-shot calls", ANY, [("host_one_shot.cu", "outbox.store(number % RING, p, Channel::Wire::of(number / RING))", "outbox.store(0, p, Channel::Wire::of(number))"), ("host_one_shot.cu", "receive<false>(number % RING, peers, Channel::Wire::of(number / RING), 0)", "receive<false>(0, peers, Channel::Wire::of(number), 0)")]),
     "a ring is as long as what is ahead": ("streamed calls", ANY, [("host_one_shot.cu", "RING = Config::RING;", "RING = Config::RING / 2;"), ("host_one_shot.cu", "2 * AHEAD <= RING", "AHEAD <= RING")]),
     "a chunk is stored before the one ahead was received": ("streamed calls", ANY, [("host_one_shot.cu", STORED, ""), ("host_one_shot.cu", RECEIVED, STORED + RECEIVED)]),
+    "the first poll comes two seconds later": ("one-shot calls", {"pause"}, [("host_one_shot.cu", "turn + Config::FIRST_POLL", "turn - Config::FIRST_POLL")]),
     "the count does not go on": ("mixed calls", ANY, [("outbox.cuh", "number + uses); }", "number + 0 * uses); }")]),
     "the count goes on by one": ("mixed calls", ANY, [("host_one_shot.cu", "uses.advance(count)", "uses.advance(1)")]),
     "the count is read before griddepcontrol_wait": ("mixed calls", ANY, [("host_one_shot.cu", WAIT, ""), ("host_one_shot.cu", "    uses.load(aborted);\n", "    uses.load(aborted);\n" + WAIT)]),

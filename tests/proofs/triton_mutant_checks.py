@@ -14,17 +14,22 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import legacy_ranks
+import test_compile
 import test_legacy_protocol as protocol
 import test_norm_kernel
 from legacy_ranks import Outcome, Scenario, Stage
 from mutant_checks import INVALID, KILLED, SURVIVED, Verdict
-from mutants import Mutant
+from mutants import WEAKER, Mutant
 from norm_interpreter import Crashed, play
 from triton_mutants import FOLDER, NORM, texts
 
-LIMIT = 15  # seconds of a scenario, the longest takes 2; a mutant that never ends is killed by it
+from allreduce_jit.errors import CompileError
+from allreduce_jit.policy.catalogue import P2P_ALGORITHMS, triton_module
+
+LIMIT = 15  # seconds of a scenario, the longest takes 2, with eight ranks 10; a mutant that never ends is killed by it
 PATIENCE = 3000  # looks until a wait gives up, where it is no matter of the scenario; a twentieth of a second's is enough for the real ones
 WIDTHS = [72, 384]
+MACHINE_CODE = "machine code"  # the name of that check
 
 Check = tuple[str, Callable[["Planted"], object]]
 
@@ -37,7 +42,7 @@ class Planted:
 
     def run(self, scenario: Scenario, timeout: float = LIMIT) -> Outcome:
         deadline = min(scenario.deadline, PATIENCE)
-        return self.stage.run(dataclasses.replace(scenario, source=str(self.folder), deadline=deadline), LIMIT)
+        return self.stage.run(dataclasses.replace(scenario, source=str(self.folder), deadline=deadline), LIMIT if scenario.world < 8 else 4 * LIMIT)
 
 
 def _scenario(name: str) -> Check:
@@ -58,6 +63,7 @@ def checks() -> list[Check]:
     order = [
         "gone after the first",
         "late at first",
+        "late at first, 8 ranks",
         "one rank slow",
         "first half last",
         "second half last",
@@ -72,7 +78,7 @@ def checks() -> list[Check]:
         *[(f"aborted, {a}", lambda stage, a=a: protocol.test_an_aborted_rank_says_nothing_and_believes_nothing(stage, a)) for a in protocol.ALGORITHMS],
         *[(f"calls differ, {how}", lambda stage, n=n, how=how: protocol.test_calls_that_differ_are_named(stage, n, how)) for n, how in differ],
         ("late and different", protocol.test_who_is_late_is_named_though_another_call_differs),
-        ("numbers beyond 32 bits", lambda stage: protocol.test_numbers_of_elements_are_compared_beyond_32_bits(stage, 1 << 32)),
+        *[(f"numbers beyond 32 bits, {others:#x}", lambda stage, others=others: protocol.test_numbers_of_elements_are_compared_beyond_32_bits(stage, others)) for others in protocol.BEYOND_32_BITS],
         ("each compares", lambda stage: protocol.test_each_rank_compares_for_itself(stage, 0)),
         ("grace by shape", protocol.test_the_grace_is_over_for_a_shape_and_for_no_other),
         ("as time runs out", protocol.test_what_arrives_as_time_runs_out_counts),
@@ -109,12 +115,30 @@ class Judge:
             )
             name = mutant.file.removeprefix(FOLDER)
             (sources / name).write_text(mutant.applied(texts()[mutant.file]))
-            if name == NORM:
-                outcome = self._norm(sources)
-            else:
-                with self._stage() as stage:
-                    outcome = self._protocol(Planted(stage, sources), first)
+            steps = [self._norm] if name == NORM else [lambda sources: self._protocol(sources, first), self._machine_code]
+            if mutant.kind == WEAKER or first == MACHINE_CODE:
+                steps.reverse()
+            for step in steps[: 1 if mutant.kind == WEAKER else None]:
+                outcome = step(sources)
+                if outcome[0] != SURVIVED:
+                    break
         return Verdict(*outcome, seconds=round(time.monotonic() - start, 1))
+
+    @staticmethod
+    def _machine_code(sources: Path) -> tuple[str, str, str]:
+        """Strength and scope of accesses, and a barrier, which the interpreter does not know."""
+        for name in P2P_ALGORITHMS:
+            spec = triton_module(name, 2, "bfloat16", True)
+            with tempfile.TemporaryDirectory() as folder:
+                try:
+                    artifact = test_compile.compile_triton_from(sources, spec)
+                except CompileError as error:
+                    return INVALID, MACHINE_CODE, str(error)[-200:]
+                try:
+                    test_compile.check_strong_accesses(Path(folder), spec, artifact)
+                except AssertionError as error:
+                    return KILLED, MACHINE_CODE, str(error).strip().replace("\n", " ")[:200]
+        return SURVIVED, "", ""
 
     @staticmethod
     def _norm(sources: Path) -> tuple[str, str, str]:
@@ -128,8 +152,12 @@ class Judge:
                 return (INVALID if "Error: " in wrong[0] else KILLED), name, wrong[0][-200:]
         return SURVIVED, "", ""
 
+    def _protocol(self, sources: Path, first: str | None) -> tuple[str, str, str]:
+        with self._stage() as stage:
+            return self._checked(Planted(stage, sources), first)
+
     @staticmethod
-    def _protocol(planted: Planted, first: str | None) -> tuple[str, str, str]:
+    def _checked(planted: Planted, first: str | None) -> tuple[str, str, str]:
         for name, check in sorted(checks(), key=lambda check: check[0] != first):
             try:
                 check(planted)

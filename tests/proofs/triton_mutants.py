@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 
 import legacy_ranks
-from mutants import ARGUMENTS, COMPARED, CONSTANT, DROPPED, INDEX, NEGATED, OPERATOR, ORDER, REMOVED, TURN, Change, Mutant, made
+from mutants import ARGUMENTS, COMPARED, CONSTANT, DROPPED, INDEX, NEGATED, OPERATOR, ORDER, REMOVED, TURN, WEAKER, Change, Mutant, made
 
 FOLDER = "triton/"  # in front of a file's name in ``Mutant.file``
 PROTOCOL = ("p2p.py", "guard.py", "wait.py", "slots.py")
@@ -23,6 +23,9 @@ _FOR_THE_COMPILER = ("tl.multiple_of", "tl.max_contiguous")
 _OTHER = re.compile(r"[A-Z_]+|tl\.\w+|link|pointers|words?( \+ \w+)?|theirs( \+ 1)?|word_at\(.*")
 # Whether the interpreter runs the kernel: of its two branches one is not for GPUs, and the other is not run here.
 _RUN_BY = "INTERPRET"
+# How an access is told to be strong, and what is weaker; of a fence in assembly, its text.
+_WEAKER = {("cache_modifier", ".wt"): '""', ("volatile", True): "False", ("sem", "acq_rel"): '"relaxed"', ("scope", "sys"): '"gpu"'}
+_FENCE, _WEAKER_FENCES = "fence.acq_rel.sys; ", ("fence.acq_rel.gpu; ", "")
 # Calls that access memory that others see, or hold such accesses.
 _ACCESS = re.compile(
     r"tl\.(load|store|atomic_\w+)|push|read|write|receive|guard|fail|check|stopped|peers_of|_leave|_poll|_load_signatures|_store_halves"
@@ -59,6 +62,15 @@ class _Kernels:
             if isinstance(function, ast.FunctionDef) and any("jit" in ast.unparse(one) for one in function.decorator_list):
                 body = function.body[1:] if ast.get_docstring(function) else function.body
                 yield from self._of_block(body)
+                yield from self._weaker(function)
+
+    def _weaker(self, function: ast.FunctionDef) -> Iterator[Change]:
+        for node in ast.walk(function):
+            if isinstance(node, ast.keyword) and isinstance(node.value, ast.Constant) and (node.arg, node.value.value) in _WEAKER:
+                yield self._replace(WEAKER, node.value, _WEAKER[node.arg, node.value.value])
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.startswith(_FENCE):
+                for fence in _WEAKER_FENCES:
+                    yield self._replace(WEAKER, node, self._text(node).replace(_FENCE, fence))
 
     def _at(self, node: ast.AST) -> tuple[int, int]:
         return (self.lines[node.lineno - 1] + node.col_offset, self.lines[node.end_lineno - 1] + node.end_col_offset)

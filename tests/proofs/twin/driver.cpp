@@ -615,6 +615,10 @@ void spin(u64 address) {
 
 u32 random(u32 n) { return below(n); }
 
+void hold(u32 cycles) {
+    if (cycles >> 17) fail("pause", "of " + std::to_string(cycles) + " cycles");
+    pause();
+}
 u64 clock() { return now + (1ull << 50); }  // a GPU's clock did not begin with the kernel, either
 
 void syncwarp() {

@@ -54,6 +54,7 @@ struct Lane {
 
 extern Lane *lane;   // of the fiber that runs
 void pause();        // perhaps others run first
+void hold(u32 cycles);  // a pause in the code: it may be short alone
 void spin(u64 address);  // a poll of that packet failed: others run first
 u32 random(u32 n);   // 0 … n-1
 u64 clock();         // virtual nanoseconds
@@ -276,7 +277,7 @@ inline void fence_acq_rel_sys() { twin::fence(); }
 
 inline u64 globaltimer() { return twin::clock(); }
 inline u32 cycles() { return 0; }
-inline void pause(u32, u32) {}  // for speed alone: the driver delays whom it likes
+inline void pause(u32, u32 duration) { twin::hold(duration); }  // for speed alone: the driver delays whom it likes
 
 inline void griddepcontrol_launch_dependents() { twin::trigger(); }
 inline void griddepcontrol_wait() { twin::wait(); }
