@@ -276,7 +276,8 @@ def check_strong_accesses(tmp_path, spec, artifact):
         "LDG.E.64.STRONG.SYS": 2 * 2 + waits,  # halves of signatures; limits
         "STG.E.64.STRONG.SYS": 2,
         "LDG.E.STRONG.SYS": 2 + 3 * waits,  # the abort code, in each wait as well; there what is handshaken; the call that failed
-        "STG.E.STRONG.SYS": 2 + waits * (peers + 1),  # the number of the call, what is handshaken; the abort code to peers, the report's
+        "STG.E.STRONG.SYS": 2
+        + waits * (peers + 1),  # the number of the call, what is handshaken; the abort code to peers, the report's
         "ATOMG.E.CAS.STRONG.SYS": waits,
         "ATOMG.E.EXCH.STRONG.GPU": waits,
         "ATOMG.E.ADD.STRONG.GPU": 1,  # calls in flight
@@ -288,8 +289,12 @@ def check_strong_accesses(tmp_path, spec, artifact):
     # The number of a call is stored when all threads have read the one before: behind the barrier that the atomic's result goes through.
     meet = [op for op in ops if op.startswith("BAR.SYNC") or op in ("ATOMG.E.ADD.STRONG.GPU", "STG.E.STRONG.SYS")]
     barrier, store = meet[meet.index("ATOMG.E.ADD.STRONG.GPU") + 1 :][:2]
-    assert barrier.startswith("BAR.SYNC") and store == "STG.E.STRONG.SYS", "a number is stored before all have read the one before"
-    assert found == expected, {op: (found[op], expected.get(op, 0)) for op in {*found, *expected} if found[op] != expected.get(op, 0)}
+    assert barrier.startswith("BAR.SYNC") and store == "STG.E.STRONG.SYS", (
+        "a number is stored before all have read the one before"
+    )
+    assert found == expected, {
+        op: (found[op], expected.get(op, 0)) for op in {*found, *expected} if found[op] != expected.get(op, 0)
+    }
 
 
 _START_IS_PATCHED = threading.Lock()

@@ -42,7 +42,9 @@ class Planted:
 
     def run(self, scenario: Scenario, timeout: float = LIMIT) -> Outcome:
         deadline = min(scenario.deadline, PATIENCE)
-        return self.stage.run(dataclasses.replace(scenario, source=str(self.folder), deadline=deadline), LIMIT if scenario.world < 8 else 4 * LIMIT)
+        return self.stage.run(
+            dataclasses.replace(scenario, source=str(self.folder), deadline=deadline), LIMIT if scenario.world < 8 else 4 * LIMIT
+        )
 
 
 def _scenario(name: str) -> Check:

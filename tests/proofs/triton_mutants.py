@@ -7,7 +7,22 @@ import re
 from collections.abc import Iterator
 
 import legacy_ranks
-from mutants import ARGUMENTS, COMPARED, CONSTANT, DROPPED, INDEX, NEGATED, OPERATOR, ORDER, REMOVED, TURN, WEAKER, Change, Mutant, made
+from mutants import (
+    ARGUMENTS,
+    COMPARED,
+    CONSTANT,
+    DROPPED,
+    INDEX,
+    NEGATED,
+    OPERATOR,
+    ORDER,
+    REMOVED,
+    TURN,
+    WEAKER,
+    Change,
+    Mutant,
+    made,
+)
 
 FOLDER = "triton/"  # in front of a file's name in ``Mutant.file``
 PROTOCOL = ("p2p.py", "guard.py", "wait.py", "slots.py")
@@ -24,7 +39,12 @@ _OTHER = re.compile(r"[A-Z_]+|tl\.\w+|link|pointers|words?( \+ \w+)?|theirs( \+ 
 # Whether the interpreter runs the kernel: of its two branches one is not for GPUs, and the other is not run here.
 _RUN_BY = "INTERPRET"
 # How an access is told to be strong, and what is weaker; of a fence in assembly, its text.
-_WEAKER = {("cache_modifier", ".wt"): '""', ("volatile", True): "False", ("sem", "acq_rel"): '"relaxed"', ("scope", "sys"): '"gpu"'}
+_WEAKER = {
+    ("cache_modifier", ".wt"): '""',
+    ("volatile", True): "False",
+    ("sem", "acq_rel"): '"relaxed"',
+    ("scope", "sys"): '"gpu"',
+}
 _FENCE, _WEAKER_FENCES = "fence.acq_rel.sys; ", ("fence.acq_rel.gpu; ", "")
 # Calls that access memory that others see, or hold such accesses.
 _ACCESS = re.compile(
