@@ -38,7 +38,7 @@ from allreduce_jit.policy.norm_forms import Form
 KILLED, SURVIVED, EQUIVALENT, INVALID = "killed", "survived", "equivalent", "does not compile"
 QUICK, LONGER, FULL = "quick", "longer", "full"
 BROKEN = "no verdict"  # the harness itself failed
-SECONDS = 90  # that a check may take, the longest takes 10: threads that spin without looking at memory are no hang to the twin
+SECONDS = 40  # that a check may take, the longest takes 10: threads that spin without looking at memory are no hang to the twin
 ARCH = "sm_90"
 FAST = "-O0"  # of most mutants the compiler is what takes time
 
@@ -173,6 +173,7 @@ def quick_host() -> list[Check]:
         *_of(test_twin_host, "special values", [0]),
         *_seeds("absent rank, two-shot", test_twin_host.absent, [0], algorithm="host_two_shot"),
         ("numbers of phases", lambda _: test_twin_host.numbered()),
+        *_of(test_twin_host, "many channels", [0]),
     ]
 
 

@@ -16,9 +16,10 @@ from allreduce_jit.engine import reference
 from allreduce_jit.engine.failure import Kind, abort_code
 from allreduce_jit.engine.verify import VERIFY_BYTES, several_launches
 from allreduce_jit.jit import source
+from allreduce_jit.policy import host
 from allreduce_jit.policy.catalogue import HOST_ALGORITHMS
 from allreduce_jit.policy.operation import DTYPES, ITEMSIZE, all_reduce
-from allreduce_jit.policy.plan import HEADER_BYTES
+from allreduce_jit.policy.plan import HEADER_BYTES, PACKET
 
 pytestmark = pytest.mark.skipif(twin.missing() is not None, reason=str(twin.missing()))
 
@@ -91,6 +92,17 @@ def test_counts_of_chunks_wrap(objects, epoch):
     with twin_host.world(objects, 3, epoch=epoch) as world:
         for seed in range(3):
             world.run(Program(3, mixed(dice, 3, 20, 11), seed), seed)
+
+
+def many(objects, edits, seed):
+    """As many channels as chunks, 300 of each: one-shot of 150 KB."""
+    numel = 300 * host.chunk_packets("host_one_shot") * PACKET // 4
+    with twin_host.world(objects, 2, edits=edits, relayout=lambda layout, n: layout) as world:
+        world.run(Program(2, 2 * [HostCall("host_one_shot", "float32", numel, channels=320)], seed), seed, room=256)
+
+
+def test_many_channels(objects):
+    many(objects, (), 0)
 
 
 # -- and end when a peer does not come
@@ -224,6 +236,7 @@ CHECKS = {
     "absent rank": absent,
     "a process stops its rank": host_stops,
     "calls differ": mismatch,
+    "many channels": many,
 }
 SEEDS = 6
 ANY = {"bits", "hang", "report", "guard"}
@@ -248,6 +261,8 @@ BUGS = {
     "a ring is as long as what is ahead": ("streamed calls", ANY, [("host_one_shot.cu", "RING = Config::RING;", "RING = Config::RING / 2;"), ("host_one_shot.cu", "2 * AHEAD <= RING", "AHEAD <= RING")]),
     "a chunk is stored before the one ahead was received": ("streamed calls", ANY, [("host_one_shot.cu", STORED, ""), ("host_one_shot.cu", RECEIVED, STORED + RECEIVED)]),
     "the first poll comes two seconds later": ("one-shot calls", {"pause"}, [("host_one_shot.cu", "turn + Config::FIRST_POLL", "turn - Config::FIRST_POLL")]),
+    "the first poll of many channels comes two seconds later": ("many channels", {"pause"}, [("host_one_shot.cu", "Config::FIRST_POLL + Config", "Config::FIRST_POLL - Config")]),
+    "another channel counts a call as complete": ("mixed calls", ANY, [("partition/chunks.cuh", "(all - 1) % channels", "(all + 1) % channels")]),
     "the count does not go on": ("mixed calls", ANY, [("outbox.cuh", "number + uses); }", "number + 0 * uses); }")]),
     "the count goes on by one": ("mixed calls", ANY, [("host_one_shot.cu", "uses.advance(count)", "uses.advance(1)")]),
     "the count is read before griddepcontrol_wait": ("mixed calls", ANY, [("host_one_shot.cu", WAIT, ""), ("host_one_shot.cu", "    uses.load(aborted);\n", "    uses.load(aborted);\n" + WAIT)]),

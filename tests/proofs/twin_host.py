@@ -72,7 +72,7 @@ def mixed(dice: random.Random, world_size: int, count: int, largest: int, kinds=
     """Sizes (up to 2**largest elements), dtypes, algorithms, channels and alignments that change from call to call."""
     calls: list[Call] = []
     for _ in range(count):
-        algorithm, block = dice.choice(only or [*algorithms(world_size), None]), dice.choice([32, 32, 64])
+        algorithm, block = dice.choice(only or [*algorithms(world_size), None]), dice.choice([32, 32, 64, 96])
         channels, in_place = dice.randint(block // 32, CHANNELS), dice.random() < 0.3
         if calls and chains and dice.random() < 0.4:
             calls.append(replace(calls[-1], algorithm=algorithm, chained=True, in_place=in_place, channels=channels, block=block))
