@@ -174,6 +174,7 @@ def quick_host() -> list[Check]:
         *_seeds("absent rank, two-shot", test_twin_host.absent, [0], algorithm="host_two_shot"),
         ("numbers of phases", lambda _: test_twin_host.numbered()),
         *_of(test_twin_host, "many channels", [0]),
+        *_of(test_twin_host, "counts wrap", [0]),
     ]
 
 

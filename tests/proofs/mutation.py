@@ -54,6 +54,11 @@ def outcome(verdict: dict, reasons: dict[str, str]) -> str:
     return "explained" if verdict["outcome"] in ("survived", LATER) and verdict["id"] in reasons else verdict["outcome"]
 
 
+def quickly_killed(verdict: dict) -> bool:
+    """By a check that says so each time, and does not wait for what never ends."""
+    return verdict["outcome"] == "killed" and verdict["how"] != "time" and "ThreadSanitizer" not in verdict["check"]
+
+
 def table(chosen: list[Mutant], verdicts: dict[str, dict], reasons: dict[str, str]) -> str:
     """By kind of mutant, how many came to what."""
     counts = {kind: Counter() for kind in KINDS}
@@ -127,7 +132,7 @@ def main() -> int:
         run(chosen, args, reasons, killers)
     verdicts = known(args.results)
     if args.keep:
-        killers |= {m.id: verdicts[m.id]["check"] for m in chosen if m.id in verdicts and verdicts[m.id]["outcome"] == "killed"}
+        killers |= {m.id: verdicts[m.id]["check"] for m in chosen if m.id in verdicts and quickly_killed(verdicts[m.id])}
         KILLERS.write_text(json.dumps(dict(sorted(killers.items())), indent=0) + "\n")
     survivors = [m for m in chosen if m.id in verdicts and outcome(verdicts[m.id], reasons) in ("survived", LATER)]
     print(table(chosen, verdicts, reasons))

@@ -87,11 +87,14 @@ def test_what_construction_runs(objects, world_size):
 
 @pytest.mark.parametrize("epoch", [2**31 - 64, 2**32 - 64, 2**32 - 16])
 def test_counts_of_chunks_wrap(objects, epoch):
+    for seed in range(3):
+        wrap(objects, (), seed, epoch)
+
+
+def wrap(objects, edits, seed, epoch=2**32 - 64):
     """From a count at which all slots are as they are at 0."""
-    dice = random.Random(epoch)
-    with twin_host.world(objects, 3, epoch=epoch) as world:
-        for seed in range(3):
-            world.run(Program(3, mixed(dice, 3, 20, 11), seed), seed)
+    with twin_host.world(objects, 3, edits=edits, epoch=epoch) as world:
+        world.run(Program(3, mixed(random.Random(epoch + seed), 3, 20, 11), seed), seed)
 
 
 def many(objects, edits, seed):
@@ -237,6 +240,7 @@ CHECKS = {
     "a process stops its rank": host_stops,
     "calls differ": mismatch,
     "many channels": many,
+    "counts wrap": wrap,
 }
 SEEDS = 6
 ANY = {"bits", "hang", "report", "guard"}
@@ -270,6 +274,8 @@ BUGS = {
     "lanes find out by themselves whether they were stopped": (
         "absent rank", {"apart", "bits"}, [("outbox.cuh", VOTE, VOTE.replace("all_sync(~0u, ", "(__syncwarp(), "))]),
     "counts of another algorithm": ("mixed calls", ANY, [("outbox.cuh", "a.channels + channel *", "a.channels - channel *")]),
+    "a count's highest bit stops a rank": ("counts wrap", {*ANY, "pushed"}, [("outbox.cuh", "aborted | u32(state >> 32)", "aborted | u32(state >> 31)")]),
+    "lanes go backwards": ("mixed calls", {"header"}, [("outbox.cuh", "(SLOTS * Wire::SLOT) + lane * 16)", "(SLOTS * Wire::SLOT) - lane * 16)")]),
     "slots of another channel": ("mixed calls", ANY, [("outbox.cuh", "u64(channel) * (SLOTS * Wire::SLOT)", "u64(channel / 2) * (SLOTS * Wire::SLOT)")]),
     "sums go into a slot to be summed": ("two-shot calls", ANY, [("host_two_shot.cu", "outbox.store(a.rank, result, phase);", "outbox.store((a.rank + 1) % WORLD_SIZE, result, phase);")]),
     "sums are read where others are to be summed": ("two-shot calls", ANY, [("host_two_shot.cu", "receive<true>(0, peers, phase, GATHER)", "receive<false>(a.rank, peers, phase, GATHER)")]),

@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import twin
-from twin import Call, Edit, World
+from twin import Call, Edit, Failed, World
 
-from allreduce_jit.abi import Control
+from allreduce_jit.abi import Control, Header
 from allreduce_jit.engine import reference
 from allreduce_jit.engine.host import HostEngine
 from allreduce_jit.policy import host
@@ -40,6 +40,14 @@ class HostWorld(World):
 
     def _make_engines(self, pdl: bool, max_ctas: int | None) -> list:
         return [HostEngine(self._config(rank, pdl, max_ctas, bus_ids=(), tuned=None)) for rank in range(self.world_size)]
+
+    def run(self, *args, **options) -> None:
+        super().run(*args, **options)
+        for rank in range(self.world_size):
+            if self.staging(rank)[
+                Header.parameters.offset : HEADER_BYTES
+            ].any():  # no call of this path has parameters; then the slots
+                raise Failed("header", f"of rank {rank}: written by who stores data")
 
     def near_abort_word(self, rank: int) -> int:
         """Address of the word that a rank's own process stops its kernels by, where they begin; for pokes."""
