@@ -289,13 +289,15 @@ class Communicator:
         return [*local, *self.header], [*slots, *(tensors[rank] for tensors in (*self.x, *self.out))]
 
     def altered(self) -> list[int]:
-        """Ranks whose report changed after its code was there. Both calls belong to a report of a mismatch alone."""
-        last = {Kind.MISMATCH: len(self.report[0])}
-        return [
-            rank
-            for rank, (told, report) in enumerate(zip(self.told, self.report))
-            if told[0] and not np.array_equal(*(words[: last.get(told[0] & 0xFF, MINE)] for words in (told, report)))
-        ]
+        """Ranks whose report changed after its code was there. Both calls belong to it if the rank found a mismatch itself: the guard
+        of one that was told of it may write them later."""
+        found = []
+        for rank, (told, report) in enumerate(zip(self.told, self.report)):
+            own = told[0] & 0xFF == Kind.MISMATCH and told[0] >> abi.FINDER_SHIFT == rank
+            last = len(report) if own else MINE
+            if told[0] and not np.array_equal(told[:last], report[:last]):
+                found.append(rank)
+        return found
 
     def of(self, call: Call, rank: int) -> Call:
         """The call as this rank makes it."""
