@@ -5,12 +5,13 @@ from __future__ import annotations
 import importlib.util
 import re
 import subprocess
+import threading
 from pathlib import Path
 
 import pytest
 
 from allreduce_jit.errors import CompileError
-from allreduce_jit.jit import compiler
+from allreduce_jit.jit import compiler, triton_process
 from allreduce_jit.jit.cache import KernelCache
 from allreduce_jit.jit.compiler import build
 
@@ -38,6 +39,18 @@ def compile_with(monkeypatch, spec, text, mistake, arch="sm_90"):
     assert text in source
     monkeypatch.setattr(compiler, "_cuda_source", lambda spec: source.replace(text, mistake))
     return compile_one(spec, arch)
+
+
+_START_IS_PATCHED = threading.Lock()
+
+
+def compile_behind(code, spec, arch="sm_90"):
+    """``spec`` of a Triton kernel, by a process that has run ``code`` before, statements that end in a semicolon."""
+    with _START_IS_PATCHED, pytest.MonkeyPatch.context() as patch:
+        start = triton_process._START
+        assert start.endswith("work(job)")
+        patch.setattr(triton_process, "_START", start.removesuffix("work(job)") + code + "work(job)")
+        return compile_one(spec, arch)
 
 
 def nvrtc_archs():

@@ -29,6 +29,7 @@ import pytest
 from helpers.cubins import (
     PARAMETERS_AT,
     available,
+    compile_behind,
     compile_one,
     compile_with,
     entries_of,
@@ -276,8 +277,8 @@ def check_strong_accesses(tmp_path, spec, artifact):
         "LDG.E.64.STRONG.SYS": 2 * 2 + waits,  # halves of signatures; limits
         "STG.E.64.STRONG.SYS": 2,
         "LDG.E.STRONG.SYS": 2 + 3 * waits,  # the abort code, in each wait as well; there what is handshaken; the call that failed
-        "STG.E.STRONG.SYS": 2
-        + waits * (peers + 1),  # the number of the call, what is handshaken; the abort code to peers, the report's
+        # The number of the call, what is handshaken; the abort code to peers, the report's.
+        "STG.E.STRONG.SYS": 2 + waits * (peers + 1),
         "ATOMG.E.CAS.STRONG.SYS": waits,
         "ATOMG.E.EXCH.STRONG.GPU": waits,
         "ATOMG.E.ADD.STRONG.GPU": 1,  # calls in flight
@@ -297,21 +298,14 @@ def check_strong_accesses(tmp_path, spec, artifact):
     }
 
 
-_START_IS_PATCHED = threading.Lock()
-
-
 def compile_triton_from(sources, spec, arch="sm_90"):
     """``spec`` out of the sources in this folder."""
     theirs = (
         "import importlib.util; name = 'allreduce_jit.triton_kernels';"
         f" spec = importlib.util.spec_from_file_location(name, {str(sources / '__init__.py')!r}, submodule_search_locations=[{str(sources)!r}]);"
-        " sys.modules[name] = importlib.util.module_from_spec(spec); work(job)"
+        " sys.modules[name] = importlib.util.module_from_spec(spec); "
     )
-    with _START_IS_PATCHED, pytest.MonkeyPatch.context() as patch:
-        start = triton_process._START
-        assert start.endswith("work(job)")
-        patch.setattr(triton_process, "_START", start.removesuffix("work(job)") + theirs)
-        return compile_one(spec, arch)
+    return compile_behind(theirs, spec, arch)
 
 
 @needs_triton

@@ -333,22 +333,22 @@ BUGS = {
         "repeated",
         "_load_signatures(staging + parity, sources, others, first, second, stop)\n    polls",
         "_load_signatures(staging - parity, sources, others, first, second, stop)\n    polls",
-    ),  # fmt: skip
+    ),
     "blocks begin before their slots": (
         "repeated",
         "(channel * BLOCK + tl.arange(0, BLOCK))\n    return tl.multiple_of(tl.max",
         "(channel * BLOCK - tl.arange(0, BLOCK))\n    return tl.multiple_of(tl.max",
-    ),  # fmt: skip
+    ),
     "the first look is for one rank's signature alone": (
         "late at first, 8 ranks",
         "sources, others, first, second, stop)\n    polls",
         "others, sources, first, second, stop)\n    polls",
-    ),  # fmt: skip
+    ),
     "the code is stored before the rest of the report": (
         "differing",
         "tl.store(words + _TAG, tag)",
         "tl.store(words, code)\n        tl.store(words + _TAG, tag)",
-    ),  # fmt: skip
+    ),
     "nobody leaves": ("repeated", "-1, sem=", "0, sem="),
     "who finds itself stopped says nothing": ("stopped midway", "if verdict > 1:", "if verdict > 3:"),
 }

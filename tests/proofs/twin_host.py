@@ -43,10 +43,11 @@ class HostWorld(World):
 
     def run(self, *args, **options) -> None:
         super().run(*args, **options)
+        unused = slice(
+            Header.parameters.offset, HEADER_BYTES
+        )  # no call of this path has parameters, and the slots come right behind
         for rank in range(self.world_size):
-            if self.staging(rank)[
-                Header.parameters.offset : HEADER_BYTES
-            ].any():  # no call of this path has parameters; then the slots
+            if self.staging(rank)[unused].any():
                 raise Failed("header", f"of rank {rank}: written by who stores data")
 
     def near_abort_word(self, rank: int) -> int:
