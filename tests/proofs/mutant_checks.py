@@ -86,8 +86,8 @@ def _promises(check, cases: Sequence[Case], seed: int = 0, **options) -> list[Ch
     return [(named(case), lambda objects, case=case: check(objects, (), seed, case, **options)) for case in cases]
 
 
-EACH = (promises.the_first_cause_counts, promises.a_stopped_rank_believes_nothing, promises.concurrent, promises.guard_alone, promises.data_alone,
-        promises.alike_at_the_extremes)  # fmt: skip
+EACH = (promises.the_first_cause_counts, promises.a_stopped_rank_believes_nothing, promises.a_peer_tells, promises.concurrent,
+        promises.guard_alone, promises.data_alone, promises.alike_at_the_extremes)  # fmt: skip
 
 
 def promises_bare() -> list[Check]:
@@ -103,6 +103,7 @@ def promises_bare() -> list[Check]:
         *[check for promise in EACH for check in _promises(promise, [three[1], three[2], *promises.cases(2, [2])], 2)],
         *_promises(promises.alike_at_the_extremes, [Case(epoch=2**32 - 1), Case(epoch=3)]),
         *_promises(promises.data_alone, [Case(name, epoch=5) for name in promises.ALGORITHMS]),
+        *_promises(promises.a_mismatch_is_told_at_once, three, 1),
         *_promises(promises.limits, three[:1], 1),
     ]
 
@@ -114,6 +115,24 @@ def promises_norm() -> list[Check]:
         *[check for promise in EACH for check in _promises(promise, norms[:2], 1)],
         *_promises(promises.every_bit_is_compared, norms[:1], 1),
     ]
+
+
+def promises_host() -> list[Check]:
+    """In some seconds."""
+    one_shot, two_shot, stream = promises.HOST
+    return [
+        *_promises(promises.everybody_hears, [one_shot, stream], 0, culprit=0, finder=1),
+        *_promises(promises.everybody_hears, [two_shot], 1, culprit=2, finder=0),
+        *[check for promise in EACH for check in _promises(promise, [one_shot], 1)],
+        *[check for promise in EACH[:3] for check in _promises(promise, [two_shot, stream], 2)],
+        *_promises(promises.what_was_settled_stays, [one_shot]),
+    ]
+
+
+def one_cause() -> list[Check]:
+    """Of threads that find different ones at the same time."""
+    cases = [Case("one_shot", 4), Case("two_shot", 4), Case("host_one_shot", 4), Case("host_two_shot", 4)]
+    return [check for seed in range(4) for check in _promises(promises.one_cause, cases, seed)]
 
 
 def slow_bare() -> list[Check]:
@@ -192,6 +211,8 @@ def slow_host() -> list[Check]:
 
 HOST_MODULES = {"host_one_shot": 2, "host_stream": 2, "host_two_shot": 3}  # with the world size that is looked at
 BARE_ALONE = ("one_shot.cu", "two_shot.cu", "partition/flat.cuh", "epilogue/store.cuh", "exchange.cuh", "wait.cuh")
+OF_FAILURES = ("failure.cuh", "guard.cuh", "wait.cuh")
+WITH_HOST = ("failure.cuh", "guard.cuh", "packet.cuh", "slots.cuh", "wait.cuh")  # of which path host's kernels are made as well
 
 
 def quick(mutant: Mutant) -> list[Check]:
@@ -202,11 +223,17 @@ def quick(mutant: Mutant) -> list[Check]:
 
 
 def longer(mutant: Mutant) -> list[Check]:
-    """What takes half a minute: who hears of failures, and calls with a norm."""
-    if mutant.file in HOST:
+    """What takes up to half a minute: who hears of failures, calls through host memory, and calls with a norm."""
+    if mutant.file in (*HOST, PTX):
         return []
-    bare, norm = mutant.file not in (*NORM, PTX), mutant.file not in (*BARE_ALONE, PTX)
-    return promises_bare() * bare + quick_norm() * (norm and bare) + promises_norm() * norm
+    if mutant.file in NORM:
+        return promises_norm()
+    found = promises_bare() + (quick_host() + promises_host()) * (mutant.file in WITH_HOST)
+    if mutant.file in OF_FAILURES:
+        return found + _of(test_twin_norm, "parameters differ", [0]) + promises_norm()
+    if mutant.file not in BARE_ALONE:
+        found += _of(test_twin_norm, "one-shot", [0]) + _of(test_twin_norm, "two-shot", [0])
+    return found
 
 
 def slow(mutant: Mutant) -> list[Check]:
@@ -215,7 +242,9 @@ def slow(mutant: Mutant) -> list[Check]:
         return slow_bare()[-3:]
     if mutant.file in HOST:
         return slow_host()
-    return slow_bare() * (mutant.file not in NORM) + slow_norm() * (mutant.file not in BARE_ALONE)
+    bare, norm, host = mutant.file not in NORM, mutant.file not in BARE_ALONE, mutant.file in WITH_HOST
+    causes = one_cause() * (mutant.file in OF_FAILURES)
+    return causes + slow_bare() * bare + (quick_norm() * bare + slow_norm()) * norm + slow_host() * host
 
 
 def every_check(mutant: Mutant) -> list[Check]:
@@ -255,9 +284,11 @@ def _memory_model(mutant: Mutant) -> None:
 def configurations(file: str) -> list[KernelSpec]:
     """Modules that plans can pick and that hold code of this file."""
     found = []
-    if file in HOST:
+    if file in (*HOST, *WITH_HOST):
         of = {"host_one_shot.cu": ("host_one_shot", "host_stream"), "host_two_shot.cu": ("host_two_shot",)}
-        return [host_module(name, n) for n in (2, 3, 8) for name in host_algorithms(n) if name in of.get(file, (name,))]
+        found = [host_module(name, n) for n in (2, 3, 8) for name in host_algorithms(n) if name in of.get(file, (name,))]
+    if file in HOST:
+        return found
     if file not in NORM:
         of = {
             "one_shot.cu": ("one_shot", "one_shot_wide"),
@@ -280,10 +311,11 @@ def machine_code(spec: KernelSpec) -> dict[str, str]:
     return {name: hashlib.sha256(kernel.code).hexdigest() for name, kernel in found.items()}
 
 
-def same_machine_code(mutant: Mutant, real: dict[str, str], directory: Path) -> bool:
+def same_machine_code(mutant: Mutant, real: dict[str, str], directory: Path, said: Path) -> bool:
     """Whether the compiler makes the same of it, in every kernel that a plan can pick. That of the real ones is kept in ``directory``."""
     changed = source.files
     for spec in configurations(mutant.file):
+        said.write_text(f"at machine code of {spec.name}")  # each has its own time
         kept = directory / f"{spec.name}.{twin.digest(*real.values())}.json"
         if not kept.exists():
             source.files = lambda: real
@@ -296,13 +328,16 @@ def same_machine_code(mutant: Mutant, real: dict[str, str], directory: Path) -> 
     return True
 
 
-def judge(mutant: Mutant, directory: Path, depth: str = FULL, only: list[Check] | None = None, limit: float = SECONDS) -> Verdict:
+def judge(
+    mutant: Mutant, directory: Path, depth: str = FULL, only: list[Check] | None = None, limit: float = SECONDS, passed: str = ""
+) -> Verdict:
     """Run a mutant against its checks, in a process of its own.
 
     Args:
         mutant: the change.
         directory: objects of the real sources, which are used where they are the same.
         depth: how far to go, ``QUICK``, ``LONGER`` or ``FULL``: who is left survived.
+        passed: how far it came before.
         only: these checks instead, and no look at the machine code.
         limit: seconds of a check; who takes longer is killed by that.
     """
@@ -313,7 +348,7 @@ def judge(mutant: Mutant, directory: Path, depth: str = FULL, only: list[Check] 
         if child == 0:
             try:
                 os.setsid()
-                verdict = _inside(mutant, directory, Path(folder), depth, only, said)
+                verdict = _inside(mutant, directory, Path(folder), depth, only, said, passed)
                 said.write_text(json.dumps(verdict))
             except BaseException as error:
                 said.write_text(json.dumps([BROKEN, "", repr(error)[:300]]))
@@ -341,7 +376,7 @@ def judge(mutant: Mutant, directory: Path, depth: str = FULL, only: list[Check] 
 
 
 def _inside(
-    mutant: Mutant, directory: Path, folder: Path, depth: str, only: list[Check] | None, said: Path
+    mutant: Mutant, directory: Path, folder: Path, depth: str, only: list[Check] | None, said: Path, passed: str
 ) -> tuple[str, str, str]:
     torch.set_num_threads(1)  # a fork has none of torch's other threads, and would wait for them
     real = source.files()
@@ -352,17 +387,19 @@ def _inside(
     for built in directory.glob("*.o"):
         os.link(built, folder / built.name)
     twin.OPTIMIZATION = FAST
-    verdict = _killed(quick(mutant) if only is None else only, folder, said)
-    if not verdict and only is None and depth != QUICK:
-        verdict = _killed(longer(mutant), folder, said)
-    if verdict or only is not None or depth != FULL:
-        return verdict or (SURVIVED, "", "")
+    if only is not None:
+        return _killed(only, folder, said) or (SURVIVED, "", "")
+    if not passed and (verdict := _killed(quick(mutant), folder, said)):
+        return verdict
+    if passed != LONGER and depth != QUICK and (verdict := _killed(longer(mutant), folder, said)):
+        return verdict
+    if depth != FULL:
+        return SURVIVED, "", ""
     twin.OPTIMIZATION = "-O1"
     if mutant.file != PTX:
-        said.write_text("at machine code")
-        signal.alarm(SECONDS + 5)
+        signal.alarm(0)
         try:
-            if same_machine_code(mutant, real, directory):
+            if same_machine_code(mutant, real, directory, said):
                 return EQUIVALENT, "machine code", "the same"
         except CompileError as error:
             return INVALID, "NVRTC", repr(error)[-300:]
@@ -405,5 +442,7 @@ def all_checks() -> list[Check]:
         + slow_norm()
         + quick_host()
         + slow_host()
+        + promises_host()
+        + one_cause()
         + [("memory model", lambda _: _memory_model(mutants.every((PTX,))[0]))]
     )

@@ -145,8 +145,14 @@ def run(chosen: list[Mutant], args: argparse.Namespace, reasons: dict[str, str],
     from triton_mutant_checks import Judge
 
     verdicts = known(args.results)
-    again = (LATER, "survived") if args.again else (LATER,) if args.depth != "quick" else ()
-    left = [m for m in chosen if m.id not in reasons and (m.id not in verdicts or verdicts[m.id]["outcome"] in again)]
+    depths = (mutant_checks.QUICK, mutant_checks.LONGER, mutant_checks.FULL)
+    deeper = [depth for depth in depths if depths.index(depth) < depths.index(args.depth)]
+
+    def open_(verdict: dict) -> bool:
+        """Whether there is more to ask."""
+        return verdict["outcome"] == LATER and verdict["check"] in deeper or args.again and verdict["outcome"] == "survived"
+
+    left = [m for m in chosen if m.id not in reasons and (m.id not in verdicts or open_(verdicts[m.id]))]
     args.results.parent.mkdir(parents=True, exist_ok=True)
     objects = args.results.parent / "objects"
     if any(m.file not in triton_mutants.FILES for m in left):
@@ -158,9 +164,11 @@ def run(chosen: list[Mutant], args: argparse.Namespace, reasons: dict[str, str],
         if same := [check for check in mutant_checks.every_check(mutant) if check[0] == killers.get(mutant.id)]:
             verdict = mutant_checks.judge(mutant, objects, only=same)
         if verdict is None or verdict.outcome == mutant_checks.SURVIVED:
-            verdict = mutant_checks.judge(mutant, objects, args.depth)
+            before = verdicts.get(mutant.id, {})
+            passed = before["check"] if before.get("outcome") == LATER else ""
+            verdict = mutant_checks.judge(mutant, objects, args.depth, passed=passed)
         if args.depth != mutant_checks.FULL and verdict.outcome == mutant_checks.SURVIVED:
-            verdict = replace(verdict, outcome=LATER)
+            verdict = replace(verdict, outcome=LATER, check=args.depth)
         return verdict
 
     def one(mutant: Mutant) -> None:

@@ -11,6 +11,8 @@ import twin
 from promises import Case, cases
 from twin import Failed
 
+from allreduce_jit.policy.catalogue import HOST_ALGORITHMS
+
 pytestmark = pytest.mark.skipif(twin.missing() is not None, reason=str(twin.missing()))
 
 # make test and make proofs have minutes for these; LONG=2, by hand, has longer.
@@ -30,8 +32,8 @@ def objects(tmp_path_factory):
 
 
 def of_all(worlds):
-    """Every algorithm on these world sizes, and of three ranks the norms."""
-    return [*(case for i, n in enumerate(worlds) for case in cases(i, [n])), *NORMS]
+    """Every algorithm on these world sizes, of three ranks the norms, and what goes through host memory."""
+    return [*(case for i, n in enumerate(worlds) for case in cases(i, [n])), *NORMS, *promises.HOST]
 
 
 def name(case: Case) -> str:
@@ -55,9 +57,27 @@ def test_the_first_cause_counts(objects, case):
         promises.the_first_cause_counts(objects, (), seed, case)
 
 
-@pytest.mark.parametrize("case", [*cases(0, [2]), *cases(1, [3]), *NORMS[: 3 if LONG else 1]], ids=name)
+@pytest.mark.parametrize("case", [*cases(0, [2]), *cases(1, [3]), *NORMS[: 3 if LONG else 1], promises.HOST[0]], ids=name)
 def test_limits(objects, case):
     promises.limits(objects, (), 1, case)
+
+
+@pytest.mark.parametrize("case", of_all(FEW), ids=name)
+def test_a_peer_tells(objects, case):
+    for seed in range(case.world_size):
+        promises.a_peer_tells(objects, (), seed, case)
+
+
+@pytest.mark.parametrize("algorithm", [*promises.ALGORITHMS, *HOST_ALGORITHMS])
+def test_one_cause(objects, algorithm):
+    for seed in range(8 if LONG else 4):
+        promises.one_cause(objects, (), seed, Case(algorithm, 4))
+
+
+@pytest.mark.parametrize("case", promises.HOST, ids=name)
+def test_what_was_settled_stays(objects, case):
+    for seed in range(case.world_size):
+        promises.what_was_settled_stays(objects, (), seed, case)
 
 
 @pytest.mark.parametrize("case", of_all(FEW), ids=name)
@@ -86,6 +106,12 @@ def test_every_bit_of_a_signature_is_compared(objects, case):
         promises.every_bit_is_compared(objects, (), seed, case, odd=seed % case.world_size)
 
 
+@pytest.mark.parametrize("case", [case for case in of_all(FEW) if case.world_size > 2], ids=name)
+def test_a_mismatch_is_told_at_once(objects, case):
+    for seed in range(case.world_size):
+        promises.a_mismatch_is_told_at_once(objects, (), seed, case)
+
+
 @pytest.mark.parametrize("case", [*of_all(FEW), Case(epoch=2**32 - 1), Case(epoch=3), Case(epoch=2**31)], ids=name)
 def test_alike_at_the_extremes(objects, case):
     promises.alike_at_the_extremes(objects, (), 1, case)
@@ -102,8 +128,9 @@ def test_concurrent_use(objects, case):
 CAS = "a.own + offsetof(Header, abort), 0, code);"
 BROADCAST = "j < PEERS<Config> && before == 0; j++"
 SINCE = "since == 0 || (since & 1) != handshaken"
+HOST, FOUR = promises.HOST[:1], [Case("host_one_shot", 4), Case("host_two_shot", 4)]
 
-# name: promise, how it may show, edits
+# name: promise, how it may show, edits, and cases, if not of V2
 BUGS = {
     "one peer fewer is told": (promises.everybody_hears, {"told", "hang"}, [("failure.cuh", BROADCAST, "j < PEERS<Config> - 1 && before == 0; j++")]),
     "the culprit is not told": (promises.everybody_hears, {"told", "hang"}, [
@@ -134,23 +161,36 @@ BUGS = {
     "a rank blames its neighbour for its own two calls": (promises.concurrent, {"told"}, [("guard.cuh", "kind = CONCURRENT, culprit = a.rank;", "kind = CONCURRENT;")]),
     "a stopped rank receives on": (promises.a_stopped_rank_believes_nothing, {"bits"}, [
         ("one_shot.cu", "if (!epoch.alive) return give_up<Config, Epilogue, typename Partition::Share>(a, partition, Wait());", "")]),
+    "a kernel that gives up waits for none before it": (
+        promises.everybody_hears, {"unordered"}, [("failure.cuh", "    griddepcontrol_wait();  // an overlapping", "    // an overlapping")], [Case("two_shot_stream")]),
+    "the report is taken beside its place": (promises.everybody_hears, {"guard", "report"}, [("failure.cuh", "a.control + offsetof(Control, reported)", "a.control - offsetof(Control, reported)")]),
+    "a channel more than there are is stopped": (promises.everybody_hears, {"guard"}, [("failure.cuh", "c < channels; c++", "c <= channels; c++")]),
+    "who was told by a peer tells on": (promises.a_peer_tells, {"told"}, [("failure.cuh", BROADCAST, "j < PEERS<Config>; j++")]),
+    "path host: kernels that begin are told another word": (
+        promises.everybody_hears, {"told", "guard", "report"}, [("failure.cuh", "offsetof(Control, abort), 0, told", "offsetof(Control, unused), 0, told")], HOST),
+    "path host: its own header is not told": (promises.everybody_hears, {"told", "hang"}, [("failure.cuh", "if (before == 0) st_relaxed_sys_u32(a.own", "if (before != 0) st_relaxed_sys_u32(a.own")], HOST),
+    "path host: what a peer tells later is reported": (promises.what_was_settled_stays, {"report"}, [("failure.cuh", "if (before == 0 && told) before", "if (told) before")], HOST),
+    "path host: each thread settles for itself": (promises.one_cause, {"told", "report"}, [("failure.cuh", "told ? told : code);", "told);")], FOUR),
+    "a mismatch is told when all others have signed": (promises.a_mismatch_is_told_at_once, {"hang"}, [
+        ("guard.cuh", "    if (kind) stop<Config>(", "    all_sync(LANES, true);\n    if (kind) stop<Config>(")]),
     "NaN for the first packet of a thread alone": (promises.everybody_hears, {"bits"}, [("epilogue/store.cuh", "part < Share::COUNT && share.has(k)", "part < 1 && share.has(k)")]),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("bug", BUGS if LONG else list(BUGS)[:: 2 if PROOFS else 4])  # each is compiled anew
 def test_planted_mistake_breaks_its_promise(objects, bug, record_property):
-    promise, kinds, edits = BUGS[bug]
-    failure = first_failure(promise, objects, edits)
+    promise, kinds, edits, *where = BUGS[bug]
+    failure = first_failure(promise, objects, edits, *where)
     assert failure is not None, f"{bug}: {promise.__name__} is kept"
     assert failure.kind in kinds, f"{bug}: {failure}"
     record_property("shown", f"planted: {bug}: breaks {promise.__name__} ({failure.kind})")
 
 
-def first_failure(promise, objects, edits) -> Failed | None:
-    for case in (Case(), Case("two_shot"), Case(world_size=2)):
-        try:
-            promise(objects, edits, 1, case)
-        except Failed as failure:
-            return failure
+def first_failure(promise, objects, edits, where=(Case(), Case("two_shot"), Case(world_size=2))) -> Failed | None:
+    for case in where:
+        for seed in range(4) if promise is promises.one_cause else [1]:
+            try:
+                promise(objects, edits, seed, case)
+            except Failed as failure:
+                return failure
     return None

@@ -13,6 +13,7 @@ import hashlib
 import json
 import mmap
 import os
+import random
 import re
 import shutil
 import struct
@@ -54,6 +55,7 @@ Edit = tuple[str, str, str]  # file, old text, new text
 ARGS_BYTES = ctypes.sizeof(NormArgs)  # of a launch, whatever its kernel takes
 TOGETHER = 4  # modules of a source that are compiled as one file
 WARNINGS, OPTIMIZATION = ["-Wall", "-Wextra", "-Werror"], "-O1"
+DRIVERS = "-O2"  # the driver's own, which runs between all accesses and changes seldom
 
 
 class StaleEdit(Exception):
@@ -62,7 +64,7 @@ class StaleEdit(Exception):
 
 class Failed(Exception):
     """A run ended badly. ``kind``: overwritten, foreign poison, hang, early report, crash, race, bits, guard,
-    slots, report, in flight, misaligned, scope, shared memory, apart."""
+    slots, report, in flight, misaligned, scope, shared memory, apart, unordered, handshake."""
 
     def __init__(self, kind: str, text: str):
         super().__init__(f"{kind}: {text}")
@@ -166,7 +168,7 @@ def _included(texts: dict[str, str], text: str) -> dict[str, str]:
 
 
 def _compile(directory: Path, texts: dict[str, str], name: str, text: str, flags) -> Path:
-    command = [COMPILER, "-std=c++17", OPTIMIZATION, *WARNINGS,
+    command = [COMPILER, "-std=c++17", DRIVERS if name == "driver.cpp" else OPTIMIZATION, *WARNINGS,
                "-Wno-unknown-pragmas", "-ffp-contract=off", "-fno-strict-aliasing", *flags]  # fmt: skip
     headers = _included(texts, text)
     key = digest(name, text, *command, *headers, *headers.values())
@@ -247,7 +249,7 @@ class Program:
 
     def __init__(self, world_size: int, calls: Sequence[Call], seed: int):
         self.calls, self.buffers, self.steps = list(calls), [], []
-        self.end = GUARD
+        self.end, self.holes = GUARD, []
         fill = []
         for call in self.calls:
             if call.chained:
@@ -273,9 +275,16 @@ class Program:
         return self._buffer(getattr(torch, call.dtype), call.numel, call.offset)
 
     def _buffer(self, dtype: torch.dtype, numel: int, offset: int = 0) -> Buffer:
-        start = -(-(self.end + GUARD) // 16) * 16 + offset * dtype.itemsize
+        """Every other one, as dice say, ends where memory ends: whoever touches what lies behind it ends the twin."""
+        nbytes = numel * dtype.itemsize
+        if random.Random(len(self.buffers)).random() < 0.5:
+            end = -(-(self.end + GUARD + nbytes) // PAGE) * PAGE
+            self.holes.append(end)
+            start, self.end = end - nbytes, end + PAGE
+        else:
+            start = -(-(self.end + GUARD) // 16) * 16 + offset * dtype.itemsize
+            self.end = start + nbytes + GUARD
         self.buffers.append(Buffer(dtype, start, numel))
-        self.end = start + numel * dtype.itemsize + GUARD
         assert self.end <= ARENA
         return self.buffers[-1]
 
@@ -347,6 +356,12 @@ class World:
         self._parts = [
             {name: memory[start : start + parts[name]] for name, start in offsets.items()} for offsets in self._offsets
         ]
+        # What lies between two parts: nobody's.
+        ends = [(name, start + parts[name]) for offsets in self._offsets for name, start in offsets.items()]
+        starts = [start for offsets in self._offsets for start in offsets.values()]
+        self._borders = [(name, memory[end:start]) for (name, end), start in zip(ends, [*starts[1:], size], strict=True)]
+        for _, border in self._borders:
+            border.fill_(0x5A)
         epochs, sequence = torch.tensor([epoch, max(0, epoch - 4)]).to(torch.int32)  # the same bits
         # The channels of every algorithm, and behind them what nobody may touch, but who tells all that this rank is stopped.
         channels, self._between = [], []
@@ -413,8 +428,8 @@ class World:
             instead: what single ranks call instead of each call, with its tensors.
             told: fields of ``abi.Args`` or ``NormArgs`` that single ranks' launches are given in place of what they should be.
             options: room (threads resident on a rank), jitter and sleep (chances that a thread loses its turn at an
-                access, and that it sleeps long), patience (steps without progress that are a hang), pokes ((step,
-                address, word): what the host writes meanwhile).
+                access, and that it sleeps long), patience (steps without progress that are a hang), tick (nanoseconds
+                of a step, to kernels), pokes ((step, address, word): what the host writes meanwhile).
 
         Raises:
             Failed: whatever went wrong.
@@ -427,7 +442,11 @@ class World:
                     self._enqueue(rank, (instead or {}).get(rank, call), buffers)
                 for i in range(first, len(self._queue)):
                     self._queue[i] = _with(self._queue[i], (told or {}).get(rank, {}))
-        self._run(seed, **options)
+        holes = [self._base + offsets["arena"] + hole for offsets in self._offsets for hole in program.holes]
+        self._run(seed, holes=holes, **options)
+        for name, border in self._borders:
+            if (border != 0x5A).any():
+                raise Failed("guard", f"somebody wrote behind a rank's {name}, or before what follows it")
         self.collectives += len(program.steps)
         if complete:
             self.check_reports()
@@ -451,16 +470,17 @@ class World:
         return call.plan(self)
 
     def _run(self, seed: int, *, room: int = 0, jitter: float = 0.05, sleep: float = 0.001, patience: int = 400_000,
-             pokes: Sequence[tuple[int, int, int]] = ()) -> None:  # fmt: skip
+             tick: int = 1, pokes: Sequence[tuple[int, int, int]] = (), holes: Sequence[int] = ()) -> None:  # fmt: skip
         slots = []
         for rank, offsets in enumerate(self._offsets if self.POISONED else ()):
             start, end = (self._base + offsets["staging"] + b for b in (HEADER_BYTES, self.layout.nbytes))
             slots.append(struct.pack("QQII", start, end, rank, HEADER_BYTES))
         reports = [struct.pack("Q", self._base + offsets["report"]) for offsets in self._offsets]
         chances = (int(jitter * 65536), int(sleep * 65536))
-        counts = (len(self._queue), len(slots), len(pokes), len(reports))
-        request = struct.pack("QQIIIIIIII", seed, patience, self.world_size, room or 64, *chances, *counts)
+        counts = (len(self._queue), len(slots), len(pokes), len(reports), len(holes), PAGE)
+        request = struct.pack("QQQIIIIIIIIII", seed, patience, tick, self.world_size, room or 64, *chances, *counts)
         request += b"".join([*self._queue, *slots, *(struct.pack("QQII", *p, 0) for p in pokes), *reports])
+        request += struct.pack(f"{len(holes)}Q", *holes)
         self._queue.clear()
         try:
             self._process.stdin.write(request)
@@ -488,8 +508,11 @@ class World:
                 raise Failed("slots", f"rank {rank}: {len(full)} words left, the first at {int(full[0])}")
 
     def check_reports(self) -> None:
-        """Nobody gave up, and all calls are over."""
+        """Nobody gave up, all calls are over, and each of their shapes is handshaken, no other."""
         for rank, parts in enumerate(self._parts):
+            flags = list(self.control(rank).handshaken)
+            if flags != [shape < len(self._calls[rank]) for shape in range(MAX_SHAPES)]:
+                raise Failed("handshake", f"rank {rank}: {sum(flags)} of {len(self._calls[rank])} shapes: {flags}")
             if parts["report"].any() or parts["staging"][Header.abort.offset :][:4].any():
                 raise Failed("report", f"rank {rank} gave up: {self.report(rank)}")
             if any((parts["local"][gap] != 0x5A).any() for gap in self._between):
@@ -522,7 +545,7 @@ class World:
         return self._base + self._offsets[rank]["local"]
 
     def set_deadlines(self, deadline: int, grace: int | None = None, ranks: Sequence[int] | None = None) -> None:
-        """After how many steps of the driver, its nanoseconds, a wait ends; 0 for never. ``grace``: before ranks met. ``ranks``: of
+        """After how many nanoseconds of the driver a wait ends, which is a step unless a run says otherwise; 0 for never. ``grace``: before ranks met. ``ranks``: of
         these alone."""
         for parts in self._parts if ranks is None else [self._parts[rank] for rank in ranks]:
             words = parts["local"][Control.deadline_ns.offset :][:16].view(torch.int64)

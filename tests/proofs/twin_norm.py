@@ -80,7 +80,7 @@ class NormProgram(Program):
     """As ``Program``; a step has a buffer for each pointer of its call."""
 
     def __init__(self, world_size: int, calls: Sequence[NormCall | Call], seed: int):
-        self.calls, self.buffers, self.steps, self.end = list(calls), [], [], twin.GUARD
+        self.calls, self.buffers, self.steps, self.end, self.holes = list(calls), [], [], twin.GUARD, []
         filled: list[tuple[Buffer, NormCall | Call, str]] = []
         for call in self.calls:
             named = self._named(call)

@@ -117,7 +117,7 @@ struct Kernel {
     Entry entry;
     std::vector<char> args;
     u32 started = 0, triggered = 0, drained = 0;
-    bool complete = false;
+    bool complete = false, waited = false;
     char order = 0, start = 0;
 };
 
@@ -160,12 +160,13 @@ struct Poke {  // the host writes a word
     u32 value, reserved;
 };
 
-// What Python sends: this, then launches, each followed by its Args, slots, pokes, addresses of reports.
+// What Python sends: this, then launches, each followed by its Args, slots, pokes, addresses of reports and of pages that nobody may touch.
 struct Request {
     u64 seed, patience;  // steps without progress that count as a hang
+    u64 tick;            // nanoseconds of a step
     u32 ranks, room;     // threads resident on a rank
     u32 yield, sleep;    // chances of 65536 that an access yields, and that it sleeps
-    u32 launches, slots, pokes, reports;
+    u32 launches, slots, pokes, reports, holes, page;
 };
 
 struct LaunchRequest {
@@ -299,6 +300,8 @@ void drained(Block *block) {
     while (rank.completed < rank.stream.size()) {
         Kernel &next = rank.stream[rank.completed];
         if (next.drained < next.grid) break;
+        // Then whoever waits for it waits for all before it, too.
+        if (next.dependent && !next.waited) fail("unordered", "a kernel ended none of whose threads has waited for the kernel before");
         next.complete = true;
         rank.completed++;
         unfinished--;
@@ -566,6 +569,9 @@ void run() {
     report_addresses.resize(request.reports);
     read_into(report_addresses.data(), report_addresses.size());
     first_reports.assign(request.reports, {});
+    std::vector<u64> holes(request.holes);
+    read_into(holes.data(), holes.size());
+    for (u64 hole : holes) mprotect(reinterpret_cast<void *>(hole), request.page, PROT_NONE);
 
     request.room = std::max(request.room, largest);
     while (fibers < request.ranks * request.room * 5 / 4) idle.push_back(new_fiber());
@@ -580,6 +586,7 @@ void run() {
     step();
     switch_to(pick());
     for (Rank &rank : ranks) acquire(host.context, &rank.order);
+    for (u64 hole : holes) mprotect(reinterpret_cast<void *>(hole), request.page, PROT_READ | PROT_WRITE);
 
     for (size_t i = 0; i < report_addresses.size(); i++)
         for (size_t w = 0; w < first_reports[i].size(); w++)
@@ -619,7 +626,7 @@ void hold(u32 cycles) {
     if (cycles >> 17) fail("pause", "of " + std::to_string(cycles) + " cycles");
     pause();
 }
-u64 clock() { return now + (1ull << 50); }  // a GPU's clock did not begin with the kernel, either
+u64 clock() { return now * request.tick + (1ull << 50); }  // a GPU's clock did not begin with the kernel, either
 
 void syncwarp() {
     pause();
@@ -803,6 +810,7 @@ void wait() {
         yield();
     }
     current->fenced = false;
+    kernel->waited = true;
     acquire(current->context, &rank.order);
 }
 
