@@ -23,7 +23,7 @@ from allreduce_jit.engine import failure
 from allreduce_jit.engine.failure import Kind, abort_code
 from allreduce_jit.policy import norm
 from allreduce_jit.policy.catalogue import HOST_ALGORITHMS, NVLINK_ALGORITHMS
-from allreduce_jit.policy.plan import HEADER_BYTES
+from allreduce_jit.policy.plan import HEADER_BYTES, PACKET, WARP
 
 TICK = 8  # nanoseconds of a step
 PATIENCE, LIMIT = 5_000_000, 3_000_000  # steps, and nanoseconds, of which a report counts millions
@@ -62,14 +62,16 @@ class Case:
             return Program(
                 self.world_size, calls * [HostCall(self.algorithm, self.dtype, 700 * self.world_size + seed % 4, **options)], seed
             )
-        # In one launch, but for a stream; whole packets, and not.
-        numel = (512 if NVLINK_ALGORITHMS[self.algorithm].stream else 60) * self.world_size + seed % 4
+        # In one launch, but for a stream; whole packets, and not; some threads have all of their packets, some have not.
+        what = NVLINK_ALGORITHMS[self.algorithm]
+        numel = (512 if what.stream else 60 if what.packets == 1 else 4 * (WARP * what.packets - 20)) * self.world_size + seed % 4
         return Program(self.world_size, calls * [Call(self.algorithm, self.dtype, numel, **options)], seed)
 
     def signature(self, world: World, program: Program) -> tuple[int, int]:
         """What a rank tells of a call that is not in place: the low word, and the tag."""
         call = program.calls[0]
         numel, algorithm = call.spec.numel, world.plan(call).algorithm
+        assert self.norm or algorithm == self.algorithm, "a world of this size has it not"
         return numel & WORD, failure.tag(algorithm, call.spec.dtype) | numel >> 32 << NUMEL_SHIFT
 
 
@@ -235,7 +237,7 @@ def the_first_cause_counts(objects, edits, seed, case: Case = Case()):  # noqa: 
 
 
 def a_stopped_rank_believes_nothing(objects, edits, seed, case: Case = Case()):  # noqa: B008
-    """A rank that was stopped before a call yields NaN, though all its peers come to it; and so do they, whom it sends nothing."""
+    """A rank that was stopped before a call yields NaN, though all its peers come to it; and so do they, to whom it pushes nothing."""
     stopped = seed % case.world_size
     with case.world(objects, edits) as world:
         world.set_deadlines(LIMIT)
@@ -243,6 +245,7 @@ def a_stopped_rank_believes_nothing(objects, edits, seed, case: Case = Case()): 
         code = abort_code(Kind.ABORTED, stopped, stopped)
         stop(world, stopped, code)
         run(world, program, seed)
+        need(not any(map(torch.any, _of_source(case, world, program, stopped))), "pushed", f"rank {stopped}, which was stopped")
         for rank in range(case.world_size):
             all_nan(case, world, program, rank, f"rank {stopped} was stopped")
             signs = rank == stopped or not any(world.control(rank).handshaken)  # to itself it may be alive
@@ -430,6 +433,21 @@ def _region(case: Case, world: World, program: Program) -> str:
     return plan.algorithm.removesuffix("_norm") if plan.algorithm not in world.layout.regions else plan.algorithm
 
 
+def _of_source(case: Case, world: World, program: Program, source: int) -> list[torch.Tensor]:
+    """What is not empty of what this rank has written for others to read: at each of them, or on path host in its outbox."""
+    name, n = _region(case, world, program), case.world_size
+    region = world.layout.regions[name]
+    if case.host:
+        return [slots_of(world)[source] != world.EMPTY]
+    buffers = NVLINK_ALGORITHMS[name].buffers
+    found = []
+    for owner in range(n):
+        if owner != source:
+            slots = world.staging(owner)[region.offset :][: buffers * (n - 1) * region.capacity * PACKET]
+            found.append(slots.view(buffers, n - 1, -1)[:, source - (source > owner)] != world.EMPTY)
+    return found
+
+
 def _buffer(case: Case, world: World, program: Program) -> int:
     """What the first launch waits in: that of the epoch's parity; of a stream, one of the last two; on path host, the first phase."""
     if case.host:
@@ -585,6 +603,7 @@ NORMS = [
     twin_norm.kernel("one_shot", 512, cluster=2, quant="group"),
 ]
 ALGORITHMS = ("one_shot", "two_shot", "two_shot_stream")
+WIDE = [Case("one_shot_wide", 2), Case("two_shot_wide", 3, "bfloat16"), Case("two_shot_wide2", 8, "float16")]
 HOST = [Case("host_one_shot"), Case("host_two_shot", dtype="bfloat16"), Case("host_stream", 2, "float16")]
 
 

@@ -334,6 +334,9 @@ BUGS = {
     "the tail is one too long": (
         "mixed calls", {"bits", "guard"}, [("packet.cuh", "+ i < numel)\n", "+ i <= numel)\n")]),
     "the tail is one too short": ("mixed calls", {"bits"}, [("packet.cuh", "+ i < numel)\n", "+ i + 1 < numel)\n")]),
+    "shapes are handshaken backwards": ("mixed calls", {"handshake", "report"}, [("guard.cuh", "+ a.shape_id * 4ull", "- a.shape_id * 4ull")]),
+    "an element behind the tensor is read": ("mixed calls", {"crash"}, [("packet.cuh", "if ((first + packet) * ELEMENTS<T> + i < numel) p.w", "p.w")]),
+    "a packet behind the tensor is read": ("mixed calls", {"crash"}, [("packet.cuh", "        if (first + packet >= packets) return splat(0);\n", "")]),
     "padding is not zeros": ("mixed calls", {"bits", "guard"}, [("packet.cuh", "+ i < numel) p.w", "+ i + 1 < numel) p.w")]),
     "a rank whose part is empty skips the channel": (
         "mixed calls", ANY, [("two_shot.cu", "if (partition.idle(lane)) return;", "if (partition.idle(lane) || a.rank * partition.part >= partition.packets) return;")]),

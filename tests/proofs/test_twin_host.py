@@ -289,6 +289,7 @@ BUGS = {
     "what a peer told is overlooked": ("a process stops its rank", {"report", "bits"}, [("failure.cuh", "0, told ? told : code);", "0, told ? code : code);"), ("failure.cuh", "if (before == 0 && told) before = told;", "")]),
     "results of who gave up are left as they are": ("absent rank", {"bits"}, [("host_one_shot.cu", "out.store(chunks.at(done, k), splat(0xFFFFFFFFu));", "{}")]),
     "the slow path sees nothing come": ("mixed calls", {"report"}, [("outbox.cuh", "    return !wait.missing;\n", "    return wait.since && !wait.missing;\n")]),
+    "kernels that begin look into host memory": ("mixed calls", {"scope"}, [("failure.cuh", NEAR, "a.own + offsetof(Header, abort) : a.own")]),
     "calls never end": ("mixed calls", {"report", "in flight"}, [("host_one_shot.cu", "if (came && lane == 0) counter.publish();", "")]),
 }  # fmt: skip
 

@@ -3,6 +3,7 @@
 import os
 import random
 import subprocess
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import twin_norm
 from twin import Call, Failed
 from twin_norm import NormCall, NormProgram, kernel, mixed
 
+from allreduce_jit.engine import norm_reference
 from allreduce_jit.engine.failure import Kind, abort_code
 from allreduce_jit.engine.norm_reference import E4M3
 from allreduce_jit.engine.verify_norm import ROWS
@@ -293,6 +295,23 @@ def run_mixed(objects, edits, seed, chosen, *, world_size=3, tsan=False, pdl=Tru
             world.run(program, 100 * seed + turn, room=128 if tsan else 900, jitter=0.1, sleep=0.002)
 
 
+def least(objects, edits, seed):
+    """A row of whose squares the mean is just below half of the least number that there is, and no eps: what pads the sums adds nothing."""
+    chosen = kernel("one_shot", 1032, "float32", residual=False)
+    with twin_norm.world(objects, 3, [chosen], edits=edits) as world:
+        program = NormProgram(3, [NormCall(chosen, 1, eps=0.0, plain=True)], seed)
+        call, x, *others = program.steps[0]
+        for rank, arena in enumerate(program.before):
+            x.of(arena).zero_()
+            if rank == seed % 3:
+                x.of(arena)[:2] = torch.tensor([2.0**-70, 2.0**-74])
+        row = x.of(program.before[seed % 3])
+        for before, after in zip(program.before, program.after, strict=True):
+            after.copy_(before)
+            norm_reference.run(replace(call.spec, operation="norm"), [row.clone(), *(buffer.of(after) for buffer in others)])
+        world.run(program, seed, room=900)
+
+
 def variant(*chosen, check=run_mixed, **options):
     return lambda objects, edits, seed: check(objects, edits, seed, list(chosen), **options)
 
@@ -311,6 +330,7 @@ CHECKS = {
     "ThreadSanitizer": variant(
         kernel("one_shot", 512, packets=2), kernel("one_shot", 512), kernel("two_shot", 512), tsan=True, most=2, count=15),
     "ThreadSanitizer, clusters": variant(kernel("one_shot", 512, cluster=2, quant="token"), pdl=False, tsan=True, most=2, count=10),
+    "least numbers": least,
     "absent rank": absent,
     "host stops a rank": host_stops,
     "calls differ": differ,
@@ -383,6 +403,8 @@ BUGS = {
     "a lane's packets are enough for its warp": ("one-shot", {"bits", "overwritten", "foreign poison"}, [(WARPS_OF, "pending = any_sync(~0u, arrival.pending());", "pending = all_sync(~0u, arrival.pending());")]),
     "only the last packet is looked at": ("one-shot, two packets", {"bits", *ANY}, [(WARPS_OF, "arrival(u[0][0])", "arrival(u[PACKETS - 1][0])")]),
     "who gives up does not tell its warp": ("host stops a rank", {"apart", "hang", "bits"}, [(WARPS_OF, "if (any_sync(~0u, !came)) return", "if (!came) return")]),
+    "a memory barrier behind what there is": ("clusters", {"shared memory"}, [(NORM, "if (Config::QUANT == PER_TOKEN) maxima.init(", "maxima.init(")]),
+    "sums are padded with ones": ("least numbers", {"bits"}, [(ROW, "first + i >= USED) words.w[i] = 0;", "first + i >= USED) words.w[i] = 1;")]),
     "a row's maximum is its first warp's": ("numbers", {"bits"}, [(NORM, "m = max_u32(max_u32(warps.w[0], warps.w[1]), max_u32(warps.w[2], warps.w[3]));", "m = warps.w[0];")]),
 }  # fmt: skip
 

@@ -472,13 +472,13 @@ class World:
     def _run(self, seed: int, *, room: int = 0, jitter: float = 0.05, sleep: float = 0.001, patience: int = 400_000,
              tick: int = 1, pokes: Sequence[tuple[int, int, int]] = (), holes: Sequence[int] = ()) -> None:  # fmt: skip
         slots = []
-        for rank, offsets in enumerate(self._offsets if self.POISONED else ()):
+        for rank, offsets in enumerate(self._offsets):
             start, end = (self._base + offsets["staging"] + b for b in (HEADER_BYTES, self.layout.nbytes))
             slots.append(struct.pack("QQII", start, end, rank, HEADER_BYTES))
         reports = [struct.pack("Q", self._base + offsets["report"]) for offsets in self._offsets]
         chances = (int(jitter * 65536), int(sleep * 65536))
         counts = (len(self._queue), len(slots), len(pokes), len(reports), len(holes), PAGE)
-        request = struct.pack("QQQIIIIIIIIII", seed, patience, tick, self.world_size, room or 64, *chances, *counts)
+        request = struct.pack("QQQ12I", seed, patience, tick, self.world_size, room or 64, *chances, *counts, self.POISONED, 0)
         request += b"".join([*self._queue, *slots, *(struct.pack("QQII", *p, 0) for p in pokes), *reports])
         request += struct.pack(f"{len(holes)}Q", *holes)
         self._queue.clear()

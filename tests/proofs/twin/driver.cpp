@@ -167,6 +167,7 @@ struct Request {
     u32 ranks, room;     // threads resident on a rank
     u32 yield, sleep;    // chances of 65536 that an access yields, and that it sleeps
     u32 launches, slots, pokes, reports, holes, page;
+    u32 poisoned, reserved;  // whether an empty slot is known by what it holds
 };
 
 struct LaunchRequest {
@@ -233,7 +234,7 @@ const Slots *slots_of(u64 address) {
 
 // The protocol's invariant, at every word that reaches a slot.
 void check_slot(u64 address, u32 value, u32 rank) {
-    const Slots *s = slots_of(address);
+    const Slots *s = request.poisoned ? slots_of(address) : nullptr;
     if (!s) return;
     const bool push = value != EMPTY;
     pushes += push;
@@ -734,7 +735,8 @@ static Mbarrier &mbarrier_of(u32 address) {
 void mbarrier_init(u32 address, u32 bytes) {
     pause();
     Driver driver;
-    if (address % 8) fail("shared memory", "a memory barrier at byte " + std::to_string(address));
+    const u32 end = (address & 0xFFFFFF) - SHARED_AT + 8;
+    if (address % 8 || end > 4 * current->block->words) fail("shared memory", "a memory barrier at byte " + std::to_string(address));
     for (const Mbarrier &barrier : current->block->mbarriers)
         if (barrier.at == address) fail("shared memory", "a memory barrier that is initialized twice");
     current->block->mbarriers.push_back({address, bytes, {}});
@@ -834,13 +836,13 @@ void fence() {
 }
 
 // What PTX asks of an address, and the protocol of a scope: what a peer or the host writes or reads is for sys alone, but for a rank's
-// look at the word that stops it.
+// look at the word that stops it, where that is in its own memory.
 void access(u64 address, u32 nbytes, Scope scope, bool write) {
     Driver driver;
     if (address % nbytes) fail("misaligned", std::to_string(nbytes) + " bytes at " + std::to_string(address % 16) + " modulo 16");
     if (scope == SYS) return;
     for (const Slots &s : slots)
-        if (address >= s.begin - s.header && address < s.end && (write || scope == WEAK || address != s.begin - s.header))
+        if (address >= s.begin - s.header && address < s.end && (write || scope == WEAK || !request.poisoned || address != s.begin - s.header))
             fail("scope", "an access to the staging memory of rank " + std::to_string(s.owner) + " that is not of system scope");
     for (u64 report : report_addresses)
         if (address >= report && address < report + 64) fail("scope", "an access to a report that is not of system scope");
