@@ -105,6 +105,7 @@ def promises_bare() -> list[Check]:
         *_promises(promises.alike_at_the_extremes, [Case(epoch=2**32 - 1), Case(epoch=3)]),
         *_promises(promises.data_alone, [Case(name, epoch=5) for name in promises.ALGORITHMS]),
         *_promises(promises.a_mismatch_is_told_at_once, three, 1),
+        *_promises(promises.who_gives_up_reports, three[:2], 0),
         *_promises(promises.limits, three[:1], 1),
     ]
 
@@ -116,6 +117,7 @@ def promises_norm() -> list[Check]:
         *[check for promise in EACH for check in _promises(promise, norms[:2], 1)],
         *_promises(promises.every_bit_is_compared, norms[:1], 1),
         *_promises(promises.alike_at_the_extremes, norms[:1], 0),
+        *_promises(promises.who_gives_up_reports, norms[:2], 0),
     ]
 
 
@@ -169,6 +171,7 @@ def quick_norm(one: bool = True, two: bool = True) -> list[Check]:
     return [
         *found,
         *_of(test_twin_norm, "least numbers", one * [0]),
+        *([("the number of a buffer", lambda _: test_twin_norm.numbered())] if two else []),
         *_of(test_twin_norm, "absent rank", one * [0] + two * [4]),
         *_of(test_twin_norm, "host stops a rank", one * [1] + two * [3]),
         *_of(test_twin_norm, "parameters differ", range(4 if one and two else 0)),

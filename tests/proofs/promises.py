@@ -296,6 +296,34 @@ def one_cause(objects, edits, seed, case: Case = Case(world_size=4)):  # noqa: B
             )
 
 
+def who_gives_up_reports(objects, edits, seed, case: Case = Case()):  # noqa: B008
+    """A process stops its rank in the midst of its only call, to which all come: whoever has a result that is NaN reports it."""
+    rank, code = seed % case.world_size, abort_code(Kind.ABORTED, seed % case.world_size, seed % case.world_size)
+    dice = random.Random(seed)
+    with case.world(objects, edits) as world:
+        run(world, case.program(seed), seed)
+        whole = world.steps
+    for turn in range(24):
+        with case.world(objects, edits) as world:
+            world.set_deadlines(LIMIT)
+            program = case.program(seed)
+            words = [world.abort_word(rank), *([world.near_abort_word(rank)] if case.host else [])]
+            step = dice.randrange(whole)
+            run(world, program, seed + turn, pokes=[(step, word, code) for word in words])
+            for each in range(case.world_size):
+                lost = any(buffer.of(world.arena(each)).float().isnan().any() for buffer in _results(program))
+                need(report(world, each).code or not lost, "report", f"rank {each} gave up, as of step {step}, and says nothing")
+
+
+def _results(program: Program) -> list:
+    return [
+        buffer
+        for call, *buffers in program.steps
+        for pointer, buffer in zip(call.spec.pointers, buffers, strict=True)
+        if pointer.name in ("output", "residual_out")
+    ]
+
+
 def what_was_settled_stays(objects, edits, seed, case: Case):
     """On path host a rank's threads settle in its own memory what stops it: what a peer tells a moment later is not reported."""
     rank, peer = seed % case.world_size, (seed + 1) % case.world_size

@@ -68,6 +68,11 @@ def test_a_peer_tells(objects, case):
         promises.a_peer_tells(objects, (), seed, case)
 
 
+@pytest.mark.parametrize("case", [*cases(0, [3]), *NORMS, *promises.HOST], ids=name)
+def test_who_gives_up_reports(objects, case):
+    promises.who_gives_up_reports(objects, (), 0, case)
+
+
 @pytest.mark.parametrize("algorithm", [*promises.ALGORITHMS, *HOST_ALGORITHMS])
 def test_one_cause(objects, algorithm):
     for seed in range(8 if LONG else 4):
@@ -171,6 +176,8 @@ BUGS = {
     "path host: its own header is not told": (promises.everybody_hears, {"told", "hang"}, [("failure.cuh", "if (before == 0) st_relaxed_sys_u32(a.own", "if (before != 0) st_relaxed_sys_u32(a.own")], HOST),
     "path host: what a peer tells later is reported": (promises.what_was_settled_stays, {"report"}, [("failure.cuh", "if (before == 0 && told) before", "if (told) before")], HOST),
     "path host: each thread settles for itself": (promises.one_cause, {"told", "report"}, [("failure.cuh", "told ? told : code);", "told);")], FOUR),
+    "who finds its rank stopped gives up in silence": (promises.who_gives_up_reports, {"report"}, [
+        ("one_shot_norm.cu", "    if (!alive) give_up<Config, Epilogue>(a, typename Hop::Nothing(), Wait());\n", "")], NORMS[:1]),
     "a stopped rank pushes sums": (promises.a_stopped_rank_believes_nothing, {"pushed"}, [
         ("two_shot.cu", "if (!epoch.alive) return give_up<Config, Epilogue, typename Partition::Share>(a, partition, Wait());", "")], [Case("two_shot")]),
     "a mismatch is told when all others have signed": (promises.a_mismatch_is_told_at_once, {"hang"}, [

@@ -204,7 +204,7 @@ def test_the_deadline_depends_on_the_phase(objects):
 
 
 def host_stops(objects, edits, seed):
-    """The host of one rank sets its abort word at some moment: every element everywhere is right, or NaN."""
+    """The host of one rank sets its abort word at some moment: every element everywhere is right, or NaN, and reported."""
     dice = random.Random(seed)
     with World(twin.build(objects, 3, edits=edits), 3, relayout=cramped) as world:
         world.set_deadlines(DEADLINE)
@@ -213,6 +213,8 @@ def host_stops(objects, edits, seed):
         world.run(program, seed, complete=False, pokes=[poke], patience=PATIENCE)
         for rank in range(3):
             program.check(rank, world.arena(rank)[: program.end], or_nan=True)
+            if not world.report(rank)[0] and any(out.of(world.arena(rank)).isnan().any() for _, _, out in program.steps):
+                raise Failed("report", f"rank {rank} gave up and says nothing")
         return sum(bool(world.report(rank)[0]) for rank in range(3))
 
 

@@ -159,7 +159,7 @@ def absent(objects, edits, seed, world_size=3, algorithm="host_one_shot"):
 
 
 def host_stops(objects, edits, seed):
-    """The process of one rank stops all, as ``HostEngine`` does, at some moment: every element everywhere is right, or NaN."""
+    """The process of one rank stops all, as ``HostEngine`` does, at some moment: every element everywhere is right, or NaN, and reported."""
     dice = random.Random(seed)
     with twin_host.world(objects, 3, edits=edits) as world:
         world.set_deadlines(DEADLINE)
@@ -172,6 +172,8 @@ def host_stops(objects, edits, seed):
             program.check(rank, world.arena(rank)[: program.end], or_nan=True)
             if world.report(rank)[0] not in (0, code):
                 raise Failed("report", f"rank {rank}: {world.report(rank)[0]:#x}")
+            if not world.report(rank)[0] and any(out.of(world.arena(rank)).isnan().any() for _, _, out in program.steps):
+                raise Failed("report", f"rank {rank} gave up and says nothing")
         return sum(bool(world.report(rank)[0]) for rank in range(3))
 
 

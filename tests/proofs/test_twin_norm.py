@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import subprocess
 from dataclasses import replace
 
@@ -16,6 +17,8 @@ from allreduce_jit.engine import norm_reference
 from allreduce_jit.engine.failure import Kind, abort_code
 from allreduce_jit.engine.norm_reference import E4M3
 from allreduce_jit.engine.verify_norm import ROWS
+from allreduce_jit.jit import source
+from allreduce_jit.policy.catalogue import NVLINK_ALGORITHMS
 from allreduce_jit.policy.norm_forms import NORM_ALGORITHMS, norm_bands
 from allreduce_jit.policy.plan import HEADER_BYTES
 
@@ -156,6 +159,15 @@ def test_e4m3_as_torch_has_it(tmp_path):
 # -- and end when a peer does not come
 
 
+def test_the_buffer_of_sums_has_the_number_that_reports_are_read_by():
+    numbered()
+
+
+def numbered():
+    (found,) = re.findall(r"GATHER = (\d+);", source.files()["two_shot_norm.cu"])
+    assert (int(found),) == NVLINK_ALGORITHMS["two_shot"].gathers
+
+
 PATIENCE, DEADLINE = 20_000_000, 200_000  # steps
 LOST = [
     kernel("one_shot", 1032, quant="token", keep_norm=True),
@@ -202,7 +214,7 @@ def absent(objects, edits, seed, chosen=LOST):
 
 
 def host_stops(objects, edits, seed, chosen=LOST):
-    """The host of one rank sets its abort word at some moment: every row everywhere is right, or NaN, and nobody waits for ever.
+    """The host of one rank sets its abort word at some moment: every row everywhere is right, or NaN, and reported; nobody waits for ever.
     Returns how many ranks gave up, and in how many rows."""
     dice = random.Random(seed)
     chosen = chosen[seed % len(chosen)]
@@ -215,7 +227,10 @@ def host_stops(objects, edits, seed, chosen=LOST):
         lost = 0
         for rank in range(3):
             program.check(rank, world.arena(rank)[: program.end], or_nan=True)
-            lost += program.check_rows(world.arena(rank))
+            rows = program.check_rows(world.arena(rank))
+            if rows and not world.report(rank)[0]:
+                raise Failed("report", f"rank {rank} gave up {rows} rows and says nothing")
+            lost += rows
         return sum(bool(world.report(rank)[0]) for rank in range(3)), lost / (3 * sum(call.rows for call in calls))
 
 
