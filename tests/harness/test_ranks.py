@@ -118,7 +118,7 @@ def test_a_rank_that_dies_without_a_word_is_named(tmp_path):
 
 
 def test_a_hang_ends_at_the_deadline_and_is_named(tmp_path):
-    deadline = 15
+    deadline = 30  # a slow machine takes 15 s to start two ranks
     start = time.monotonic()
     with pytest.raises(ranks.RanksFailedError, match=rf"^rank 1 did not finish within {deadline} s") as caught:
         ranks.run(hang, tmp_path, cpu=2, deadline=deadline)
