@@ -135,7 +135,7 @@ BROADCAST = "j < PEERS<Config> && before == 0; j++"
 SINCE = "since == 0 || (since & 1) != handshaken"
 HOST, FOUR = promises.HOST[:1], [Case("host_one_shot", 4), Case("host_two_shot", 4)]
 
-SOONER = {"handshake"}  # what the twin itself refuses, in whatever check
+SOONER = {"handshake", "guard", "scope", "crash", "unordered"}  # what the twin itself refuses, in whatever check
 
 # name: promise, how it may show, edits, and cases, if not of V2
 BUGS = {

@@ -304,7 +304,7 @@ TAG = "    st_relaxed_sys_u32(a.report + offsetof(Report, tag), a.tag);\n"
 TICKET = "if (lane == 0) entered = atom_add_relaxed_gpu_u32(a.control + offsetof(Control, entered), 1);"
 ANY = {"bits", "overwritten", "hang", "slots", "report", "foreign poison"}  # what a mix-up of packets can end in
 
-SOONER = {"handshake", "guard"}  # what the twin itself refuses, in whatever check
+SOONER = {"handshake", "guard", "scope", "crash", "unordered"}  # what the twin itself refuses, in whatever check
 
 # name: check, how it may show, edits
 BUGS = {

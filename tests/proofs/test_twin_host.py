@@ -252,7 +252,7 @@ STORED = "            store(done + AHEAD, next);\n"
 RECEIVED = "            came = outbox.template receive<false>(number % RING, peers, Channel::Wire::of(number / RING), 0);\n"
 NEAR = "a.control + offsetof(Control, abort) : a.own"
 
-SOONER = {"handshake", "guard", "scope"}  # what the twin itself refuses, in whatever check
+SOONER = {"handshake", "guard", "scope", "crash", "unordered"}  # what the twin itself refuses, in whatever check
 
 # name: check, how it may show, edits
 BUGS = {
