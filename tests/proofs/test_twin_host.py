@@ -252,8 +252,6 @@ STORED = "            store(done + AHEAD, next);\n"
 RECEIVED = "            came = outbox.template receive<false>(number % RING, peers, Channel::Wire::of(number / RING), 0);\n"
 NEAR = "a.control + offsetof(Control, abort) : a.own"
 
-SOONER = {"handshake", "guard", "scope", "crash", "unordered"}  # what the twin itself refuses, in whatever check
-
 # name: check, how it may show, edits
 BUGS = {
     "the phase does not change": ("mixed calls", ANY, [("wire/phase.cuh", "return use & 1 ? 0 : BIT;", "return use ? BIT : BIT;")]),
@@ -316,7 +314,7 @@ def test_planted_bug_is_caught(objects, bug, record_property):
             failure = found
             break
     assert failure is not None, f"{bug}: not caught by {check}"
-    assert failure.kind in {*kinds, *SOONER}, f"{bug}: {failure}"
+    assert failure.kind in {*kinds, *twin.REFUSED}, f"{bug}: {failure}"
     record_property("shown", f"planted, path host: {bug}: caught by {check} ({failure.kind})")
 
 
