@@ -58,15 +58,6 @@ WARNINGS, OPTIMIZATION = ["-Wall", "-Wextra", "-Werror"], "-O1"
 DRIVERS = "-O2"  # the driver's own, which runs between all accesses and changes seldom
 
 
-REFUSED = {
-    "handshake",
-    "guard",
-    "scope",
-    "crash",
-    "unordered",
-}  # kinds of Failed that come of any check, and may come before its own
-
-
 class StaleEdit(Exception):
     """The text that an edit replaces is not exactly once in its file."""
 
