@@ -23,6 +23,7 @@ import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -142,6 +143,7 @@ def main() -> int:
 
 def run(chosen: list[Mutant], args: argparse.Namespace, reasons: dict[str, str], killers: dict[str, str]) -> None:
     import mutant_checks
+    from mutant_checks import unchanged
     from triton_mutant_checks import Judge
 
     verdicts = known(args.results)
@@ -158,6 +160,18 @@ def run(chosen: list[Mutant], args: argparse.Namespace, reasons: dict[str, str],
     if any(m.file not in triton_mutants.FILES for m in left):
         mutant_checks.prepare(objects)
     until = time.monotonic() + 60 * args.minutes if args.minutes else float("inf")
+
+    def sound() -> None:
+        """The sources pass every check as they are: or no mutant could be said to be killed."""
+        which = unchanged("failure.cuh")  # of which all kernels are made
+        checks = mutant_checks.every_check(which)
+        tasks = [
+            *[partial(mutant_checks.judge, which, objects, only=checks[i :: args.jobs]) for i in range(args.jobs)],
+            *[partial(triton.judge, unchanged(file)) for file in (triton_mutants.FILES[0], triton_mutants.FILES[-1])],
+        ]
+        for verdict in pool.map(lambda task: task(), tasks):
+            if verdict.outcome != mutant_checks.SURVIVED:
+                raise SystemExit(f"the sources do not pass {verdict.check}: {verdict.how}")
 
     def cuda(mutant: Mutant) -> mutant_checks.Verdict:
         verdict = None
@@ -184,6 +198,8 @@ def run(chosen: list[Mutant], args: argparse.Namespace, reasons: dict[str, str],
         print(f"{verdict.seconds:6.1f} s {what}: {mutant.id} {mutant}: {verdict.check} ({verdict.how})"[:300], flush=True)
 
     with contextlib.closing(Judge(args.jobs)) as triton, ThreadPoolExecutor(args.jobs) as pool:
+        if left and not args.sample:
+            sound()
         list(pool.map(one, left))
 
 

@@ -297,22 +297,27 @@ def one_cause(objects, edits, seed, case: Case = Case(world_size=4)):  # noqa: B
 
 
 def who_gives_up_reports(objects, edits, seed, case: Case = Case()):  # noqa: B008
-    """A process stops its rank in the midst of its only call, to which all come: whoever has a result that is NaN reports it."""
+    """A rank is stopped, by an earlier kernel or by its process in the midst of its only call, to which all come: every result of every rank
+    is right or NaN, and whoever has NaN reports it."""
     rank, code = seed % case.world_size, abort_code(Kind.ABORTED, seed % case.world_size, seed % case.world_size)
     dice = random.Random(seed)
     with case.world(objects, edits) as world:
         run(world, case.program(seed), seed)
         whole = world.steps
-    for turn in range(24):
+    for turn in range(25):
         with case.world(objects, edits) as world:
             world.set_deadlines(LIMIT)
-            program = case.program(seed)
-            words = [world.abort_word(rank), *([world.near_abort_word(rank)] if case.host else [])]
-            step = dice.randrange(whole)
+            program, words, step = case.program(seed), [], dice.randrange(whole)
+            if turn:
+                words = [world.abort_word(rank), *([world.near_abort_word(rank)] if case.host else [])]
+            else:  # its guard hears of nothing
+                world.channels(rank)[: world.layout.channels, 1] = 1
             run(world, program, seed + turn, pokes=[(step, word, code) for word in words])
             for each in range(case.world_size):
+                program.check(each, world.arena(each)[: program.end], or_nan=True)
                 lost = any(buffer.of(world.arena(each)).float().isnan().any() for buffer in _results(program))
-                need(report(world, each).code or not lost, "report", f"rank {each} gave up, as of step {step}, and says nothing")
+                when = f"as of step {step}" if turn else "before"
+                need(report(world, each).code or not lost, "report", f"rank {each} gave up, stopped {when}, and says nothing")
 
 
 def _results(program: Program) -> list:

@@ -178,6 +178,10 @@ BUGS = {
     "path host: each thread settles for itself": (promises.one_cause, {"told", "report"}, [("failure.cuh", "told ? told : code);", "told);")], FOUR),
     "who finds its rank stopped gives up in silence": (promises.who_gives_up_reports, {"report"}, [
         ("one_shot_norm.cu", "    if (!alive) give_up<Config, Epilogue>(a, typename Hop::Nothing(), Wait());\n", "")], NORMS[:1]),
+    "whose channels an earlier kernel has stopped gives up in silence": (promises.who_gives_up_reports, {"report"}, [
+        ("two_shot_norm.cu", "    if (!alive) give_up<Config, Epilogue>(a, typename Hop::Nothing(), Wait());\n", "")], NORMS[1:2]),
+    "path host: who gives up sends sums": (promises.who_gives_up_reports, {"bits"}, [
+        ("host_two_shot.cu", "SCATTER);\n            if (!came) break;\n", "SCATTER);\n")], promises.HOST[1:2]),
     "a stopped rank pushes sums": (promises.a_stopped_rank_believes_nothing, {"pushed"}, [
         ("two_shot.cu", "if (!epoch.alive) return give_up<Config, Epilogue, typename Partition::Share>(a, partition, Wait());", "")], [Case("two_shot")]),
     "a mismatch is told when all others have signed": (promises.a_mismatch_is_told_at_once, {"hang"}, [

@@ -131,6 +131,25 @@ def test_verdicts(objects, monkeypatch, record_property):
     record_property("shown", f"mutants: of {len(mutants.every())}, verdicts of each kind")
 
 
+@needs_twin
+@needs_triton
+def test_a_check_that_the_sources_do_not_pass_kills_nothing(objects, monkeypatch):
+    import mutant_checks
+    import mutation
+    import triton_mutant_checks
+
+    def broken(_) -> None:
+        raise AssertionError("always")
+
+    one, results = mutants.every(("wait.cuh",))[0], objects.parent / "results.jsonl"
+    monkeypatch.setattr(mutant_checks, "every_check", lambda mutant: [("fine", lambda _: None), ("broken", broken)])
+    monkeypatch.setattr(triton_mutant_checks.Judge, "judge", lambda *_: mutant_checks.Verdict(mutant_checks.SURVIVED))
+    monkeypatch.setattr("sys.argv", ["mutation.py", "--only", one.id, "--results", str(results)])
+    with pytest.raises(SystemExit, match="the sources do not pass broken: AssertionError"):
+        mutation.main()
+    assert not results.exists()
+
+
 def _at(file: str, text: str) -> tuple[int, str]:
     return source.files()[file].encode().index(text.encode()), text
 

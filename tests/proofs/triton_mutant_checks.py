@@ -26,7 +26,7 @@ from triton_mutants import FOLDER, NORM, texts
 from allreduce_jit.errors import CompileError
 from allreduce_jit.policy.catalogue import P2P_ALGORITHMS, triton_module
 
-LIMIT = 15  # seconds of a scenario, the longest takes 2, with eight ranks 10; a mutant that never ends is killed by it
+LIMIT = 10  # seconds of a scenario, the longest takes 2, with eight ranks 10; a mutant that never ends is killed by it
 PATIENCE = 3000  # looks until a wait gives up, where it is no matter of the scenario; a twentieth of a second's is enough for the real ones
 WIDTHS = [72, 384]
 MACHINE_CODE = "machine code"  # the name of that check
