@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import multiprocessing
 import os
 import time
@@ -13,6 +12,8 @@ from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
+
+from .forking import frozen
 
 DIED = "died"  # what a rank answers that ended without an answer
 
@@ -27,7 +28,8 @@ def ranks(folder: Any, count: int, work: Callable[..., Any], *args: Any, deadlin
     for rank in range(count):
         ours, theirs = context.Pipe(duplex=False)
         process = context.Process(target=_rank, args=(theirs, f"{folder}/store", rank, count, work, args))
-        process.start()
+        with frozen():
+            process.start()
         theirs.close()
         children.append((process, ours))
     answers = []
@@ -46,7 +48,6 @@ def ranks(folder: Any, count: int, work: Callable[..., Any], *args: Any, deadlin
 
 
 def _rank(pipe: Any, store: str, rank: int, count: int, work: Callable[..., Any], args: tuple[Any, ...]) -> None:
-    gc.freeze()  # what earlier tests left behind may have threads, which this process has not
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     try:
         where = dist.FileStore(store, count)

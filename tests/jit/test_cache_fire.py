@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import builtins
 import errno
-import gc
 import hashlib
 import io
 import itertools
@@ -19,6 +18,7 @@ from dataclasses import asdict, replace
 
 import pytest
 from helpers import ROOT
+from helpers.forking import fork
 
 from allreduce_jit.jit import cache as cache_module
 from allreduce_jit.jit import compiler, store
@@ -86,9 +86,8 @@ def at_step(k, deed, work):
 
 def killed_at(k, work):
     """Whether a child that runs ``work`` lived to be killed at its ``k``-th step."""
-    pid = os.fork()
+    pid = fork()
     if pid == 0:
-        gc.freeze()  # what earlier tests left behind may have threads, which this process has not
         code = 1
         try:
             at_step(k, lambda: os.kill(os.getpid(), signal.SIGKILL), work)

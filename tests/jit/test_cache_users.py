@@ -5,7 +5,6 @@ As root sets users up: each test's users are processes that gave root's rights a
 
 from __future__ import annotations
 
-import gc
 import json
 import logging
 import os
@@ -17,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from helpers.forking import fork
 from helpers.kept import FACTS, KEY, OTHER, SMALL, TABLES, files
 
 from allreduce_jit.cli import main as cli
@@ -32,9 +32,8 @@ needs_users = pytest.mark.skipif(os.geteuid() != 0, reason="needs root (CAP_SETU
 def as_user(uid, work, umask=0o022):
     """What ``work`` returns, as JSON, in a process of that user; its failures are failures here."""
     out, into = os.pipe()
-    pid = os.fork()
+    pid = fork()
     if pid == 0:
-        gc.freeze()  # what earlier tests left behind may have threads, which this process has not
         try:
             os.umask(umask)
             if uid:
