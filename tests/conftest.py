@@ -1,3 +1,4 @@
+import gc
 import os
 
 import pytest
@@ -5,6 +6,11 @@ import torch
 
 # What takes longest begins first, so that no worker is left alone with it; others follow as they are.
 FIRST = ["proofs", "setup"]
+
+
+# A child collects nothing of its parent: what earlier tests left behind may have threads, which the child has not, and the destructor of a
+# gloo group waits for them for ever. Before the fork, for Python's own handlers run first in the child, and may start a collection.
+os.register_at_fork(before=gc.freeze, after_in_parent=gc.unfreeze)
 
 
 def pytest_configure(config):

@@ -13,8 +13,6 @@ from typing import Any
 
 import torch.distributed as dist
 
-from .forking import frozen
-
 DIED = "died"  # what a rank answers that ended without an answer
 
 
@@ -28,8 +26,7 @@ def ranks(folder: Any, count: int, work: Callable[..., Any], *args: Any, deadlin
     for rank in range(count):
         ours, theirs = context.Pipe(duplex=False)
         process = context.Process(target=_rank, args=(theirs, f"{folder}/store", rank, count, work, args))
-        with frozen():
-            process.start()
+        process.start()
         theirs.close()
         children.append((process, ours))
     answers = []

@@ -18,7 +18,6 @@ from dataclasses import asdict, replace
 
 import pytest
 from helpers import ROOT
-from helpers.forking import fork
 
 from allreduce_jit.jit import cache as cache_module
 from allreduce_jit.jit import compiler, store
@@ -86,7 +85,7 @@ def at_step(k, deed, work):
 
 def killed_at(k, work):
     """Whether a child that runs ``work`` lived to be killed at its ``k``-th step."""
-    pid = fork()
+    pid = os.fork()
     if pid == 0:
         code = 1
         try:

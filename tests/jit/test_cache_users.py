@@ -16,7 +16,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from helpers.forking import fork
 from helpers.kept import FACTS, KEY, OTHER, SMALL, TABLES, files
 
 from allreduce_jit.cli import main as cli
@@ -32,7 +31,7 @@ needs_users = pytest.mark.skipif(os.geteuid() != 0, reason="needs root (CAP_SETU
 def as_user(uid, work, umask=0o022):
     """What ``work`` returns, as JSON, in a process of that user; its failures are failures here."""
     out, into = os.pipe()
-    pid = fork()
+    pid = os.fork()
     if pid == 0:
         try:
             os.umask(umask)

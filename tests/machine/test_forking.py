@@ -1,10 +1,8 @@
-"""Forks of tests (``helpers.forking``)."""
+"""Forks of the tests' own process (``conftest.py``)."""
 
 import gc
 import multiprocessing
 import os
-
-from helpers.forking import fork, frozen
 
 
 class Left:
@@ -28,15 +26,14 @@ def test_a_child_collects_nothing_of_its_parent():
     gc.disable()
     try:
         Left(into)
-        pid = fork()
+        pid = os.fork()
         if pid == 0:
             collect(into)
             os._exit(0)
         os.waitpid(pid, 0)
         assert os.read(out, 100) == b"done"
         process = multiprocessing.get_context("fork").Process(target=collect, args=(into,))
-        with frozen():
-            process.start()
+        process.start()
         process.join()
         assert os.read(out, 100) == b"done"
         gc.collect()

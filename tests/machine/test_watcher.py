@@ -20,7 +20,6 @@ from pathlib import Path
 
 import pytest
 from helpers import ROOT
-from helpers.forking import fork
 
 from allreduce_jit.machine import watcher
 from allreduce_jit.machine.probe import probe
@@ -315,7 +314,7 @@ def test_no_lock_is_held_across_a_callback(sleepers, told):
         helper = threading.Thread(target=lambda: watch({8: described(peers[2].pid)}, print).close())
         helper.start()
         helper.join(10)
-        pid = fork()
+        pid = os.fork()
         if not pid:
             os._exit(0)
         os.waitpid(pid, 0)
@@ -390,7 +389,7 @@ def test_fork(sleepers, told):
     peers = sleepers(2)
     bare = descriptors()
     with watch({1: described(peers[0].pid)}, told.put) as handle:
-        pid = fork()
+        pid = os.fork()
         if not pid:
             code = 1
             try:

@@ -143,7 +143,6 @@ def main() -> int:
 
 def run(chosen: list[Mutant], args: argparse.Namespace, reasons: dict[str, str], killers: dict[str, str]) -> None:
     import mutant_checks
-    from mutant_checks import unchanged
     from triton_mutant_checks import Judge
 
     verdicts = known(args.results)
@@ -163,11 +162,15 @@ def run(chosen: list[Mutant], args: argparse.Namespace, reasons: dict[str, str],
 
     def sound() -> None:
         """The sources pass every check as they are: or no mutant could be said to be killed."""
-        which = unchanged("failure.cuh")  # of which all kernels are made
+        which = mutant_checks.unchanged("failure.cuh")  # of which all kernels are made
         checks = mutant_checks.every_check(which)
         tasks = [
             *[partial(mutant_checks.judge, which, objects, only=checks[i :: args.jobs]) for i in range(args.jobs)],
-            *[partial(triton.judge, unchanged(file)) for file in (triton_mutants.FILES[0], triton_mutants.FILES[-1])],
+            # The protocol's, of which each file leads to the same checks, and the norm's.
+            *[
+                partial(triton.judge, mutant_checks.unchanged(file))
+                for file in (triton_mutants.FILES[0], triton_mutants.FILES[-1])
+            ],
         ]
         for verdict in pool.map(lambda task: task(), tasks):
             if verdict.outcome != mutant_checks.SURVIVED:
